@@ -1,0 +1,188 @@
+"""The one place that turns what users pass as features into checked tensors.
+
+Dimension legend: M modalities, B batch, T time steps, d_m features of modality m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Features = Mapping[str, Any]
+"""A mapping from modality name to a (B, T, d_m) or (B, d_m) tensor or array; a missing key or None: unavailable."""
+
+FeatureSource = Features | Iterable[Any]
+"""One mapping, or a re-iterable source of batches: mappings or (mapping, lengths[, available]) tuples."""
+
+
+class NotFittedError(RuntimeError, ValueError, AttributeError):
+    """Raised when a module whose state is learned by ``fit`` is used before it.
+
+    It derives from what scikit-learn's error of the same name derives from, so that either can be caught alike.
+    """
+
+
+class FeatureBatch(NamedTuple):
+    """A checked batch: every modality has a tensor, and unavailable ones hold zeros."""
+
+    features: list[Tensor]  # M of (B, T, d_m), one floating dtype and device
+    lengths: Tensor  # (B,) int64, valid leading frames of each sample
+    available: Tensor  # (B, M) bool, False for absent modalities and samples without frames
+
+    @property
+    def frame_mask(self) -> Tensor:
+        """(B, T) bool, True on the leading ``lengths`` frames."""
+        steps = torch.arange(self.features[0].shape[1], device=self.lengths.device)
+        return steps < self.lengths[:, None]
+
+
+def check_input_dims(input_dims: Mapping[str, int]) -> dict[str, int]:
+    """Return ``input_dims`` as a plain dict of positive ints, or raise a ValueError that says what is wrong."""
+    if not isinstance(input_dims, Mapping) or not input_dims:
+        raise ValueError(f"input_dims must map modality names to feature counts, got {input_dims!r}")
+    for name, dim in input_dims.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"input_dims: a modality name must be a non-empty string without dots, got {name!r}")
+        if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
+            raise ValueError(f"input_dims[{name!r}] must be a positive int, got {dim!r}")
+    return {name: int(dim) for name, dim in input_dims.items()}
+
+
+def prepare_batch(
+    features: Features, lengths: Any = None, available: Any = None, *, input_dims: Mapping[str, int]
+) -> FeatureBatch:
+    """Check one batch of features against ``input_dims`` and return it in canonical form.
+
+    Args:
+        features: mapping from modality name to a (B, T, d_m) or (B, d_m) floating tensor or array. A modality that is
+            missing or None is unavailable for the whole batch.
+        lengths: (B,) integers in 0..T, the number of leading frames that are valid; None means all T.
+        available: (B, M) booleans in the order of ``input_dims``; None means every modality given.
+        input_dims: feature count of each modality.
+
+    Raises:
+        ValueError: naming the modality or argument, the shape got and the shape wanted.
+    """
+    if not isinstance(features, Mapping):
+        raise ValueError(f"features must map modality names to tensors, got {type(features).__name__}")
+    names = list(input_dims)
+    for name in features:
+        if name not in input_dims:
+            raise ValueError(f"features: unknown modality {name!r}; this model knows {names}")
+    given = {
+        name: _as_sequence(name, features[name], input_dims[name]) for name in names if features.get(name) is not None
+    }
+    if not given:
+        raise ValueError(f"features: none of the modalities {names} was given")
+    first_name, first = next(iter(given.items()))
+    batch, steps = first.shape[:2]
+    dtype = first.dtype
+    for name, value in given.items():
+        if value.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                f"features[{name!r}] has shape {tuple(value.shape)}, but features[{first_name!r}] has "
+                f"{tuple(first.shape)}: wanted ({batch}, {steps}, {input_dims[name]})"
+            )
+        if value.device != first.device:
+            raise ValueError(
+                f"features[{name!r}] is on {value.device}, but features[{first_name!r}] is on {first.device}"
+            )
+        dtype = torch.promote_types(dtype, value.dtype)
+    tensors = [
+        given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
+        for name, dim in input_dims.items()
+    ]
+    length = _check_lengths(lengths, batch, steps, first.device)
+    present = torch.tensor([name in given for name in names], device=first.device).expand(batch, -1)
+    if available is not None:
+        present = present & _check_available(available, batch, len(names), first.device)
+    present = present & (length > 0)[:, None]
+    return FeatureBatch(tensors, length, present)
+
+
+def iterate_batches(
+    source: FeatureSource,
+    lengths: Any = None,
+    available: Any = None,
+    *,
+    input_dims: Mapping[str, int],
+    batch_size: int = 4096,
+) -> Iterator[FeatureBatch]:
+    """Yield checked batches from one mapping (cut into ``batch_size`` rows) or from an iterable of batches.
+
+    Raises:
+        ValueError: if ``lengths`` or ``available`` come beside an iterable (they belong inside its batches), or if the
+            iterable is a one-shot iterator: fitting reads the data more than once.
+    """
+    if isinstance(source, Mapping):
+        whole = prepare_batch(source, lengths, available, input_dims=input_dims)
+        for start in range(0, whole.lengths.shape[0], batch_size):
+            stop = start + batch_size
+            yield FeatureBatch(
+                [x[start:stop] for x in whole.features], whole.lengths[start:stop], whole.available[start:stop]
+            )
+        return
+    if lengths is not None or available is not None:
+        raise ValueError("lengths and available must come inside each batch, as (features, lengths, available)")
+    if not isinstance(source, Iterable):
+        raise ValueError(f"features must be a mapping or an iterable of batches, got {type(source).__name__}")
+    if isinstance(source, Iterator):
+        raise ValueError(
+            "features is a one-shot iterator, but fitting reads it more than once: pass a list or a DataLoader"
+        )
+    for item in source:
+        if isinstance(item, Mapping):
+            yield prepare_batch(item, input_dims=input_dims)
+        elif isinstance(item, Sequence) and 1 <= len(item) <= 3:
+            yield prepare_batch(*item, input_dims=input_dims)
+        else:
+            raise ValueError(f"a batch must be a mapping or (features, lengths, available), got {type(item).__name__}")
+
+
+def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
+    """The modality as a floating (B, T, dim) tensor."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"features[{name!r}] must be a tensor or a numeric array, got {type(value).__name__}"
+        ) from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.get_default_dtype())
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 2:
+        tensor = tensor[:, None, :]
+    if tensor.ndim != 3 or tensor.shape[2] != dim or tensor.shape[1] == 0:
+        raise ValueError(f"features[{name!r}] has shape {shape}, wanted (B, T, {dim}) with T ≥ 1, or (B, {dim})")
+    return tensor
+
+
+def _check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+    if lengths is None:
+        return torch.full((batch,), steps, dtype=torch.int64, device=device)
+    length = torch.as_tensor(lengths)
+    if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool or length.shape != (batch,):
+        raise ValueError(
+            f"lengths must be integers of shape ({batch},), got {length.dtype} of shape {tuple(length.shape)}"
+        )
+    # Values are looked at where that is free: on a GPU it would stop the host until the device has caught up.
+    if length.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = int(length.min()), int(length.max())
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths must lie in 0..{steps}, got values from {low} to {high}")
+    return length.to(device=device, dtype=torch.int64).clamp(0, steps)
+
+
+def _check_available(available: Any, batch: int, modalities: int, device: torch.device) -> Tensor:
+    mask = torch.as_tensor(available)
+    if mask.dtype != torch.bool or mask.shape != (batch, modalities):
+        raise ValueError(
+            f"available must be booleans of shape ({batch}, {modalities}), got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return mask.to(device)
