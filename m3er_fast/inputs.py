@@ -19,15 +19,8 @@ FeatureSource = Features | Iterable[Any]
 """One mapping, or a re-iterable source of batches: mappings or (mapping, lengths[, available]) tuples."""
 
 
-class NotFittedError(RuntimeError, ValueError, AttributeError):
-    """Raised when a module whose state is learned by ``fit`` is used before it.
-
-    It derives from what scikit-learn's error of the same name derives from, so that either can be caught alike.
-    """
-
-
 class FeatureBatch(NamedTuple):
-    """A checked batch: every modality has a tensor, and unavailable ones hold zeros."""
+    """A checked batch: every modality has a tensor, with zeros in padding and where it is unavailable."""
 
     features: list[Tensor]  # M of (B, T, d_m), one floating dtype and device
     lengths: Tensor  # (B,) int64, valid leading frames of each sample
@@ -92,16 +85,21 @@ def prepare_batch(
                 f"features[{name!r}] is on {value.device}, but features[{first_name!r}] is on {first.device}"
             )
         dtype = torch.promote_types(dtype, value.dtype)
-    tensors = [
-        given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
-        for name, dim in input_dims.items()
-    ]
     length = _check_lengths(lengths, batch, steps, first.device)
     present = torch.tensor([name in given for name in names], device=first.device).expand(batch, -1)
     if available is not None:
         present = present & _check_available(available, batch, len(names), first.device)
     present = present & (length > 0)[:, None]
-    return FeatureBatch(tensors, length, present)
+    tensors = [
+        given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
+        for name, dim in input_dims.items()
+    ]
+    result = FeatureBatch(tensors, length, present)
+    if lengths is None and available is None:
+        return result
+    # Padding and unavailable modalities may hold anything, NaN included: nothing of it may reach arithmetic.
+    mask = result.frame_mask[:, :, None]
+    return result._replace(features=[x.where(mask & present[:, m, None, None], 0.0) for m, x in enumerate(tensors)])
 
 
 def iterate_batches(
@@ -183,6 +181,7 @@ def _check_available(available: Any, batch: int, modalities: int, device: torch.
     mask = torch.as_tensor(available)
     if mask.dtype != torch.bool or mask.shape != (batch, modalities):
         raise ValueError(
-            f"available must be booleans of shape ({batch}, {modalities}), got {mask.dtype} of shape {tuple(mask.shape)}"
+            f"available must be booleans of shape ({batch}, {modalities}), "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     return mask.to(device)
