@@ -1,0 +1,394 @@
+"""The operations of M3ER as functions: arguments are checked here, then a kernel or the reference computes.
+
+Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors' device, and an explicit name is an
+order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. This version has no
+GPU kernels yet: "auto" and "torch" both run the plain PyTorch implementation, on any device.
+
+Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
+Q queries, n bank rows, K neighbours, h hidden size, u memory size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from m3er_fast import neighbors, reference
+from m3er_fast.reference import Activation, GateProjections, MemoryScanWeights, Reduction, Variant
+
+__all__ = [
+    "BackendUnavailableError",
+    "GateProjections",
+    "MemoryScanWeights",
+    "class_costs",
+    "fusion_loss",
+    "gate_statistics",
+    "local_least_squares",
+    "memory_scan",
+    "nearest_neighbors",
+]
+
+
+class BackendUnavailableError(RuntimeError):
+    """An implementation was asked for by name and does not work here."""
+
+
+def fusion_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    variant: Variant = "m3er",
+    beta: float = 1.0,
+    detach_weight: bool = True,
+    activation: Activation = "softmax",
+    class_weight: Tensor | None = None,
+    modality_weight: Tensor | None = None,
+    available: Tensor | None = None,
+    margin: float | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Multiplicative fusion loss of several modalities' classifiers.
+
+    With p_m the probability that modality m gives a class y, the class costs
+
+        c(y) = -Σ_m v_m w_m(y) log p_m(y),    γ = β / (M_b - 1),
+
+        w_m = Π_{j≠m} (1 - p_j)^γ   "original"     Liu et al. 2018 (arXiv 1805.11730)
+        w_m = p_m^γ                 "m3er"         Mittal et al. 2020 (arXiv 1911.05659), the unbound index read as m
+        w_m = Π_{j≠m} p_j^γ         "m3er_cross"   the same formula, its index read as every other modality
+
+    where M_b counts the modalities available to the sample (M_b = 1: w = 1), and the loss is Σ_y t_y c(y) for a label
+    or a distribution t. With ``activation="sigmoid"`` the C outputs are yes/no questions, each with the loss
+    t·c(yes) + (1 - t)·c(no), where every answer has weights of its own probability. All is computed in log space:
+    costs and gradients are finite for every finite logit.
+
+    Args:
+        logits: (M, B, C), float16, bfloat16, float32 or float64; half precision is computed in float32.
+        target: (B,) integer labels, or (B, C): a floating distribution over classes ("softmax"), or answers in 0..1
+            ("sigmoid"; integers may hold ``ignore_index``). A label under "sigmoid" answers yes to its own question
+            and no to the others.
+        variant: which weight w_m.
+        beta: β ≥ 0, how strongly the weights tell modalities apart; 0 makes every weight 1.
+        detach_weight: stop gradients at w, as Liu's authors do. Without it -p^γ log p falls as p falls below
+            e^(-1/γ), so that a model starting there is trained away from the truth.
+        activation: how logits become probabilities: "softmax" over the classes or an elementwise "sigmoid".
+        class_weight: (C,) factors of the classes' costs.
+        modality_weight: (M,) factors v_m of the modalities' terms.
+        available: (B, M) bool, the modalities that take part; None for all. A sample without any has loss 0.
+        margin: Liu's boosted training: a sample (or question) has no loss while c(y) + margin < c(y') for all
+            y' ≠ y. For a distribution y is its likeliest class.
+        ignore_index: integer target without a loss.
+        reduction: "none" gives (B,) for "softmax" and (B, C) for "sigmoid"; "sum" adds these; "mean" divides the sum
+            as torch's losses do: for labels by the class weights of the labels that count, for distributions by B,
+            for questions by the number of questions that count. With nothing to count the mean is 0.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        The loss, in at least float32, differentiable in ``logits``.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted. Label values are looked at on the CPU only,
+            where that needs no synchronisation.
+        BackendUnavailableError: if the backend asked for does not work here.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])  # two modalities, one sample, two classes
+        >>> fusion_loss(logits, torch.tensor([0])).item()  # -p log p of either: 0.111792... + 0.346573...
+        0.4583...
+    """
+    _check_logits(logits)
+    modalities, batch, classes = logits.shape
+    _check_choice("variant", variant, Variant)
+    _check_choice("activation", activation, Activation)
+    _check_choice("reduction", reduction, Reduction)
+    _check_number("beta", beta)
+    if margin is not None:
+        _check_number("margin", margin)
+    _check_target(target, batch, classes, activation, ignore_index)
+    _check_vector("class_weight", class_weight, classes)
+    _check_vector("modality_weight", modality_weight, modalities)
+    _check_mask(available, batch, modalities)
+    _check_backend("fusion_loss", backend)
+    return reference.fusion_loss(
+        logits,
+        target,
+        variant=variant,
+        beta=beta,
+        detach_weight=detach_weight,
+        activation=activation,
+        class_weight=class_weight,
+        modality_weight=modality_weight,
+        available=available,
+        margin=margin,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+
+
+def class_costs(
+    logits: Tensor,
+    *,
+    variant: Variant = "original",
+    beta: float = 1.0,
+    modality_weight: Tensor | None = None,
+    available: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cost c(y) of every class, whose argmin is the decision rule of Liu et al. 2018 (arXiv 1805.11730).
+
+    Formula and arguments are those of :func:`fusion_loss` with softmax probabilities.
+
+    Returns:
+        (B, C) costs, in at least float32.
+
+    Raises:
+        ValueError: for bad arguments, and for any variant but "original": in the others a class that every modality
+            calls impossible costs 0, less than the true one, so that their argmin decides nothing.
+        BackendUnavailableError: if the backend asked for does not work here.
+    """
+    _check_logits(logits)
+    _check_choice("variant", variant, Variant)
+    if variant != "original":
+        raise ValueError(
+            f"variant {variant!r} has no decision rule: an impossible class costs 0 in it; "
+            "class_costs is defined for 'original', and predictions come from the fused head's probabilities"
+        )
+    _check_number("beta", beta)
+    _check_vector("modality_weight", modality_weight, logits.shape[0])
+    _check_mask(available, logits.shape[1], logits.shape[0])
+    _check_backend("class_costs", backend)
+    return reference.class_costs(logits, beta=beta, modality_weight=modality_weight, available=available)
+
+
+def gate_statistics(
+    features: Sequence[Tensor], projections: GateProjections, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The two statistics of the modality check.
+
+    correlation: ρ_ij = Pearson correlation, across the k canonical components, of u = H^i f_i and v = H^j f_j
+    (Mittal et al. 2020, arXiv 1911.05659); 0 where it is undefined because u or v does not vary.
+    energy: mean squared whitened coordinate of f_m; 1 on average over the data the check was fitted to.
+
+    Args:
+        features: M tensors (B, d_m), the utterance vectors.
+        projections: ``ModalityCheck.projections_``, with all constants folded in.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        correlation (B, P) with pairs ordered (0, 1), (0, 2), ..., (1, 2), ..., and energy (B, M).
+
+    Raises:
+        ValueError: naming the modality whose shape does not fit the projections.
+        BackendUnavailableError: if the backend asked for does not work here.
+    """
+    if len(features) != len(projections.center):
+        raise ValueError(f"features: got {len(features)} modalities, wanted {len(projections.center)}")
+    for m, (x, center) in enumerate(zip(features, projections.center, strict=True)):
+        if x.ndim != 2 or x.shape[1] != center.shape[0] or x.shape[0] != features[0].shape[0]:
+            raise ValueError(
+                f"features[{m}] has shape {tuple(x.shape)}, wanted ({features[0].shape[0]}, {center.shape[0]})"
+            )
+    _check_backend("gate_statistics", backend)
+    return reference.gate_statistics(features, projections)
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "auto") -> tuple[Tensor, Tensor]:
+    """The k rows of ``bank`` nearest to each query in the L2 norm.
+
+    Args:
+        query: (Q, d). A query that is not finite has no neighbours: distances inf, indices 0..k-1.
+        bank: (n, d), n ≥ 1, finite.
+        k: how many; more than n gives n.
+        engine: "torch" (exact, tiled), "faiss" (exact, on the CPU), or "auto", which is "torch" on every device.
+
+    Returns:
+        Squared distances (Q, min(k, n)), ascending, in at least float32, and row indices of the same shape, int64.
+
+    Raises:
+        ValueError: naming the argument and its shape.
+        BackendUnavailableError: if faiss is asked for and does not work here.
+    """
+    _check_matrix("query", query)
+    _check_matrix("bank", bank)
+    if query.shape[1] != bank.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
+    if not bank.shape[0]:
+        raise ValueError("bank is empty: wanted at least one row")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a positive int, got {k!r}")
+    if engine not in ("auto", "torch", "faiss"):
+        raise ValueError(f"engine must be 'auto', 'torch' or 'faiss', got {engine!r}")
+    if engine == "faiss":
+        try:
+            return neighbors.search_faiss(query, bank, min(k, bank.shape[0]))
+        except neighbors.FaissUnavailableError as error:
+            raise BackendUnavailableError(f"nearest_neighbors: engine 'faiss' does not work here: {error}") from error
+    return neighbors.search_torch(query, bank, min(k, bank.shape[0]))
+
+
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Tensor,
+    neighbors: Tensor,
+    *,
+    ridge: float = 1e-3,
+    affine: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Proxies: each query rebuilt from its neighbours, and the same combination of their partners' rows.
+
+    a = argmin_a ‖f - Σ_r a_r v_r‖² + λ·tr(G)/K·‖a‖², G = (v_r · v_s) over the K neighbours; proxy = Σ_r a_r w_r
+    (the relaxed linear map of Mittal et al. 2020, arXiv 1911.05659; ``affine=True`` adds Σ_r a_r = 1, the weights of
+    locally linear embedding). Solved in float64.
+
+    Args:
+        query: (Q, d), the vectors f. One that is not finite gets coefficients of zero.
+        bank: (n, d), the rows v_r.
+        targets: (n, e), the rows w_r paired with them.
+        neighbors: (Q, K) int64 rows of the bank, K ≥ 1, as :func:`nearest_neighbors` gives them.
+        ridge: λ ≥ 0. A ridge of 0 gives the minimum of least norm, so that collinear or repeated neighbours are safe.
+        affine: whether the coefficients of a query sum to 1.
+        backend: "auto", "torch", "triton" or "cupy".
+
+    Returns:
+        proxies (Q, e) and coefficients (Q, K), in at least float32.
+
+    Raises:
+        ValueError: naming the argument and its shape.
+        BackendUnavailableError: if the backend asked for does not work here.
+    """
+    for name, value in (("query", query), ("bank", bank), ("targets", targets)):
+        _check_matrix(name, value)
+    if query.shape[1] != bank.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
+    if targets.shape[0] != bank.shape[0]:
+        raise ValueError(f"targets has {targets.shape[0]} rows, but bank has {bank.shape[0]}: they must be paired")
+    if neighbors.ndim != 2 or neighbors.shape[0] != query.shape[0] or not neighbors.shape[1]:
+        raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}, wanted ({query.shape[0]}, K) with K ≥ 1")
+    if neighbors.dtype != torch.int64:
+        raise ValueError(f"neighbors must be int64, got {neighbors.dtype}")
+    if neighbors.numel() and neighbors.device.type == "cpu":
+        low, high = int(neighbors.min()), int(neighbors.max())
+        if low < 0 or high >= bank.shape[0]:
+            raise ValueError(f"neighbors must lie in 0..{bank.shape[0] - 1}, got values from {low} to {high}")
+    _check_number("ridge", ridge)
+    _check_backend("local_least_squares", backend, ("auto", "torch", "triton", "cupy"))
+    return reference.local_least_squares(query, bank, targets, neighbors, ridge=ridge, affine=affine)
+
+
+def memory_scan(
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    *,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrent core: one LSTM a modality, attention over their cells, and a gated memory.
+
+    For t = 1..T, with c the LSTM cells of all modalities side by side:
+
+        z_t = [c_{t-1} ; c_t],  r_t = softmax(W2 relu(W1 z_t)) * z_t
+        û_t = tanh(W4 relu(W3 r_t))
+        γ1, γ2 = sigmoid(W6 relu(W5 [r_t ; u])), sigmoid(W8 relu(W7 [r_t ; u]))
+        u = γ1 * u + γ2 * û_t
+
+    With ``weights.feedback`` the slice of r_{t-1} that belongs to modality m (old and new cell part), through a linear
+    map, is added to m's LSTM gates at t; without it this is the memory fusion network of Zadeh et al. 2018
+    (arXiv 1802.00927). A sample's states freeze after its last valid step; all states start at zero.
+
+    Args:
+        features: M tensors (B, T, d_m).
+        lengths: (B,) int64 in 0..T.
+        weights: see :class:`MemoryScanWeights`.
+        dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        The last hidden states (M, B, h) and the memory (B, u).
+
+    Raises:
+        ValueError: naming the argument and its shape.
+        BackendUnavailableError: if the backend asked for does not work here.
+    """
+    if len(features) != len(weights.input):
+        raise ValueError(f"features: got {len(features)} modalities, wanted {len(weights.input)}")
+    for m, (x, weight) in enumerate(zip(features, weights.input, strict=True)):
+        if x.ndim != 3 or x.shape[2] != weight.shape[1] or x.shape[:2] != features[0].shape[:2]:
+            wanted = (*features[0].shape[:2], weight.shape[1])
+            raise ValueError(f"features[{m}] has shape {tuple(x.shape)}, wanted {wanted}")
+    if lengths.shape != features[0].shape[:1]:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({features[0].shape[0]},)")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    _check_backend("memory_scan", backend)
+    return reference.memory_scan(features, lengths, weights, dropout=dropout)
+
+
+def _check_backend(op: str, backend: str, known: tuple[str, ...] = ("auto", "torch", "triton")) -> None:
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {backend!r}")
+    if backend not in ("auto", "torch"):
+        raise BackendUnavailableError(f"{op}: this version of m3er-fast has no {backend} kernel for it; use 'torch'")
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 3 or not logits.shape[0] or not logits.shape[2] or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floating of shape (M, B, C) with M, C ≥ 1, got {logits.dtype} of {tuple(logits.shape)}"
+        )
+
+
+def _check_target(target: Tensor, batch: int, classes: int, activation: str, ignore_index: int) -> None:
+    by_label = target.ndim == 1
+    shape = (batch,) if by_label else (batch, classes)
+    if target.shape != shape or target.is_complex():
+        raise ValueError(f"target has shape {tuple(target.shape)}, wanted ({batch},) labels or ({batch}, {classes})")
+    integral = not target.is_floating_point()
+    if by_label and (not integral or target.dtype == torch.bool):
+        raise ValueError(f"target of shape ({batch},) must hold integer labels, got {target.dtype}")
+    if not by_label and integral and activation == "softmax":
+        raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
+        return
+    highest = classes - 1 if by_label else 1
+    values = target[target != ignore_index] if integral else target
+    if values.numel() and not bool(((values >= 0) & (values <= highest)).all()):
+        ignored = f" or {ignore_index}" if integral else ""
+        raise ValueError(
+            f"target must lie in 0..{highest}{ignored}, got values from {values.min().item()} to {values.max().item()}"
+        )
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}")
+
+
+def _check_vector(name: str, value: Tensor | None, size: int) -> None:
+    if value is not None and value.shape != (size,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, wanted ({size},)")
+
+
+def _check_mask(available: Tensor | None, batch: int, modalities: int) -> None:
+    if available is not None and (available.shape != (batch, modalities) or available.dtype != torch.bool):
+        raise ValueError(
+            f"available must be bool of shape ({batch}, {modalities}), "
+            f"got {available.dtype} of {tuple(available.shape)}"
+        )
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    if value.ndim != 2 or not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating matrix, got {value.dtype} of shape {tuple(value.shape)}")

@@ -1,0 +1,428 @@
+"""Every operation of M3ER in plain PyTorch: the definition, the CPU path, and the yardstick of every faster path.
+
+The functions assume checked arguments (``functional`` checks them) and take any floating dtype; half precision is
+computed in float32. Gradients are autograd's.
+
+Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
+k canonical components, Q queries, n bank rows, K neighbours, h hidden size, u memory size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Variant = Literal["original", "m3er", "m3er_cross"]
+Activation = Literal["softmax", "sigmoid"]
+Reduction = Literal["none", "mean", "sum"]
+
+# Below this ridge the normal equations lose the small singular values, even in float64; the SVD keeps them.
+_SMALLEST_CHOLESKY_RIDGE = 1e-8
+
+
+def upcast(x: Tensor) -> Tensor:
+    """``x`` in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def modality_pairs(modalities: int) -> list[tuple[int, int]]:
+    """The unordered pairs in the order of every (B, P) result: (0, 1), (0, 2), ..., (1, 2), ..."""
+    return list(combinations(range(modalities), 2))
+
+
+# --- Multiplicative fusion loss (method step 4) ---
+
+
+def log_probabilities(
+    logits: Tensor, available: Tensor | None = None, activation: Activation = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """Log p and log(1 - p) of every class, each to full relative precision as p tends to 0 or to 1.
+
+    log(1 - exp(log p)) would lose its digits there. With s = Σ_{j≠top} exp(x_j - x_top), the likeliest class has
+    log p = -log(1 + s) and 1 - p = s / (1 + s); every other class has p ≤ 1/2, where log1p(-p) is exact enough.
+
+    Args:
+        logits: (M, B, C).
+        available: (B, M) bool or None; an unavailable modality is treated as logits of zero, whatever it holds.
+        activation: "softmax" over the classes or an elementwise "sigmoid".
+
+    Returns:
+        Two (M, B, C) tensors, finite for finite logits.
+    """
+    if available is not None:
+        logits = torch.where(available.T[:, :, None], logits, 0.0)
+    # Costs of up to eight modalities must still add up to a finite number.
+    bound = torch.finfo(logits.dtype).max / 16
+    if activation == "sigmoid":
+        logits = logits.clamp(-bound, bound)
+        return F.logsigmoid(logits), F.logsigmoid(-logits)
+    if logits.shape[-1] == 1:  # the only class is certain: no cost, no gradient
+        return logits * 0.0, logits * 0.0 - bound
+    top_value, top = logits.max(dim=-1, keepdim=True)
+    is_top = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, top, True)
+    shifted = (logits - top_value).clamp(min=-bound)
+    exponentials = torch.where(is_top, 0.0, shifted.exp())
+    rest = exponentials.sum(dim=-1, keepdim=True)
+    log_total = rest.log1p()
+    log_rest = shifted.masked_fill(is_top, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    log_not_p = torch.where(is_top, log_rest - log_total, torch.log1p(-exponentials / (1.0 + rest)))
+    return shifted - log_total, log_not_p
+
+
+def fusion_costs(
+    log_p: Tensor,
+    log_not_p: Tensor,
+    *,
+    variant: Variant,
+    beta: float,
+    detach_weight: bool,
+    modality_weight: Tensor | None,
+    available: Tensor | None,
+) -> Tensor:
+    """Cost of every class: c(y) = -Σ_m v_m w_m(y) log p_m(y).
+
+    The weight w_m is Π_{j≠m} (1 - p_j)^γ for "original" (Liu et al. 2018), p_m^γ for "m3er" and Π_{j≠m} p_j^γ for
+    "m3er_cross"; γ = β / (M_b - 1), where M_b counts the modalities available to the sample, and w = 1 if M_b = 1.
+
+    Args:
+        log_p: (M, B, C), log p.
+        log_not_p: (M, B, C), log(1 - p).
+        variant: which weight.
+        beta: β ≥ 0.
+        detach_weight: whether gradients stop at w.
+        modality_weight: (M,) factors v_m, or None for ones.
+        available: (B, M) bool, or None for all available.
+
+    Returns:
+        (B, C) costs; 0 for a sample without modalities.
+    """
+    modalities, batch = log_p.shape[:2]
+    if available is None:
+        present = torch.ones((modalities, batch, 1), dtype=torch.bool, device=log_p.device)
+    else:
+        present = available.T[:, :, None]
+    count = present.sum(dim=0)
+    gamma = torch.where(count > 1, beta / (count - 1).clamp(min=1), 0.0).to(log_p.dtype)
+    evidence = torch.where(present, log_not_p if variant == "original" else log_p, 0.0)
+    if detach_weight:
+        evidence = evidence.detach()
+    cost = torch.zeros_like(log_p[0])
+    for m in range(modalities):
+        if variant == "m3er":
+            log_weight = evidence[m]
+        else:  # summed anew for each m: total minus own would cancel where one modality dominates
+            log_weight = sum((evidence[j] for j in range(modalities) if j != m), torch.zeros_like(cost))
+        term = torch.where(present[m], (gamma * log_weight).exp() * log_p[m], 0.0)
+        cost = cost - (term if modality_weight is None else modality_weight[m] * term)
+    return cost
+
+
+def fusion_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    variant: Variant = "m3er",
+    beta: float = 1.0,
+    detach_weight: bool = True,
+    activation: Activation = "softmax",
+    class_weight: Tensor | None = None,
+    modality_weight: Tensor | None = None,
+    available: Tensor | None = None,
+    margin: float | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Multiplicative fusion loss; :func:`m3er_fast.functional.fusion_loss` documents it."""
+    log_p, log_not_p = log_probabilities(upcast(logits), available, activation)
+    costs = partial(
+        fusion_costs,
+        variant=variant,
+        beta=beta,
+        detach_weight=detach_weight,
+        modality_weight=None if modality_weight is None else modality_weight.to(log_p),
+        available=available,
+    )
+    if class_weight is not None:
+        class_weight = class_weight.to(log_p)
+    if activation == "sigmoid":
+        yes, no = costs(log_p, log_not_p), costs(log_not_p, log_p)
+        loss, weight = _question_losses(yes, no, target, class_weight, margin, ignore_index)
+    else:
+        loss, weight = _label_losses(costs(log_p, log_not_p), target, class_weight, margin, ignore_index)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    # An empty or wholly ignored batch has the mean 0, not 0/0: one such batch must not poison a training run.
+    total = weight.sum()
+    return loss.sum() / torch.where(total > 0, total, 1.0)
+
+
+def class_costs(
+    logits: Tensor,
+    *,
+    beta: float = 1.0,
+    modality_weight: Tensor | None = None,
+    available: Tensor | None = None,
+) -> Tensor:
+    """Liu's cost of every class; :func:`m3er_fast.functional.class_costs` documents it."""
+    log_p, log_not_p = log_probabilities(upcast(logits), available)
+    return fusion_costs(
+        log_p,
+        log_not_p,
+        variant="original",
+        beta=beta,
+        detach_weight=False,
+        modality_weight=None if modality_weight is None else modality_weight.to(log_p),
+        available=available,
+    )
+
+
+def _label_losses(
+    cost: Tensor, target: Tensor, class_weight: Tensor | None, margin: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and weight (B,) of a label or a distribution over classes: Σ_y t_y c(y)."""
+    if target.is_floating_point():
+        share = target.to(cost)
+        active = _margin_active(cost, share.argmax(dim=1), margin)
+        weighted = share if class_weight is None else share * class_weight
+        return (weighted * cost).sum(dim=1) * active, torch.ones_like(active)
+    kept = target != ignore_index
+    label = torch.where(kept, target, 0)
+    weight = kept.to(cost) if class_weight is None else kept * class_weight[label]
+    own = torch.where(kept, cost.gather(1, label[:, None])[:, 0], 0.0)
+    return own * weight * _margin_active(cost, label, margin), weight
+
+
+def _question_losses(
+    yes: Tensor, no: Tensor, target: Tensor, class_weight: Tensor | None, margin: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and weight (B, C) of C yes/no questions: t·c(yes) + (1 - t)·c(no)."""
+    if target.is_floating_point():
+        kept, answer = torch.ones_like(yes, dtype=torch.bool), target
+    else:
+        kept = target != ignore_index
+        answer = torch.where(kept, target, 0)
+        if target.ndim == 1:  # the label answers yes to its own question and no to the others
+            kept, answer = kept[:, None].expand(yes.shape), F.one_hot(answer, yes.shape[1])
+    answer = answer.to(yes)
+    loss = answer * yes + (1.0 - answer) * no
+    if margin is not None:
+        says_yes = answer >= 0.5
+        right, wrong = torch.where(says_yes, yes, no), torch.where(says_yes, no, yes)
+        loss = loss * ~(right.detach() + margin < wrong.detach())
+    if class_weight is not None:
+        loss = loss * class_weight
+    # As in torch's binary cross entropy the mean divides by the number of questions, not by their class weights.
+    return torch.where(kept, loss, 0.0), kept.to(yes)
+
+
+def _margin_active(cost: Tensor, label: Tensor, margin: float | None) -> Tensor:
+    """(B,) 1 where the sample still has something to learn, 0 where c(y) + margin < c(y') for all other y'."""
+    if margin is None:
+        return cost.new_ones(cost.shape[0])
+    cost = cost.detach()
+    own = cost.gather(1, label[:, None])
+    best_other = cost.scatter(1, label[:, None], torch.inf).amin(dim=1, keepdim=True)
+    return (~(own + margin < best_other))[:, 0].to(cost)
+
+
+# --- Modality check (method step 1) ---
+
+
+class GateProjections(NamedTuple):
+    """The fitted matrices of a modality check, every constant folded in.
+
+    A pair's projection holds H, the standardisation of its view, the component weights and the centring over the k
+    components, so that Pearson's ρ over the components is the cosine of the two projected vectors.
+    """
+
+    center: list[Tensor]  # M of (d_m,), subtracted first: a large common offset would otherwise cancel late
+    left: list[Tensor]  # P of (k_p, d_i)
+    left_bias: list[Tensor]  # P of (k_p,)
+    right: list[Tensor]  # P of (k_p, d_j)
+    right_bias: list[Tensor]  # P of (k_p,)
+    whitener: list[Tensor]  # M of (r_m, d_m)
+
+
+def gate_statistics(features: Sequence[Tensor], projections: GateProjections) -> tuple[Tensor, Tensor]:
+    """Correlation per pair and energy per modality; :func:`m3er_fast.functional.gate_statistics` documents it."""
+    centered = [upcast(x) - c.to(upcast(x)) for x, c in zip(features, projections.center, strict=True)]
+    correlation = []
+    for p, (i, j) in enumerate(modality_pairs(len(features))):
+        x, y = centered[i], centered[j]
+        u = F.linear(x, projections.left[p].to(x), projections.left_bias[p].to(x))
+        v = F.linear(y, projections.right[p].to(y), projections.right_bias[p].to(y))
+        norms = u.norm(dim=1) * v.norm(dim=1)
+        correlation.append(torch.where(norms > 0, (u * v).sum(dim=1) / norms, 0.0).clamp(-1.0, 1.0))
+    energy = [
+        F.linear(x, w.to(x)).square().sum(dim=1) / max(w.shape[0], 1)
+        for x, w in zip(centered, projections.whitener, strict=True)
+    ]
+    batch = centered[0].shape[0]
+    stacked = torch.stack(correlation, dim=1) if correlation else centered[0].new_zeros((batch, 0))
+    return stacked, torch.stack(energy, dim=1)
+
+
+# --- Proxy feature vectors (method step 2) ---
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared L2 distances (Q, k) ascending and indices (Q, k) of the k bank rows nearest to each query."""
+    query, bank = upcast(query), upcast(bank)
+    if not query.shape[0]:
+        return query.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=query.device)
+    # One query at a time, by differences: slow, but exact where ‖q‖² - 2qb + ‖b‖² has cancelled to noise.
+    distances = torch.stack([(bank - row).square().sum(dim=1) for row in query])
+    nearest = distances.topk(k, dim=1, largest=False, sorted=True)
+    return nearest.values, nearest.indices
+
+
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Tensor,
+    neighbors: Tensor,
+    *,
+    ridge: float = 1e-3,
+    affine: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Proxies and coefficients; :func:`m3er_fast.functional.local_least_squares` documents it."""
+    rows = upcast(bank)[neighbors]  # (Q, K, d)
+    wanted = upcast(query)
+    # The coefficients do not change with a common scale of both sides, so that squares need never overflow.
+    tiny = torch.finfo(rows.dtype).tiny
+    scale = rows.abs().amax(dim=(1, 2)).maximum(wanted.abs().amax(dim=1)).clamp(min=tiny)
+    usable = torch.isfinite(scale)
+    scale = torch.where(usable, scale, 1.0)
+    # Float64 inside: Gram matrices square the condition number, and neighbours are nearly collinear by nature.
+    rows64 = torch.where(usable[:, None, None], rows, 0.0).double() / scale[:, None, None]
+    wanted64 = torch.where(usable[:, None], wanted, 0.0).double() / scale[:, None]
+    solve = _affine_weights if affine else _ridge_weights
+    coefficients = solve(rows64, wanted64, ridge, torch.finfo(rows.dtype).eps)
+    coefficients = torch.where(usable[:, None], coefficients, 0.0).to(rows.dtype)
+    proxies = (coefficients[:, None, :] @ upcast(targets)[neighbors].to(rows.dtype))[:, 0]
+    return proxies, coefficients
+
+
+def _ridge_weights(rows: Tensor, wanted: Tensor, ridge: float, precision: float) -> Tensor:
+    """argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖², μ = ridge·tr(G)/K; the one of least norm where μ = 0."""
+    neighbors = rows.shape[1]
+    if ridge < _SMALLEST_CHOLESKY_RIDGE:
+        return _filtered_solution(rows, wanted, ridge * rows.square().sum(dim=(1, 2)) / neighbors, precision)
+    gram = rows @ rows.mT
+    gram = _add_ridge(gram, ridge * _mean_diagonal(gram))
+    right = rows @ wanted[:, :, None]
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))[:, :, 0]
+
+
+def _affine_weights(rows: Tensor, wanted: Tensor, ridge: float, precision: float) -> Tensor:
+    """The same minimum subject to Σ a = 1.
+
+    With Σ a = 1 the residual is -Σ a_r (v_r - f): writing D for the rows v_r - f, a is proportional to
+    (D Dᵀ + μI)⁻¹ 1, where μ is still taken from the Gram matrix of the neighbours themselves.
+    """
+    neighbors = rows.shape[1]
+    difference = rows - wanted[:, None, :]
+    penalty = ridge * rows.square().sum(dim=(1, 2)) / neighbors
+    if ridge < _SMALLEST_CHOLESKY_RIDGE:
+        mean = difference.mean(dim=1)
+        return 1.0 / neighbors + _filtered_solution(difference - mean[:, None, :], -mean, penalty, precision)
+    gram = _add_ridge(difference @ difference.mT, penalty)
+    gram = gram / _mean_diagonal(gram)[:, None, None]
+    ones = torch.ones_like(gram[:, :, :1])
+    weights = torch.cholesky_solve(ones, torch.linalg.cholesky(gram))[:, :, 0]
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _filtered_solution(rows: Tensor, wanted: Tensor, penalty: Tensor, precision: float) -> Tensor:
+    """Tikhonov solution by the SVD of the rows; directions below the precision of the data are left out."""
+    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    largest = singular.amax(dim=1, keepdim=True)
+    cutoff = max(rows.shape[1:]) * precision * largest
+    kept = singular > cutoff
+    filtered = torch.where(kept, singular / torch.where(kept, singular.square() + penalty[:, None], 1.0), 0.0)
+    solution: Tensor = left @ (filtered[:, :, None] * (right @ wanted[:, :, None]))
+    return solution[:, :, 0]
+
+
+def _mean_diagonal(gram: Tensor) -> Tensor:
+    return torch.diagonal(gram, dim1=1, dim2=2).mean(dim=1)
+
+
+def _add_ridge(gram: Tensor, penalty: Tensor) -> Tensor:
+    """Return gram + penalty·I; a Gram matrix of zeros gets a positive one, which leaves its zero solution as it is."""
+    penalty = penalty.clamp(min=torch.finfo(gram.dtype).tiny)
+    return gram + penalty[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+
+
+# --- Classification network (method step 3) ---
+
+
+class MemoryScanWeights(NamedTuple):
+    """Weights of the recurrent core; LSTM gates in torch's order (input, forget, cell, output).
+
+    A two-layer part is (first weight, first bias, second weight, second bias), with a relu and dropout between.
+    """
+
+    input: list[Tensor]  # M of (4h, d_m)
+    recurrent: Tensor  # (M, 4h, h)
+    bias: Tensor  # (M, 4h)
+    feedback: Tensor | None  # (M, 4h, 2h) or None: the plain memory fusion network
+    attention: tuple[Tensor, Tensor, Tensor, Tensor]  # 2hM -> a -> 2hM
+    candidate: tuple[Tensor, Tensor, Tensor, Tensor]  # 2hM -> b -> u
+    retain: tuple[Tensor, Tensor, Tensor, Tensor]  # 2hM + u -> g -> u
+    update: tuple[Tensor, Tensor, Tensor, Tensor]  # 2hM + u -> g -> u
+
+
+def memory_scan(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states (M, B, h) and memory (B, u); :func:`m3er_fast.functional.memory_scan` documents it."""
+    batch, steps = features[0].shape[:2]
+    modalities, _, size = weights.recurrent.shape
+    # The input's share of the gates does not depend on the state: one large product over all steps.
+    from_input = torch.stack(
+        [F.linear(x, w, b) for x, w, b in zip(features, weights.input, weights.bias, strict=True)]
+    )  # (M, B, T, 4h)
+    hidden = from_input.new_zeros((modalities, batch, size))
+    cell = torch.zeros_like(hidden)
+    memory = from_input.new_zeros((batch, weights.candidate[2].shape[0]))
+    attended = from_input.new_zeros((batch, 2 * modalities * size))
+    for t in range(steps):
+        gates = from_input[:, :, t] + hidden @ weights.recurrent.mT
+        if weights.feedback is not None:
+            # (B, old|new, M, h) -> (M, B, old|new of the modality)
+            own = attended.view(batch, 2, modalities, size).permute(2, 0, 1, 3).reshape(modalities, batch, 2 * size)
+            gates = gates + own @ weights.feedback.mT
+        enter, keep, value, show = gates.chunk(4, dim=2)
+        new_cell = keep.sigmoid() * cell + enter.sigmoid() * value.tanh()
+        new_hidden = show.sigmoid() * new_cell.tanh()
+        both = torch.cat([_side_by_side(cell), _side_by_side(new_cell)], dim=1)  # z_t, (B, 2Mh)
+        attended = _two_layers(both, weights.attention, dropout).softmax(dim=1) * both
+        candidate = _two_layers(attended, weights.candidate, dropout).tanh()
+        context = torch.cat([attended, memory], dim=1)
+        retain = _two_layers(context, weights.retain, dropout).sigmoid()
+        update = _two_layers(context, weights.update, dropout).sigmoid()
+        alive = (t < lengths)[:, None]
+        hidden = torch.where(alive, new_hidden, hidden)
+        cell = torch.where(alive, new_cell, cell)
+        memory = torch.where(alive, retain * memory + update * candidate, memory)
+    return hidden, memory
+
+
+def _side_by_side(state: Tensor) -> Tensor:
+    """(M, B, h) as (B, M·h)."""
+    return state.transpose(0, 1).flatten(1)
+
+
+def _two_layers(x: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor], dropout: float) -> Tensor:
+    first, first_bias, second, second_bias = layers
+    inner = F.dropout(F.relu(F.linear(x, first, first_bias)), dropout, training=dropout > 0)
+    return F.linear(inner, second, second_bias)
