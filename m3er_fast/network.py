@@ -1,0 +1,142 @@
+"""The classification network (step 3 of the method): LSTMs, attention over their cells, a gated memory, two fusions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m3er_fast import functional
+from m3er_fast.config import NetworkConfig
+from m3er_fast.functional import MemoryScanWeights
+from m3er_fast.inputs import Features, check_input_dims, prepare_batch
+
+
+class NetworkOutput(NamedTuple):
+    """What the network says of a batch."""
+
+    logits: Tensor  # (B, C), of the fused head
+    modality_logits: Tensor  # (M, B, C), of each modality's own head
+    fused: Tensor  # (B, fusion + memory): multiplicatively fused features beside the memory
+
+
+class MemoryFusionNetwork(nn.Module):
+    """LSTM and memory classification network of M3ER.
+
+    One LSTM a modality, whose cells an attention module reads at every step; what it attends to updates a gated memory
+    u and, with ``feedback``, the LSTMs' inputs at the next step (the formulas stand at
+    :func:`m3er_fast.functional.memory_scan`). The last hidden states h_m are fused multiplicatively,
+
+        e = ⊙_m (A_m h_m + b_m),
+
+    and [e ; u] → Linear ``head`` → relu → Linear C gives the logits. Each modality has a head of its own,
+    Linear C of h_m, whose probabilities the multiplicative fusion loss weighs.
+    Sources: Mittal et al. 2020 (arXiv 1911.05659); Zadeh et al. 2018 (arXiv 1802.00927), which ``feedback=False`` is.
+
+    Args:
+        input_dims: feature count d_m of each modality, in order.
+        num_classes: C.
+        hidden: size of every LSTM.
+        memory: size of u.
+        attention: sizes of the inner layers of the attention, of the candidate û, and of the two gates.
+        fusion: size of e.
+        head: size of the inner layer of the fused head.
+        dropout: share of units dropped after each inner relu while training.
+        feedback: whether the attended cells reach the LSTMs.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        input_dims: Mapping[str, int],
+        num_classes: int,
+        hidden: int = 32,
+        memory: int = 128,
+        attention: Sequence[int] = (128, 64, 64),
+        fusion: int = 32,
+        head: int = 64,
+        dropout: float = 0.0,
+        feedback: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dims = check_input_dims(input_dims)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
+        config = NetworkConfig(hidden, memory, tuple(attention), fusion, head, dropout, feedback)  # type: ignore[arg-type]
+        self.num_classes = num_classes
+        self.dropout = config.dropout
+        modalities = len(self.input_dims)
+        cells = 2 * hidden * modalities  # old and new cells of all modalities side by side
+        attention_inner, candidate_inner, gate_inner = config.attention
+        self.lstms = nn.ModuleList(nn.LSTMCell(dim, hidden) for dim in self.input_dims.values())
+        self.attention = _two_layers(cells, attention_inner, cells)
+        self.candidate = _two_layers(cells, candidate_inner, memory)
+        self.retain = _two_layers(cells + memory, gate_inner, memory)
+        self.update = _two_layers(cells + memory, gate_inner, memory)
+        self.feedback = (
+            nn.ModuleList(nn.Linear(2 * hidden, 4 * hidden, bias=False) for _ in range(modalities))
+            if config.feedback
+            else None
+        )
+        self.fusion = nn.ModuleList(nn.Linear(hidden, fusion) for _ in range(modalities))
+        self.head = _two_layers(fusion + memory, head, num_classes)
+        self.modality_heads = nn.ModuleList(nn.Linear(hidden, num_classes) for _ in range(modalities))
+
+    def forward(self, features: Features, lengths: Any = None, available: Any = None) -> NetworkOutput:
+        """Classify a batch.
+
+        Args:
+            features: mapping from modality to a (B, T, d_m) or (B, d_m) tensor; a missing one is read as zeros.
+            lengths: (B,) valid leading frames, or None for all.
+            available: (B, M) bool; what it excludes is read as zeros.
+
+        Raises:
+            ValueError: naming the modality, the shape got and the shape wanted.
+        """
+        batch = prepare_batch(features, lengths, available, input_dims=self.input_dims)
+        return self.classify(batch.features, batch.lengths)
+
+    def classify(self, features: Sequence[Tensor], lengths: Tensor) -> NetworkOutput:
+        """Classify M checked (B, T, d_m) tensors that hold zeros in padding."""
+        weights = self.scan_weights()
+        features = [x.to(weights.bias.dtype) for x in features]
+        dropout = self.dropout if self.training else 0.0
+        hidden, memory = functional.memory_scan(features, lengths, weights, dropout=dropout)
+        states = hidden.unbind(0)
+        fused = torch.stack([layer(h) for layer, h in zip(self.fusion, states, strict=True)]).prod(dim=0)
+        fused = torch.cat([fused, memory], dim=1)
+        inner = nn.functional.dropout(torch.relu(self.head[0](fused)), dropout, training=self.training)
+        modality_logits = torch.stack([layer(h) for layer, h in zip(self.modality_heads, states, strict=True)])
+        return NetworkOutput(self.head[1](inner), modality_logits, fused)
+
+    def scan_weights(self) -> MemoryScanWeights:
+        """The recurrent core's weights, in the layout of :func:`m3er_fast.functional.memory_scan`."""
+        lstms: list[Any] = list(self.lstms)
+        return MemoryScanWeights(
+            input=[lstm.weight_ih for lstm in lstms],
+            recurrent=torch.stack([lstm.weight_hh for lstm in lstms]),
+            bias=torch.stack([lstm.bias_ih + lstm.bias_hh for lstm in lstms]),
+            feedback=None if self.feedback is None else torch.stack([_parameters(layer)[0] for layer in self.feedback]),
+            attention=_layer_weights(self.attention),
+            candidate=_layer_weights(self.candidate),
+            retain=_layer_weights(self.retain),
+            update=_layer_weights(self.update),
+        )
+
+
+def _two_layers(size: int, inner: int, out: int) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(size, inner), nn.Linear(inner, out)])
+
+
+def _layer_weights(layers: nn.ModuleList) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = (_parameters(layer) for layer in layers)
+    return first[0], first[1], second[0], second[1]
+
+
+def _parameters(layer: nn.Module) -> list[Tensor]:
+    """A linear layer's weight and, if it has one, bias."""
+    return list(layer.parameters(recurse=False))
