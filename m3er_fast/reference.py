@@ -259,12 +259,15 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
         x, y = centered[i], centered[j]
         u = F.linear(x, projections.left[p].to(x), projections.left_bias[p].to(x))
         v = F.linear(y, projections.right[p].to(y), projections.right_bias[p].to(y))
-        norms = u.norm(dim=1) * v.norm(dim=1)
-        correlation.append(torch.where(norms > 0, (u * v).sum(dim=1) / norms, 0.0).clamp(-1.0, 1.0))
-    energy = [
-        F.linear(x, w.to(x)).square().sum(dim=1) / max(w.shape[0], 1)
-        for x, w in zip(centered, projections.whitener, strict=True)
-    ]
+        u_norm, v_norm = u.norm(dim=1), v.norm(dim=1)
+        cosine = (u / u_norm[:, None] * (v / v_norm[:, None])).sum(dim=1).clamp(-1.0, 1.0)
+        defined = (u_norm > 0) & (v_norm > 0) & torch.isfinite(cosine)
+        correlation.append(torch.where(defined, cosine, 0.0))
+    energy = []
+    for x, whitener in zip(centered, projections.whitener, strict=True):
+        whitened = F.linear(x, whitener.to(x))
+        largest = torch.finfo(x.dtype).max
+        energy.append((whitened.square().sum(dim=1) / max(whitener.shape[0], 1)).nan_to_num(largest, largest))
     batch = centered[0].shape[0]
     stacked = torch.stack(correlation, dim=1) if correlation else centered[0].new_zeros((batch, 0))
     return stacked, torch.stack(energy, dim=1)

@@ -1,0 +1,426 @@
+"""The modality check (step 1 of the method): which modalities of a sample can be trusted.
+
+Dimension legend: M modalities, B samples, T time steps, d_m features of modality m, D_m features of its utterance
+vector (d_m, or 2·d_m with pooling "mean_std"), P pairs of modalities, k_p components of pair p, n calibration samples,
+S = 2^(M-1) sets of other modalities.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+
+from m3er_fast import functional
+from m3er_fast.cca import canonical_directions, whiten
+from m3er_fast.config import CheckConfig, Pooling, Rule, Statistic
+from m3er_fast.functional import GateProjections
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.moments import Moments
+from m3er_fast.reference import modality_pairs
+from m3er_fast.standardize import StandardizedBatch, clean_frames
+from m3er_fast.state import FittedModule
+
+# Share of the training samples kept for calibration, and the most that are worth keeping: a p-value's own standard
+# error is then below 0.0035 at 0.05.
+_CALIBRATION_SHARE = 0.2
+_MOST_CALIBRATION = 4096
+
+
+class CheckResult(NamedTuple):
+    """What the modality check says of a batch; every entry is finite."""
+
+    effective: Tensor  # (B, M) bool
+    correlation: Tensor  # (B, P) ρ of each pair, 0 where undefined or a side is unavailable
+    energy: Tensor  # (B, M) mean squared whitened coordinate, 0 where unavailable
+    p_value: Tensor  # (B, M) conformal p-value of "this modality is as in training", 0 where unavailable
+
+
+class ModalityCheck(FittedModule):
+    """Judges, per sample, which modalities are effective and which are noise.
+
+    On the utterance vectors f_m (mean over valid frames) two statistics are measured (formulas at
+    :func:`m3er_fast.functional.gate_statistics`): the *correlation* ρ_ij of each pair across its canonical components
+    (Mittal et al. 2020, arXiv 1911.05659), and the *energy* of each modality in its own whitened space, which the
+    paper does not have: ρ does not see scale, and weakly correlated modalities it hardly tells from noise.
+
+    Both become conformal p-values (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005) against
+    a held-out part of the training data: the share of calibration samples at least as odd as this one. A modality is
+    ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data at most a share ``alpha``
+    of samples lose it.
+
+    * correlation: ρ_mj is ranked among the calibration samples' and the largest rank over the other available
+      modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
+      Low is odd. Without another modality to compare with there is no evidence, and p = 1.
+    * energy: two-sided; noise raises it, silence and frozen sensors lower it.
+    * combined: Bonferroni of both, p = min(1, 2·min(p_correlation, p_energy)).
+
+    With ``threshold`` τ the paper's form replaces the correlation's p-value: ineffectual if ρ < τ against every other
+    modality (or any, by ``rule``); in the combined check the energy is then tested alone at ``alpha``.
+
+    Args:
+        input_dims: feature count d_m of each modality, in order; at least two.
+        n_components: ceiling of the canonical components of a pair (the paper's 100).
+        statistic: "combined", "energy", or "correlation" (the paper).
+        rule: "all" or "any", see above.
+        alpha: share of clean samples that may lose a modality.
+        threshold: τ, one number or one a pair; None calibrates instead.
+        component_weights: "canonical" scales component c of both sides by sqrt(s_c), s the canonical correlations;
+            None is the paper.
+        pooling: "mean", or "mean_std": mean and standard deviation over the frames side by side.
+        ridge: shrinkage of each covariance, in units of its mean variance.
+
+    Attributes:
+        projections_: the fitted matrices, as ``functional.gate_statistics`` takes them.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        input_dims: Mapping[str, int],
+        n_components: int = 100,
+        statistic: Statistic = "combined",
+        rule: Rule = "all",
+        alpha: float = 0.05,
+        threshold: float | tuple[float, ...] | None = None,
+        component_weights: Literal["canonical"] | None = "canonical",
+        pooling: Pooling = "mean",
+        ridge: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.input_dims = check_input_dims(input_dims)
+        if len(self.input_dims) < 2:
+            raise ValueError(
+                f"input_dims: the check compares modalities, so it needs two or more, got {self.input_dims}"
+            )
+        self.config = CheckConfig(n_components, statistic, rule, alpha, threshold, component_weights, pooling, ridge)
+        self._pairs = modality_pairs(len(self.input_dims))
+        if isinstance(self.config.threshold, tuple) and len(self.config.threshold) != len(self._pairs):
+            raise ValueError(
+                f"threshold has {len(self.config.threshold)} values, wanted one for {len(self._pairs)} pairs"
+            )
+        nothing = torch.zeros(0)
+        self.register_learned(
+            **{f"center_{m}": nothing for m in range(len(self.input_dims))},
+            **{f"whitener_{m}": nothing for m in range(len(self.input_dims))},
+            **{f"{side}_{p}": nothing for p in range(len(self._pairs)) for side in _PAIR_BUFFERS},
+            pair_scores=nothing,
+            pair_count=nothing.long(),
+            rank_scores=nothing,
+            rank_count=nothing.long(),
+            energy_scores=nothing,
+            energy_count=nothing.long(),
+        )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether ``fit`` was called, or a fitted state loaded."""
+        return self.learned("energy_count").numel() > 0
+
+    @property
+    def projections_(self) -> GateProjections:
+        """The fitted matrices with every constant folded in; before ``fit`` there is no such attribute."""
+        if not self.is_fitted:
+            raise AttributeError("projections_ exists once fit has been called")
+        return self._projections()
+
+    def _projections(self) -> GateProjections:
+        modalities, pairs = range(len(self.input_dims)), range(len(self._pairs))
+        return GateProjections(
+            center=[self.learned(f"center_{m}") for m in modalities],
+            left=[self.learned(f"left_{p}") for p in pairs],
+            left_bias=[self.learned(f"left_bias_{p}") for p in pairs],
+            right=[self.learned(f"right_{p}") for p in pairs],
+            right_bias=[self.learned(f"right_bias_{p}") for p in pairs],
+            whitener=[self.learned(f"whitener_{m}") for m in modalities],
+        )
+
+    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+        """Learn projections and calibration from clean training data.
+
+        A seeded choice of samples (a fifth, at least 8/alpha if that is no more than half, at most 4096) calibrates
+        and is not used for the projections. A pair that is never together, or a modality that is never there, has no
+        statistics: it is not judged by them.
+
+        Args:
+            features: mapping from modality to (N, T, d_m) or (N, d_m), or a re-iterable of such batches.
+            lengths: (N,) valid leading frames.
+            available: (N, M) bool.
+
+        Raises:
+            ValueError: for bad input, or if there is no sample at all.
+
+        Warns:
+            UserWarning: if the calibration samples are too few for any p-value to fall below alpha.
+        """
+        return self.fit_batches(
+            lambda: map(clean_frames, iterate_batches(features, lengths, available, input_dims=self.input_dims))
+        )
+
+    def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
+        """:meth:`fit` from standardised batches; ``batches`` is called twice and must give the same ones."""
+        total = sum(batch.lengths.shape[0] for batch in batches())
+        if not total:
+            raise ValueError("features: no sample to fit the modality check to")
+        size = min(
+            _MOST_CALIBRATION, max(int(total * _CALIBRATION_SHARE), min(total // 2, math.ceil(8 / self.config.alpha)))
+        )
+        calibrates = np.zeros(total, dtype=bool)
+        calibrates[np.random.default_rng(0).permutation(total)[:size]] = True
+
+        widths = [self._vector_size(dim) for dim in self.input_dims.values()]
+        own = [Moments(width) for width in widths]
+        joint = [Moments(widths[i] + widths[j]) for i, j in self._pairs]
+        held_out: list[tuple[list[Tensor], Tensor]] = []
+        start = 0
+        for batch in batches():
+            vectors = [vector.double().cpu() for vector in self._pool(batch)]
+            present = batch.available.cpu()
+            chosen = torch.from_numpy(calibrates[start : start + present.shape[0]])
+            start += present.shape[0]
+            held_out.append(([vector[chosen] for vector in vectors], present[chosen]))
+            for m, moments in enumerate(own):
+                moments.update(vectors[m][present[:, m] & ~chosen].numpy())
+            for (i, j), moments in zip(self._pairs, joint, strict=True):
+                both = present[:, i] & present[:, j] & ~chosen
+                moments.update(vectors[i][both].numpy(), vectors[j][both].numpy())
+        self._learn_projections(own, joint)
+        device = self.learned("center_0").device
+        self._calibrate(
+            [torch.cat(parts).to(device) for parts in zip(*(vectors for vectors, _ in held_out), strict=True)],
+            torch.cat([present for _, present in held_out]).to(device),
+        )
+        return self
+
+    def check(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
+        """Judge a batch of features, in the units that ``fit`` saw.
+
+        Args:
+            features: mapping from modality to a (B, T, d_m) or (B, d_m) tensor; missing or None: unavailable.
+            lengths: (B,) valid leading frames.
+            available: (B, M) bool.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ValueError: naming the modality, the shape got and the shape wanted.
+        """
+        return self.check_batch(clean_frames(prepare_batch(features, lengths, available, input_dims=self.input_dims)))
+
+    def forward(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
+        """The same as :meth:`check`."""
+        return self.check(features, lengths, available)
+
+    def check_batch(self, batch: StandardizedBatch) -> CheckResult:
+        """:meth:`check` on a batch that is cleaned already."""
+        self._require_fitted()
+        vectors = [vector.to(self.learned("center_0").dtype) for vector in self._pool(batch)]
+        available = batch.available
+        together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
+        correlation, energy = functional.gate_statistics(vectors, self._projections())
+        correlation = correlation.where(together, 0.0)
+        energy = energy.where(available, 0.0)
+        by_correlation, by_energy = self._correlation_p_value(correlation, available), self._energy_p_value(energy)
+
+        config = self.config
+        if config.statistic == "correlation":
+            p_value = by_correlation
+        elif config.statistic == "energy":
+            p_value = by_energy
+        elif config.threshold is None:
+            p_value = (2.0 * torch.minimum(by_correlation, by_energy)).clamp(max=1.0)
+        else:
+            p_value = by_energy
+        p_value = p_value.where(available, 0.0)
+        effective = available & (p_value >= config.alpha)
+        if config.threshold is not None and config.statistic != "energy":
+            passes = self._passes_threshold(correlation, available)
+            effective = available & passes if config.statistic == "correlation" else effective & passes
+        return CheckResult(effective, correlation, energy, p_value)
+
+    # --- fitting ---
+
+    def _learn_projections(self, own: list[Moments], joint: list[Moments]) -> None:
+        config = self.config
+        learned: dict[str, np.ndarray[Any, Any]] = {}
+        for m, moments in enumerate(own):
+            learned[f"center_{m}"] = moments.mean
+            learned[f"whitener_{m}"] = whiten(moments.covariance, config.ridge).T
+        for p, ((i, j), moments) in enumerate(zip(self._pairs, joint, strict=True)):
+            split = own[i].mean.size
+            solution = canonical_directions(
+                moments.covariance, split, n_components=config.n_components, ridge=config.ridge
+            )
+            weights = (
+                np.sqrt(solution.correlations) if config.component_weights else np.ones(len(solution.correlations))
+            )
+            for side, rotations, mean, center in (
+                ("left", solution.x_rotations, moments.mean[:split], own[i].mean),
+                ("right", solution.y_rotations, moments.mean[split:], own[j].mean),
+            ):
+                projection = weights[:, None] * rotations.T
+                if len(projection):
+                    projection = projection - projection.mean(axis=0)  # centring over k makes ρ a cosine
+                learned[f"{side}_{p}"] = projection
+                learned[f"{side}_bias_{p}"] = projection @ (center - mean)
+        dtype = torch.get_default_dtype()
+        self.register_learned(**{name: torch.from_numpy(value.copy()).to(dtype) for name, value in learned.items()})
+
+    def _calibrate(self, vectors: list[Tensor], available: Tensor) -> None:
+        vectors = [vector.to(self.learned("center_0").dtype) for vector in vectors]
+        correlation, energy = functional.gate_statistics(vectors, self._projections())
+        modalities = len(self.input_dims)
+        together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
+        components = torch.tensor([self.learned(f"left_{p}").shape[0] for p in range(len(self._pairs))])
+        # A correlation over fewer than two components is never defined: such a pair is no evidence either way.
+        together = together & (components > 1).to(together.device)
+        scores, count = _sorted_columns(_decisive(correlation), together)
+        self.register_learned(pair_scores=scores, pair_count=count)
+        # Each calibration sample is ranked among the others, as a new sample is ranked among all.
+        rank = self._ranks(correlation, itself=1)
+        present = self._comparable(available)
+        tables, counts = [], []
+        for m in range(modalities):
+            for others in self._other_sets(m):
+                usable = available[:, m] & present[:, m, others].all(dim=1)
+                table, number = _sorted_columns(self._reduce(rank[:, m, others])[:, None], usable[:, None])
+                tables.append(table[0])
+                counts.append(number[0])
+        energy_scores, energy_count = _sorted_columns(energy, available)
+        self.register_learned(
+            rank_scores=torch.stack(tables),
+            rank_count=torch.stack(counts),
+            energy_scores=energy_scores,
+            energy_count=energy_count,
+        )
+        self._warn_if_blind(int(energy_count.max()))
+
+    def _warn_if_blind(self, samples: int) -> None:
+        smallest = {"correlation": 1.0, "energy": 2.0, "combined": 2.0}[self.config.statistic] / (samples + 1)
+        calibrated = self.config.statistic != "correlation" or self.config.threshold is None
+        if calibrated and smallest >= self.config.alpha:
+            warnings.warn(
+                f"{samples} calibration samples are too few for alpha={self.config.alpha}: the smallest p-value is "
+                f"{smallest:.3f}, so that no modality can be judged ineffectual",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    # --- judging ---
+
+    def _require_fitted(self) -> None:
+        if not self.is_fitted:
+            raise NotFittedError("this ModalityCheck is not fitted: call fit with clean training data first")
+
+    def _vector_size(self, dim: int) -> int:
+        return 2 * dim if self.config.pooling == "mean_std" else dim
+
+    def _pool(self, batch: StandardizedBatch) -> list[Tensor]:
+        """Utterance vectors (B, D_m)."""
+        vectors = []
+        for m, x in enumerate(batch.features):
+            valid = batch.frame_valid[:, :, m, None]
+            count = valid.sum(dim=1).clamp(min=1)
+            mean = x.where(valid, 0.0).sum(dim=1) / count
+            if self.config.pooling == "mean_std":
+                spread = (x - mean[:, None]).where(valid, 0.0).square().sum(dim=1) / count
+                mean = torch.cat([mean, spread.sqrt()], dim=1)
+            vectors.append(mean)
+        return vectors
+
+    def _comparable(self, available: Tensor) -> Tensor:
+        """(B, M, M) bool: j is there, and its pair with m was seen in calibration."""
+        result = torch.zeros((*available.shape, available.shape[1]), dtype=torch.bool, device=available.device)
+        for p, (i, j) in enumerate(self._pairs):
+            known = self.learned("pair_count")[p] > 0
+            result[:, i, j] = available[:, j] & known
+            result[:, j, i] = available[:, i] & known
+        return result
+
+    def _ranks(self, correlation: Tensor, *, itself: int = 0) -> Tensor:
+        """(B, M, M) share of calibration samples whose ρ of that pair is no larger; ``itself`` are not counted."""
+        batch, modalities = correlation.shape[0], len(self.input_dims)
+        rank = correlation.new_zeros((batch, modalities, modalities))
+        values = _decisive(correlation)
+        for p, (i, j) in enumerate(self._pairs):
+            below = torch.searchsorted(self.learned("pair_scores")[p], values[:, p].contiguous(), right=True) - itself
+            share = below / (self.learned("pair_count")[p] - itself).clamp(min=1)
+            rank[:, i, j] = share
+            rank[:, j, i] = share
+        return rank
+
+    def _other_sets(self, m: int) -> list[list[int]]:
+        """Every set of modalities other than m; set number s holds the c-th of the others if bit c of s is set."""
+        others = [j for j in range(len(self.input_dims)) if j != m]
+        return [[j for c, j in enumerate(others) if s >> c & 1] for s in range(2 ** len(others))]
+
+    def _reduce(self, rank: Tensor) -> Tensor:
+        if not rank.shape[1]:
+            return rank.new_ones(rank.shape[0])  # nothing to compare with
+        return rank.amax(dim=1) if self.config.rule == "all" else rank.amin(dim=1)
+
+    def _correlation_p_value(self, correlation: Tensor, available: Tensor) -> Tensor:
+        """(B, M): share of like calibration samples that correlate no better; 1 without evidence."""
+        rank, comparable = self._ranks(correlation), self._comparable(available)
+        columns = []
+        row = 0
+        for m in range(len(self.input_dims)):
+            p_value = torch.ones_like(rank[:, m, m])
+            others_of_m = [j for j in range(len(self.input_dims)) if j != m]
+            for others in self._other_sets(m):
+                # Only samples with the same modalities are alike: a maximum over two ranks is no maximum of one.
+                alike = torch.stack([comparable[:, m, j] == (j in others) for j in others_of_m]).all(dim=0)
+                score = self._reduce(rank[:, m, others])
+                below = torch.searchsorted(self.learned("rank_scores")[row], score.contiguous(), right=True)
+                p_value = torch.where(alike, (1 + below) / (1 + self.learned("rank_count")[row]), p_value)
+                row += 1
+            columns.append(p_value)
+        return torch.stack(columns, dim=1)
+
+    def _energy_p_value(self, energy: Tensor) -> Tensor:
+        """(B, M): twice the smaller share of calibration samples with no more, or no less, energy."""
+        columns = []
+        for m in range(energy.shape[1]):
+            scores, count = self.learned("energy_scores")[m], self.learned("energy_count")[m]
+            value = energy[:, m].contiguous()
+            low = 1 + torch.searchsorted(scores, value, right=True)
+            high = 1 + count - torch.searchsorted(scores, value, right=False)
+            columns.append((2 * torch.minimum(low, high) / (1 + count)).clamp(max=1.0))
+        return torch.stack(columns, dim=1).to(energy.dtype)
+
+    def _passes_threshold(self, correlation: Tensor, available: Tensor) -> Tensor:
+        """(B, M) bool: ρ ≥ τ against some other modality (rule "all") or against each (rule "any")."""
+        threshold = torch.as_tensor(self.config.threshold, device=correlation.device).expand(len(self._pairs))
+        high = _decisive(correlation) >= threshold
+        comparable = self._comparable(available)
+        passed = torch.zeros_like(comparable)
+        for p, (i, j) in enumerate(self._pairs):
+            passed[:, i, j] = high[:, p]
+            passed[:, j, i] = high[:, p]
+        if self.config.rule == "all":
+            return (passed & comparable).any(dim=2) | ~comparable.any(dim=2)
+        return (passed | ~comparable).all(dim=2)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(module)``."""
+        return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
+
+
+_PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")
+
+
+def _decisive(correlation: Tensor) -> Tensor:
+    """ρ as decisions read it: undefined, which is exactly 0, is below every real correlation."""
+    return correlation.where(correlation != 0, -2.0)
+
+
+def _sorted_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's used values ascending, as a row padded with inf at its end; and how many they are."""
+    return values.where(used, torch.inf).sort(dim=0).values.T.contiguous(), used.sum(dim=0)

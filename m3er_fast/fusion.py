@@ -1,0 +1,320 @@
+"""M3ERFusion: the whole model. Its ``forward`` reads as the paper's Figure 2: standardise, check, proxy, network.
+
+Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from m3er_fast import functional
+from m3er_fast.check import CheckResult, ModalityCheck
+from m3er_fast.config import M3ERConfig
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.loss import MultiplicativeFusionLoss
+from m3er_fast.network import MemoryFusionNetwork
+from m3er_fast.proxy import ProxyGenerator
+from m3er_fast.reference import modality_pairs
+from m3er_fast.standardize import StandardizedBatch, Standardizer
+
+_WEIGHTS_FILE = "model.safetensors"
+_CONFIG_FILE = "config.json"
+
+
+class M3EROutput(NamedTuple):
+    """What the model says of a batch; every entry is finite."""
+
+    logits: Tensor  # (B, C), of the fused head: the prediction
+    modality_logits: Tensor  # (M, B, C), of each modality's own head, for the fusion loss
+    fused: Tensor  # (B, 160 by default): multiplicatively fused features beside the memory
+    effective: Tensor  # (B, M) bool, the modalities judged good; those available where no check ran
+    correlation: Tensor  # (B, P), ρ of each pair; 0 where no check ran
+    energy: Tensor  # (B, M); 0 where no check ran
+    p_value: Tensor  # (B, M); 1 for what is available where no check ran
+    abstained: Tensor  # (B,) bool, no modality was effective: the sample went through as it came
+    available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
+
+
+class M3ERFusion(
+    nn.Module,
+    ModelHubMixin,
+    library_name="m3er-fast",
+    tags=["emotion-recognition", "multimodal"],
+    license="mit",
+):
+    """Multimodal emotion recognition that survives a lost modality (Mittal et al. 2020, arXiv 1911.05659).
+
+    Standardised features go through the modality check; modalities judged ineffectual are regenerated from the good
+    ones; the memory fusion network classifies what results. Check and proxies act in eval mode only, unless
+    ``config.check_in_training`` is set.
+
+    Args:
+        input_dims: feature count d_m of each modality; its order is the order of every (B, M) result.
+        num_classes: C.
+        config: all settings; see :class:`m3er_fast.M3ERConfig`.
+        classes: names of the C classes, kept with the model; None numbers them.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+
+    Example:
+        >>> model = M3ERFusion({"text": 300, "audio": 74, "face": 36}, num_classes=3)
+        >>> features = {"text": torch.randn(64, 20, 300), "audio": torch.randn(64, 20, 74)}
+        >>> loss = model.train().loss(model(features), torch.zeros(64, dtype=torch.int64))
+    """
+
+    def __init__(
+        self,
+        input_dims: Mapping[str, int],
+        num_classes: int,
+        config: M3ERConfig | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = M3ERConfig() if config is None else config
+        if not isinstance(config, M3ERConfig):
+            raise ValueError(f"config must be an M3ERConfig, got {type(config).__name__}")
+        self.input_dims = check_input_dims(input_dims)
+        if len(self.input_dims) < 2:
+            raise ValueError(f"input_dims: fusion needs two modalities or more, got {self.input_dims}")
+        self.num_classes = num_classes
+        self.network = MemoryFusionNetwork(self.input_dims, num_classes, **vars(config.network))
+        self.classes = tuple(map(str, range(num_classes))) if classes is None else tuple(classes)
+        if len(self.classes) != num_classes or len(set(self.classes)) != num_classes:
+            raise ValueError(f"classes must be {num_classes} different names, got {self.classes}")
+        self.standardizer = Standardizer(self.input_dims)
+        self.modality_check = None if config.check is None else ModalityCheck(self.input_dims, **vars(config.check))
+        self.proxy_generator = None if config.proxy is None else ProxyGenerator(self.input_dims, **vars(config.proxy))
+        self.criterion = MultiplicativeFusionLoss(
+            variant=config.loss.variant,
+            beta=config.loss.beta,
+            detach_weight=config.loss.detach_weight,
+            activation=config.loss.activation,
+            margin=config.loss.margin,
+            class_weight=_weights("class_weight", config.loss.class_weight, num_classes),
+            modality_weight=_weights("modality_weight", config.loss.modality_weight, len(self.input_dims)),
+        )
+
+    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+        """Learn the standardiser, the modality check and the proxy bank from clean training data.
+
+        The network's weights are not touched: train them as any module's, with :meth:`loss`, or with
+        ``m3er_fast.training``.
+
+        Args:
+            features: mapping from modality to (N, T, d_m) or (N, d_m), or a re-iterable of such batches: mappings or
+                (mapping, lengths[, available]) tuples. It is read several times.
+            lengths: (N,) valid leading frames; only beside a mapping.
+            available: (N, M) bool; only beside a mapping.
+
+        Raises:
+            ValueError: for bad input, naming it.
+        """
+        self.standardizer.fit(features, lengths, available)
+
+        def batches() -> Any:
+            return map(
+                self.standardizer.standardize,
+                iterate_batches(features, lengths, available, input_dims=self.input_dims),
+            )
+
+        for step in (self.modality_check, self.proxy_generator):
+            if step is not None:
+                step.fit_batches(batches)
+        return self
+
+    def forward(
+        self, features: Features, lengths: Any = None, available: Any = None, *, effective: Any = None
+    ) -> M3EROutput:
+        """Classify a batch.
+
+        Args:
+            features: mapping from modality to a (B, T, d_m) or (B, d_m) tensor; missing or None: unavailable.
+            lengths: (B,) valid leading frames, 0..T; None means all.
+            available: (B, M) bool; None means every modality given.
+            effective: (B, M) bool, a verdict from elsewhere that replaces the modality check's.
+
+        Raises:
+            NotFittedError: in eval mode with a check that is not fitted.
+            ValueError: naming the modality, the shape got and the shape wanted.
+        """
+        batch = self.standardizer.standardize(prepare_batch(features, lengths, available, input_dims=self.input_dims))
+        batch = self._forget_unknown(batch)
+        result, abstained = self._no_check(batch), ~batch.available.any(dim=1)
+        if not self.training or self.config.check_in_training or effective is not None:
+            if effective is not None:
+                result = result._replace(effective=self._given_verdict(effective, batch.available))
+            elif self.modality_check is not None:
+                result = self.modality_check.check_batch(batch)
+            replaced, abstained = self._replace_ineffectual(batch, result.effective)
+            batch = batch._replace(features=replaced)
+        answer = self.network.classify(batch.features, batch.lengths)
+        return M3EROutput(*answer, *result, abstained, batch.available)
+
+    def loss(self, output: M3EROutput, target: Tensor) -> Tensor:
+        """Fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
+
+        Args:
+            output: what :meth:`forward` gave.
+            target: (B,) labels, or (B, C) a distribution over classes or, with ``activation="sigmoid"``, answers to C
+                yes/no questions; a label of -100 has no loss.
+
+        Raises:
+            ValueError: as :func:`m3er_fast.functional.fusion_loss` does.
+        """
+        fusion: Tensor = self.criterion(output.modality_logits, target, output.available)
+        # With one modality the weight is 1: the fusion loss of the fused head alone is its cross entropy.
+        head = functional.fusion_loss(
+            output.logits[None],
+            target,
+            activation=self.config.loss.activation,
+            class_weight=self.criterion.class_weight,
+        )
+        return fusion + self.config.loss.head_weight * head
+
+    @torch.no_grad()
+    def predict_proba(
+        self, features: Features, lengths: Any = None, available: Any = None, *, effective: Any = None
+    ) -> Tensor:
+        """Class probabilities (B, C), in eval mode whatever mode the model is in; arguments as in :meth:`forward`.
+
+        They sum to 1 with ``activation="softmax"``, and are independent answers with "sigmoid".
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            output = self(features, lengths, available, effective=effective)
+        finally:
+            self.train(was_training)
+        return self.probabilities(output)
+
+    def probabilities(self, output: M3EROutput) -> Tensor:
+        """(B, C) probabilities of an output's fused head."""
+        logits = output.logits.float()
+        return logits.sigmoid() if self.config.loss.activation == "sigmoid" else logits.softmax(dim=1)
+
+    def ablated(self, *, check: bool = True, proxy: bool = True) -> Self:
+        """This model, sharing all weights, without its modality check or its proxies.
+
+        Without the check every available modality counts as effective; without proxies ineffectual modalities are
+        replaced by their training mean.
+        """
+        clone = copy.copy(self)
+        clone._modules = dict(self._modules)
+        if not check:
+            clone.modality_check = None
+            clone.config = clone.config.replace(check=None)
+        if not proxy:
+            clone.proxy_generator = None
+            clone.config = clone.config.replace(proxy=None)
+        return clone
+
+    # --- saving ---
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from m3er_fast import __version__
+
+        description = {
+            "library": "m3er-fast",
+            "version": __version__,
+            "input_dims": self.input_dims,
+            "num_classes": self.num_classes,
+            "classes": self.classes,
+            "config": self.config.to_dict(),
+        }
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, save_directory / _WEIGHTS_FILE)
+        (save_directory / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        **model_kwargs: Any,
+    ) -> Self:
+        missing = [name for name in ("input_dims", "num_classes") if name not in model_kwargs]
+        if missing:
+            raise ValueError(f"{model_id} is no m3er-fast model: its {_CONFIG_FILE} is missing or lacks {missing}")
+        if isinstance(model_kwargs.get("config"), Mapping):
+            model_kwargs["config"] = M3ERConfig.from_dict(model_kwargs["config"])
+        model = cls(**model_kwargs)
+        path = Path(model_id) / _WEIGHTS_FILE
+        if not Path(model_id).is_dir():
+            path = Path(
+                hf_hub_download(
+                    repo_id=model_id,
+                    filename=_WEIGHTS_FILE,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        if not path.is_file():
+            raise ValueError(f"{model_id} is no m3er-fast model: it has no {_WEIGHTS_FILE}")
+        try:
+            model.load_state_dict(load_file(path, device=map_location), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its {_CONFIG_FILE}: {error}") from error
+        return model.to(map_location).eval()
+
+    # --- steps ---
+
+    def _forget_unknown(self, batch: StandardizedBatch) -> StandardizedBatch:
+        """A modality that training never saw says nothing: its weights have not learned to read it."""
+        count = self.standardizer.count
+        known = (count > 0) | (count == 0).all()  # before any fit nothing is known, and nothing is held against it
+        frame_valid = batch.frame_valid & known
+        features = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
+        return StandardizedBatch(features, batch.lengths, batch.available & known, frame_valid)
+
+    def _no_check(self, batch: StandardizedBatch) -> CheckResult:
+        size, modalities = batch.available.shape
+        statistics = batch.features[0].new_zeros((size, len(modality_pairs(modalities))))
+        return CheckResult(
+            batch.available,
+            statistics,
+            batch.features[0].new_zeros((size, modalities)),
+            batch.available.to(statistics.dtype),
+        )
+
+    def _given_verdict(self, effective: Any, available: Tensor) -> Tensor:
+        verdict = torch.as_tensor(effective, device=available.device)
+        if verdict.dtype != torch.bool or verdict.shape != available.shape:
+            raise ValueError(
+                f"effective must be booleans of shape {tuple(available.shape)}, "
+                f"got {verdict.dtype} of shape {tuple(verdict.shape)}"
+            )
+        return verdict & available
+
+    def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> tuple[list[Tensor], Tensor]:
+        if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):
+            return self.proxy_generator.proxy_batch(batch, effective)
+        abstained = ~effective.any(dim=1)
+        kept = effective | abstained[:, None]
+        return [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)], abstained
+
+
+def _weights(name: str, values: Sequence[float] | None, size: int) -> Tensor | None:
+    if values is None:
+        return None
+    if len(values) != size:
+        raise ValueError(f"loss.{name} has {len(values)} values, wanted {size}")
+    return torch.tensor(values)

@@ -1,0 +1,105 @@
+"""Mean and covariance of streamed rows: exact merging, float64 sums, one pass.
+
+Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows turned to float64 at a time: 2048 x 374 is 6 MB, still in cache, and within 2 % of the fastest size measured.
+_CHUNK_ROWS = 2048
+
+
+class Moments:
+    """Count, mean and scatter of the rows seen so far, accumulated in float64.
+
+    Two accumulators over disjoint rows merge into the one that saw all of them, so data may come in any number of
+    batches, in any order, from any number of workers. Means are kept as the distance from a row that was seen, so that
+    an offset, however large, costs no digits, and a constant column has a scatter of exactly zero.
+
+    Args:
+        n_features: number of columns d.
+
+    Attributes:
+        count: rows seen.
+        scatter: (d, d) float64 sum over rows of ``outer(row - mean, row - mean)``.
+    """
+
+    def __init__(self, n_features: int) -> None:
+        self.count = 0
+        self.scatter: NDArray[np.float64] = np.zeros((n_features, n_features))
+        self._origin: NDArray[np.float64] = np.zeros(n_features)  # a row seen
+        self._shift: NDArray[np.float64] = np.zeros(n_features)  # mean - origin
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """(d,) mean of the rows; zeros while none was seen."""
+        return self._origin + self._shift
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """(d, d) unbiased covariance, ``scatter / (count - 1)``; zeros while fewer than two rows were seen."""
+        return self.scatter / max(self.count - 1, 1)
+
+    def update(self, *views: NDArray[Any]) -> Self:
+        """Add rows.
+
+        Args:
+            *views: one or more real (n, d_i) arrays with Σ d_i = d, read side by side as the columns of one (n, d)
+                array; n may be 0. Rows are turned to float64 a chunk at a time, never as a whole.
+
+        Raises:
+            ValueError: if the shapes do not fit, or a value is not finite or too large to be squared in float64. The
+                accumulator is then unchanged.
+        """
+        shapes = [view.shape for view in views]
+        wanted = len(self.scatter)
+        if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes) or sum(d for _, d in shapes) != wanted:
+            raise ValueError(f"wanted (n, d_i) arrays with {wanted} columns in all, got shapes {shapes}")
+        added = Moments(wanted)
+        for start in range(0, shapes[0][0], _CHUNK_ROWS):
+            chunk = [view[start : start + _CHUNK_ROWS] for view in views]
+            added.merge(_moments_of(np.concatenate(chunk, axis=1, dtype=np.float64)))
+        return self.merge(added)
+
+    def merge(self, other: Moments) -> Self:
+        """Add the rows that ``other`` has seen; ``other`` is left as it is.
+
+        Raises:
+            ValueError: if ``other`` has another number of features, or the sums leave float64's range. This accumulator
+                is then unchanged.
+        """
+        ours, theirs = len(self.scatter), len(other.scatter)
+        if theirs != ours:
+            raise ValueError(f"cannot merge moments of {theirs} features into moments of {ours}")
+        if other.count == 0:
+            return self
+        count = self.count + other.count
+        origin = self._origin if self.count else other._origin
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = (other._origin - origin) + (other._shift - self._shift)
+            between = np.outer(difference, difference) * (self.count * other.count / count)
+            scatter = self.scatter + other.scatter + between
+        # The diagonal holds sums of squares: any entry that is not finite, or too large to square, shows in its trace.
+        if not np.isfinite(scatter.trace()):
+            raise ValueError("the rows hold values that are not finite or too large to be squared in float64")
+        self.count, self.scatter, self._origin = count, scatter, origin
+        self._shift = self._shift + difference * (other.count / count)
+        return self
+
+
+def _moments_of(rows: NDArray[np.float64]) -> Moments:
+    """The moments of a few rows; overwrites them."""
+    result = Moments(rows.shape[1])
+    result.count = len(rows)
+    result._origin = rows[0].copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows -= result._origin
+        result._shift = rows.mean(axis=0)
+        rows -= result._shift
+        result.scatter = rows.T @ rows  # NumPy sees the product with itself and calls syrk: half the work of a GEMM
+    return result

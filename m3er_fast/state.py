@@ -1,0 +1,35 @@
+"""Modules whose state is learned by ``fit`` and kept in buffers of whatever size the data gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class FittedModule(nn.Module):
+    """A module whose learned buffers take the size that a state dict brings.
+
+    Buffers are registered empty, so that every instance has the same keys and a strict load still refuses a state that
+    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers.
+    """
+
+    def register_learned(self, **values: Tensor) -> None:
+        """Register, or replace, learned buffers, on the device of those that are there."""
+        for name, value in values.items():
+            current = self._buffers.get(name)
+            self.register_buffer(name, value.detach().clone() if current is None else value.detach().to(current.device))
+
+    def learned(self, name: str) -> Tensor:
+        """The learned buffer of that name."""
+        value = self._buffers[name]
+        if value is None:
+            raise RuntimeError(f"buffer {name!r} is not registered")
+        return value
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(value, Tensor) and value.shape != buffer.shape:
+                self._buffers[name] = buffer.new_empty(value.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
