@@ -1,0 +1,133 @@
+"""The ``.pkl`` files of MMSA (MOSI, MOSEI, SIMS; aligned and unaligned).
+
+Layout: ``{train, valid, test}`` -> ``{raw_text, audio, vision, id, text, text_bert, audio_lengths, vision_lengths,
+annotations, classification_labels, regression_labels}`` with text (N, T, 768) and ids ``video$_$clip``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3er_fast.corpus._folds import Fold, on_one_axis, read_folds
+from m3er_fast.corpus._labels import SENTIMENT, row_ids, sentiment_classes, video_of
+from m3er_fast.corpus._sequences import as_float32
+from m3er_fast.corpus._unpickle import load_pickle
+from m3er_fast.corpus.base import NO_LABEL, Corpus, CorpusError, concatenate, naming
+
+
+def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> Corpus:
+    """Read an MMSA pickle.
+
+    Aligned files keep their time axis; in unaligned ones audio and vision frames are averaged over as many equal parts
+    of the utterance as it has words (see ``steps``). The attention mask in ``text_bert`` tells which words are padding.
+    Labels are the annotations (negative, neutral, positive, or whatever names the file uses); without them the
+    classification labels 0, 1, 2 for negative, neutral, positive; without those the sign of the regression labels.
+    The group is the video.
+
+    Args:
+        path: the pickle.
+        steps: cut every utterance into this many equal parts instead.
+        encoding: see `load_pickle`.
+
+    Raises:
+        CorpusError: naming the file and what is refused, missing or contradictory in it.
+    """
+    folds = read_folds(load_pickle(path, encoding=encoding), path)
+    targets, classes = _targets(folds, path)
+    with naming(path):
+        parts = []
+        for split, fold in folds.items():
+            features, fields = fold
+            rows = fold.rows
+            ids = _strings(fields["id"], rows, f"{path}: {split}: id") if fields.get("id") is not None else None
+            names = row_ids(split, rows) if ids is None else ids
+            _blank_text_padding(features, fields.get("text_bert"), f"{path}: {split}: text_bert")
+            lengths: dict[str, np.ndarray] = {
+                name: _lengths(fields[f"{name}_lengths"], features[name], names, f"{path}: {split}: {name}_lengths")
+                for name in ("audio", "vision")
+                if name in features and fields.get(f"{name}_lengths") is not None
+            }
+            merged, length, available = on_one_axis(features, lengths, steps)
+            parts.append(
+                Corpus(
+                    ids=names,
+                    features=merged,
+                    lengths=length,
+                    available=available,
+                    target=targets.get(split),
+                    classes=classes,
+                    split=np.full(rows, split, dtype=object),
+                    group=None if ids is None else np.array([video_of(name) for name in ids], dtype=object),
+                )
+            )
+        return concatenate(parts)
+
+
+def _blank_text_padding(features: dict[str, np.ndarray], text_bert: Any, what: str) -> None:
+    """Zero the text frames that the attention mask calls padding: BERT puts numbers there too."""
+    if "text" not in features or text_bert is None:
+        return
+    rows, steps = features["text"].shape[:2]
+    tokens = as_float32(text_bert, what)
+    if tokens.shape != (rows, 3, steps):
+        raise CorpusError(f"{what} has shape {tokens.shape}, wanted ({rows}, 3, {steps}): ids, mask, segments")
+    features["text"] = np.where(tokens[:, 1, :, None] != 0, features["text"], np.float32(0))
+
+
+def _lengths(value: Any, sequences: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    lengths = as_float32(value, what).reshape(-1)
+    rows, steps = sequences.shape[:2]
+    if lengths.shape != (rows,):
+        raise CorpusError(f"{what} has {len(lengths)} entries, wanted {rows}")
+    wrong = ~((lengths >= 0) & (lengths <= steps) & (lengths == np.round(lengths)))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise CorpusError(f"{what}: {lengths[row]:g} for {ids[row]!r}, wanted an integer in 0..{steps}")
+    return lengths.astype(np.int64)
+
+
+def _strings(value: Any, rows: int, what: str) -> np.ndarray:
+    strings = np.array([str(item) for item in np.asarray(value, dtype=object).reshape(-1)], dtype=object)
+    if len(strings) != rows:
+        raise CorpusError(f"{what} has {len(strings)} entries, wanted {rows}")
+    return strings
+
+
+def _targets(folds: dict[str, Fold], path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the class indices of each split that has labels, and the class names."""
+    for key in ("annotations", "classification_labels", "regression_labels"):
+        given = {split: fold.fields[key] for split, fold in folds.items() if fold.fields.get(key) is not None}
+        if given:
+            break
+    else:
+        return {}, ()
+    if key == "annotations":
+        names = {
+            split: np.char.lower(_strings(value, folds[split].rows, f"{path}: {split}: {key}").astype(str))
+            for split, value in given.items()
+        }
+        found = {str(name) for value in names.values() for name in value} - {""}
+        classes = SENTIMENT if found <= set(SENTIMENT) else tuple(sorted(found))
+        index = {name: position for position, name in enumerate(classes)}
+        return {
+            split: np.array([index.get(str(name), NO_LABEL) for name in value], dtype=np.int64)
+            for split, value in names.items()
+        }, classes
+    targets = {}
+    for split, value in given.items():
+        what = f"{path}: {split}: {key}"
+        numbers = as_float32(value, what).reshape(-1)
+        if len(numbers) != folds[split].rows:
+            raise CorpusError(f"{what} has {len(numbers)} entries, wanted {folds[split].rows}")
+        if key == "regression_labels":
+            targets[split] = sentiment_classes(numbers, what)
+            continue
+        wrong = ~np.isin(numbers, (0, 1, 2))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise CorpusError(f"{what}: {numbers[row]:g} in row {row}, wanted 0, 1 or 2 for {', '.join(SENTIMENT)}")
+        targets[split] = numbers.astype(np.int64)
+    return targets, SENTIMENT

@@ -1,0 +1,469 @@
+"""This project's own corpus format: a folder of Parquet files, one row an utterance.
+
+Layout: ``part-00000.parquet`` and so on, with the columns
+
+* ``id``: string;
+* one a modality: fixed-size binary, the T·d float32 values of the padded frames, with the field metadata ``features``
+  (d), ``frames`` (T) and ``dtype``; plain and uncompressed, because floats do not compress and a plain column is read
+  at the speed of memory; null means unavailable;
+* ``length``: int32, the number of leading frames that are not padding;
+* ``label`` (optional): int32 class index or null, or list<float> of C answers or probabilities;
+* ``split`` and ``group`` (optional): string;
+
+and the schema metadata ``m3er_fast.format``, ``m3er_fast.classes`` (JSON) and ``m3er_fast.task``.
+
+Modality columns that others write are read too: ``fixed_size_list``, ``list``, ``list<list>`` and Arrow's
+``fixed_shape_tensor`` of float16, float32, float64 or integers.
+
+Dimension legend: N utterances, M modalities, T time steps, d features, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate, naming
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT_VERSION = "1"
+
+_FORMAT, _CLASSES, _TASK = b"m3er_fast.format", b"m3er_fast.classes", b"m3er_fast.task"
+_RESERVED = ("id", "length", "label", "split", "group")
+_ROW_GROUP_BYTES = 64 * 2**20
+
+
+class TableFeatures(NamedTuple):
+    """What scoring needs of some rows; fields as in `Corpus`."""
+
+    ids: np.ndarray  # (N,) str
+    features: dict[str, np.ndarray]  # modality -> (N, T, d) float32
+    lengths: np.ndarray  # (N,) int64
+    available: np.ndarray  # (N, M) bool
+
+
+def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 4096) -> list[Path]:
+    """Write a corpus as a folder of Parquet files and return their paths.
+
+    The files get their names when all of them are written, so that an interrupted run leaves no corpus behind.
+
+    Args:
+        corpus: the utterances.
+        out_dir: a folder, created if need be, that holds no corpus yet.
+        rows_per_shard: utterances a file.
+
+    Raises:
+        CorpusError: ``out_dir`` is a file or holds Parquet files already, or a modality has the name of a column.
+        ValueError: ``rows_per_shard`` < 1.
+        OSError: the files cannot be written, for example for lack of space.
+    """
+    parquet = _pyarrow_parquet()
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
+    for name in corpus.modalities:
+        if name in _RESERVED:
+            raise CorpusError(f"a modality cannot be called {name!r}, the name of a column")
+    folder = Path(out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise CorpusError(f"{folder}: is a file, wanted a folder to write to")
+    if any(folder.glob("*.parquet")):
+        raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    row_bytes = 4 * corpus.steps * sum(corpus.input_dims.values())
+    partial: list[Path] = []
+    try:
+        for shard, start in enumerate(range(0, max(len(corpus), 1), rows_per_shard)):
+            table = _to_table(corpus.select(slice(start, start + rows_per_shard)))
+            partial.append(folder / f"part-{shard:05d}.parquet.partial")
+            parquet.write_table(
+                table,
+                partial[-1],
+                row_group_size=max(1, _ROW_GROUP_BYTES // row_bytes),
+                compression="none",
+                use_dictionary=False,
+                write_statistics=[name for name in _RESERVED if name in table.column_names and name != "label"],
+            )
+    except BaseException:
+        for file in partial:
+            file.unlink(missing_ok=True)
+        raise
+    return [file.rename(file.with_suffix("")) for file in partial]
+
+
+def shard_paths(path: str | Path) -> list[Path]:
+    """Return the Parquet files of a corpus, a folder of them or a single file, sorted by name.
+
+    Raises:
+        CorpusError: there is no such file, or no Parquet file in the folder.
+    """
+    source = Path(path)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise CorpusError(f"{source}: no such file or folder")
+    shards = sorted(source.glob("*.parquet"))
+    if not shards:
+        raise CorpusError(f"{source}: holds no .parquet file")
+    return shards
+
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file; columns that it lacks are left out.
+
+    Raises:
+        CorpusError: the file is empty, cut short or not Parquet.
+    """
+    parquet = _pyarrow_parquet()
+    import pyarrow as pa
+
+    file = Path(path)
+    if not file.is_file():
+        raise CorpusError(f"{file}: no such file")
+    try:
+        with parquet.ParquetFile(file) as opened:
+            present = opened.schema_arrow.names
+            return opened.read(None if columns is None else [name for name in columns if name in present])
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{file}: not readable as Parquet: {' '.join(str(error).split())}") from error
+
+
+def read_parquet(
+    path: str | Path,
+    *,
+    input_dims: Mapping[str, int] | None = None,
+    splits: Sequence[str] | None = None,
+) -> Corpus:
+    """Read a corpus from a folder of Parquet files or from one file.
+
+    Args:
+        path: the folder or file.
+        input_dims: modalities to read and their feature counts, which columns without a count need; a modality without
+            a column is unavailable. None: every column that holds frames, with a count of its own.
+        splits: only rows of these splits; None: all rows.
+
+    Raises:
+        CorpusError: naming the file, and the column or row, that cannot be read or contradicts the others.
+        ValueError: ``splits`` names something else than a split.
+    """
+    for name in splits or ():
+        if name not in SPLITS:
+            raise ValueError(f"splits must be among {', '.join(SPLITS)}, got {name!r}")
+    parts = []
+    for file in shard_paths(path):
+        with naming(file):
+            part = _to_corpus(read_table(file), input_dims)
+            if splits is not None:
+                if part.split is None:
+                    raise CorpusError(f"there is no column 'split' to take {', '.join(splits)} from")
+                part = part.select(np.isin(part.split.astype(str), list(splits)))
+            parts.append(part)
+    with naming(path):
+        return concatenate(_with_equal_classes(parts))
+
+
+def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = None) -> TableFeatures:
+    """Return ids, features, lengths and availability of a table's rows; labels are not looked at.
+
+    Args:
+        table: rows in the layout of this module.
+        input_dims: as in `read_parquet`.
+
+    Raises:
+        CorpusError: naming the column or row that cannot be read.
+    """
+    ids = _strings(table, "id")
+    if ids is None:
+        raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
+    names = list(input_dims) if input_dims is not None else _modality_columns(table)
+    blocks = {
+        name: _frames(table, name, None if input_dims is None else input_dims[name], ids)
+        for name in names
+        if name in table.column_names
+    }
+    if not blocks:
+        raise CorpusError(
+            f"no column holds frames of {'any modality' if input_dims is None else ' or '.join(names)}; "
+            f"the columns are {', '.join(table.column_names)}"
+        )
+    rows = len(ids)
+    frames = np.max([block.frames for block in blocks.values()], axis=0)
+    lengths = frames if "length" not in table.column_names else _lengths(table, ids)
+    for name, block in blocks.items():
+        short = block.present & (block.frames < lengths)
+        if short.any():
+            row = int(short.argmax())
+            raise CorpusError(
+                f"column {name!r}: {ids[row]!r} has {block.frames[row]} frames, but its length is {lengths[row]}"
+            )
+    steps = max(block.values.shape[1] for block in blocks.values())
+    if (lengths > steps).any():
+        row = int(lengths.argmax())
+        raise CorpusError(
+            f"column 'length' is {lengths[row]} for {ids[row]!r}, but no row has more than {steps} frames"
+        )
+    features, available = {}, np.zeros((rows, len(names)), dtype=bool)
+    for column, name in enumerate(names):
+        if name not in blocks:
+            features[name] = np.zeros((rows, steps, (input_dims or {})[name]), np.float32)
+            continue
+        values, available[:, column] = blocks[name].values, blocks[name].present
+        if values.shape[1] < steps:
+            values = np.pad(values, ((0, 0), (0, steps - values.shape[1]), (0, 0)))
+        features[name] = values
+    return TableFeatures(ids, features, lengths, available)
+
+
+class _Block(NamedTuple):
+    """The column of one modality."""
+
+    values: np.ndarray  # (N, T, d) float32, zeros where there is nothing
+    frames: np.ndarray  # (N,) int64, frames stored in each row
+    present: np.ndarray  # (N,) bool, False for null
+
+
+def _pyarrow_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("reading and writing Parquet needs pyarrow: pip install 'm3er-fast[score]'") from error
+    return pyarrow.parquet
+
+
+def _to_table(corpus: Corpus) -> pa.Table:
+    import pyarrow as pa
+
+    fields, columns = [pa.field("id", pa.string(), nullable=False)], [pa.array(corpus.ids.tolist(), pa.string())]
+    for column, (name, value) in enumerate(corpus.features.items()):
+        rows, steps, dim = value.shape
+        width = 4 * steps * dim
+        validity = pa.array(corpus.available[:, column], pa.bool_()).buffers()[1]
+        frames = pa.py_buffer(np.ascontiguousarray(value, "<f4"))
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), rows, [validity, frames]))
+        metadata = {"features": str(dim), "frames": str(steps), "dtype": "float32"}
+        fields.append(pa.field(name, pa.binary(width), metadata=metadata))
+    fields.append(pa.field("length", pa.int32(), nullable=False))
+    columns.append(pa.array(corpus.lengths, pa.int32()))
+    if corpus.target is not None:
+        if corpus.task == "single":
+            columns.append(pa.array(corpus.target, pa.int32(), mask=corpus.target == NO_LABEL))
+        else:
+            columns.append(pa.array(list(corpus.target), pa.list_(pa.float32())))
+        fields.append(pa.field("label", columns[-1].type))
+    for name, strings in (("split", corpus.split), ("group", corpus.group)):
+        if strings is not None:
+            fields.append(pa.field(name, pa.string()))
+            columns.append(pa.array(strings.tolist(), pa.string()))
+    about: dict[bytes | str, bytes | str] = {
+        _FORMAT: FORMAT_VERSION,
+        _CLASSES: json.dumps(corpus.classes),
+        _TASK: corpus.task,
+    }
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=about))
+
+
+def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:
+    ids, features, lengths, available = features_from_table(table, input_dims)
+    target, classes, task = _labels(table, ids)
+    return Corpus(
+        ids=ids,
+        features=features,
+        lengths=lengths,
+        available=available,
+        target=target,
+        classes=classes,
+        task=task,
+        split=_strings(table, "split"),
+        group=_strings(table, "group"),
+    )
+
+
+def _with_equal_classes(parts: Sequence[Corpus]) -> list[Corpus]:
+    """Give every part the longest list of classes: without metadata, a shard knows only the labels it holds."""
+    longest = max((part.classes for part in parts), key=len)
+    return [
+        dataclasses.replace(part, classes=longest)
+        if part.task == "single" and part.classes == longest[: len(part.classes)]
+        else part
+        for part in parts
+    ]
+
+
+def _strings(table: pa.Table, name: str) -> np.ndarray | None:
+    """Return a column of strings (N,), or None if there is no such column."""
+    import pyarrow as pa
+
+    if name not in table.column_names:
+        return None
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise CorpusError(f"column {name!r} holds {column.type}, wanted string")
+    if column.null_count:
+        raise CorpusError(f"column {name!r} is null in row {column.is_null().to_pylist().index(True)}")
+    return np.array(column.to_pylist(), dtype=object)
+
+
+def _lengths(table: pa.Table, ids: np.ndarray) -> np.ndarray:
+    import pyarrow as pa
+
+    column = table["length"]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise CorpusError(f"column 'length' holds {column.type} with {column.null_count} nulls, wanted int32 without")
+    lengths = np.asarray(column.to_numpy(), dtype=np.int64)
+    if (lengths < 0).any():
+        row = int((lengths < 0).argmax())
+        raise CorpusError(f"column 'length' is {lengths[row]} for {ids[row]!r}")
+    return lengths
+
+
+def _labels(table: pa.Table, ids: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...], str]:
+    """Return target, class names and task."""
+    import pyarrow as pa
+
+    metadata = table.schema.metadata or {}
+    try:
+        classes = tuple(str(name) for name in json.loads(metadata.get(_CLASSES, b"[]")))
+        task = metadata.get(_TASK, b"").decode()
+    except (ValueError, TypeError) as error:
+        raise CorpusError(f"the metadata {_CLASSES.decode()!r} is not a JSON list of names") from error
+    if "label" not in table.column_names:
+        return None, classes, task or "single"
+    column = table["label"]
+    if pa.types.is_integer(column.type):
+        target = np.asarray(column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
+        return target, classes or tuple(f"class_{c}" for c in range(int(target.max(initial=-1)) + 1)), task or "single"
+    if not _is_list(column.type) or not pa.types.is_floating(column.type.value_type):
+        raise CorpusError(f"column 'label' holds {column.type}, wanted an integer or list<float>")
+    rows = [np.asarray([] if row is None else row, dtype=np.float32) for row in column.to_pylist()]
+    width = len(classes) or (len(rows[0]) if rows else 0)
+    for name, row in zip(ids, rows, strict=True):
+        if len(row) != width:
+            raise CorpusError(f"column 'label' has {len(row)} values for {name!r}, wanted {width}")
+    target = np.stack(rows) if rows else np.zeros((0, width), np.float32)
+    if not task:
+        task = "distribution" if np.allclose(target.sum(axis=1), 1, atol=1e-3) else "multi"
+    return target, classes or tuple(f"class_{c}" for c in range(width)), task
+
+
+def _modality_columns(table: pa.Table) -> list[str]:
+    """Return the names of the columns that can hold frames."""
+    import pyarrow as pa
+
+    return [
+        field.name
+        for field in table.schema
+        if field.name not in _RESERVED
+        and (pa.types.is_fixed_size_binary(field.type) or _is_list(_storage_type(field.type)))
+    ]
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _storage_type(kind: Any) -> Any:
+    return getattr(kind, "storage_type", kind)
+
+
+def _frames(table: pa.Table, name: str, wanted: int | None, ids: np.ndarray) -> _Block:
+    """Decode the column of one modality."""
+    import pyarrow as pa
+
+    field = table.schema.field(name)
+    column = table[name].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # what combine_chunks gives depends on the release
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    metadata = field.metadata or {}
+    counts = {int(metadata[b"features"])} if metadata.get(b"features", b"").isdigit() else set()
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        counts.add(field.type.shape[-1])
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    present = ~column.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_binary(column.type):
+        items, flat = _binary_items(column, name, metadata.get(b"dtype", b"float32").decode())
+    else:
+        items, flat, inner = _list_items(column, name, ids)
+        counts |= inner
+    if wanted is not None:
+        counts.add(wanted)
+    if len(counts) != 1 or 0 in counts:
+        raise CorpusError(
+            f"column {name!r} has no feature count in its metadata: input_dims must give it"
+            if not counts
+            else f"column {name!r} has conflicting feature counts: {sorted(counts)}"
+        )
+    dim = counts.pop()
+    ragged = items % dim != 0
+    if ragged.any():
+        row = int(ragged.argmax())
+        raise CorpusError(f"column {name!r}: {ids[row]!r} has {items[row]} values, not a multiple of {dim} features")
+    frames = items // dim
+    steps = max(1, int(frames.max(initial=1)))
+    if (frames == steps).all():
+        values = flat.reshape(len(ids), steps, dim)
+    else:
+        values = np.zeros((len(ids), steps, dim), np.float32)
+        values[np.arange(steps) < frames[:, None]] = flat.reshape(-1, dim)
+    return _Block(values, frames, present)
+
+
+def _binary_items(column: Any, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of values in each row (N,) and all values as float32."""
+    if dtype not in ("float16", "float32", "float64"):
+        raise CorpusError(f"column {name!r} holds {dtype!r}, wanted float16, float32 or float64")
+    kind = np.dtype(dtype).newbyteorder("<")
+    width = column.type.byte_width
+    if width % kind.itemsize:
+        raise CorpusError(f"column {name!r} has {width} bytes a row, not a multiple of {kind.itemsize} for {dtype}")
+    rows = len(column)
+    items = np.full(rows, width // kind.itemsize)
+    if not rows:
+        return items, np.zeros(0, np.float32)
+    raw = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + rows) * width]
+    with np.errstate(over="ignore"):
+        values = raw.view(kind).astype(np.float32).reshape(rows, -1)
+    if column.null_count:
+        values[column.is_null().to_numpy(zero_copy_only=False)] = 0
+    return items, values.reshape(-1)
+
+
+def _list_items(column: Any, name: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, set[int]]:
+    """Return the number of values in each row (N,), all values as float32, and the widths of inner lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not _is_list(column.type):
+        raise CorpusError(f"column {name!r} holds {column.type}, wanted fixed-size binary or lists of floats")
+    items = _list_lengths(column)
+    flat = pc.list_flatten(column)
+    inner: set[int] = set()
+    if _is_list(flat.type):
+        widths = _list_lengths(flat)
+        inner = {int(width) for width in np.unique(widths)}
+        if len(inner) > 1:
+            frame = int((widths != widths[0]).argmax())
+            row = int(np.searchsorted(np.cumsum(items), frame, side="right"))
+            raise CorpusError(f"column {name!r}: {ids[row]!r} has frames of {sorted(inner)} features, wanted one count")
+        items = items * (widths[0] if len(widths) else 0)
+        flat = pc.list_flatten(flat)
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
+        raise CorpusError(f"column {name!r} holds {column.type}, wanted lists of floats")
+    with np.errstate(over="ignore"):
+        return items, flat.to_numpy(zero_copy_only=False).astype(np.float32), inner
+
+
+def _list_lengths(column: Any) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)

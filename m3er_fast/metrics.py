@@ -1,0 +1,251 @@
+"""Scores of a classifier as the paper's Table 2 reports them, with support, and the few helpers a report needs.
+
+Dimension legend: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE_INDEX = -100
+TASKS = ("single", "multi", "distribution")
+ROUNDING = 1e-2  # how far a row of half-precision probabilities may sum away from one
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """One column pair of Table 2: the scores of one class against the rest, or of "Overall"."""
+
+    name: str
+    support: int
+    """Samples that are of the class; of "Overall": all samples."""
+    f1: float
+    """2·TP / (2·TP + FP + FN) of "this class" against "not this class"; 0 where nothing is or is said to be of it."""
+    mean_accuracy: float
+    """Table 2's MA: (TP + TN) / N, the share of samples for which "is it this class?" is answered right."""
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """What `classification_report` measured; every number is finite."""
+
+    task: str
+    per_class: tuple[ClassScores, ...]
+    overall: ClassScores
+    """Unweighted mean of ``per_class`` over the classes that occur in the target."""
+    accuracy: float
+    """Share of samples with the right class; in task "multi", with every question answered right."""
+    balanced_accuracy: float
+    """Mean recall over the classes that occur; in task "multi", the mean over them of (recall of "yes" + recall of
+    "no") / 2, which CMU-MOSEI calls weighted accuracy."""
+    confusion: tuple[tuple[int, ...], ...] | None
+    """Rows: true class, columns: predicted class; None in task "multi"."""
+    cross_entropy: float | None
+    """Mean of −Σ t·log p in nats, p not taken below the smallest normal float32; None unless task "distribution"."""
+    jensen_shannon: float | None
+    """Mean Jensen-Shannon divergence in nats, 0 to log 2; None unless task "distribution"."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        report = asdict(self)
+        report["per_class"] = list(report["per_class"])
+        if self.confusion is not None:
+            report["confusion"] = [list(row) for row in self.confusion]
+        return report
+
+    def to_markdown(self) -> str:
+        """A table with one row a class and "Overall", in Table 2's number formats, and a line with the other scores."""
+        lines = ["| Class | Support | F1 | MA |", "|---|---:|---:|---:|"]
+        lines += [
+            f"| {row.name.replace('|', chr(92) + '|')} | {row.support} | {row.f1:.3f} | {row.mean_accuracy:.1%} |"
+            for row in (*self.per_class, self.overall)
+        ]
+        others = [f"Accuracy {self.accuracy:.1%}", f"balanced accuracy {self.balanced_accuracy:.1%}"]
+        if self.cross_entropy is not None:
+            others.append(f"cross entropy {self.cross_entropy:.3f} nats")
+        if self.jensen_shannon is not None:
+            others.append(f"Jensen-Shannon divergence {self.jensen_shannon:.3f} nats")
+        return "\n".join([*lines, "", ", ".join(others) + "."])
+
+
+def classification_report(
+    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None
+) -> ClassificationReport:
+    """Per-class F1 and MA with support, their mean over classes, and the scores beside them.
+
+    Table 2 prints F1 and MA of every class without defining them. Here both score the question "is it this class?",
+    asked of all N samples: F1 of the answer "yes", and MA = (TP + TN) / N. So MA is not recall (whose mean over classes
+    is reported as balanced accuracy), and a rare class has a high MA whatever is predicted: read it beside the support.
+    With one label of C and every class present, Overall MA is 1 − 2·(1 − accuracy) / C.
+
+    A class that does not occur in the target has support 0, keeps its row, and is left out of every mean over classes.
+
+    Args:
+        probabilities: (N, C) tensor or array in [0, 1]. In task "multi" each column is the probability of "yes", and
+            0.5 or more means yes; otherwise the largest of a row is the prediction, the first one in a tie.
+        target: (N,) integers in 0..C−1, −100 meaning "leave the sample out" (task "single"); (N, C) of 0 and 1
+            ("multi"); or (N, C) rows that sum to one, whose largest entry is the true class ("distribution").
+        classes: the C class names in the order of the columns.
+        task: "single", "multi" or "distribution". None infers it from the target: one dimension is "single", 0 and 1
+            only is "multi", else "distribution"; so distributions that may all be one-hot must be named.
+
+    Raises:
+        ValueError: if there is no sample or no class to score, if shapes, ranges or class names do not fit, or if a
+            value is not finite.
+
+    Example:
+        >>> report = classification_report([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1], ["no", "yes"])
+        >>> report.per_class[1]
+        ClassScores(name='yes', support=2, f1=0.6666666666666666, mean_accuracy=0.6666666666666666)
+    """
+    names = _check_classes(classes)
+    p, t = _check_probabilities(probabilities, len(names)), _as_array(target)
+    if len(p) == 0:
+        raise ValueError("probabilities: there is no sample to score")
+    task = _infer_task(t) if task is None else task
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {TASKS} or None, got {task!r}")
+    if task == "single":
+        labels = _check_labels(t, len(p), len(names))
+        p, labels = p[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
+        if len(p) == 0:
+            raise ValueError(f"target: every label is {IGNORE_INDEX}, so there is no sample to score")
+    else:
+        t = _check_rows(t, p.shape, task)
+        labels = t.argmax(axis=1)
+
+    if task == "multi":
+        truth, answer = t == 1, p >= 0.5
+    else:
+        identity = np.eye(len(names), dtype=bool)
+        truth, answer = identity[labels], identity[p.argmax(axis=1)]
+    hits, support = (truth & answer).sum(axis=0), truth.sum(axis=0)
+    occurs = support > 0
+    if not occurs.any():
+        raise ValueError("target: no class occurs in it, so there is nothing to score")
+    f1 = 2 * hits / (support + answer.sum(axis=0)).clip(min=1)
+    mean_accuracy = (truth == answer).mean(axis=0)
+    recall = hits / support.clip(min=1)
+    if task == "multi":
+        negatives = len(p) - support
+        recall_no = (~truth & ~answer).sum(axis=0) / negatives.clip(min=1)
+        recall = np.where(negatives > 0, (recall + recall_no) / 2, recall)
+    confusion = None if task == "multi" else truth.T.astype(np.int64) @ answer.astype(np.int64)
+
+    return ClassificationReport(
+        task=task,
+        per_class=tuple(
+            ClassScores(name, int(support[c]), float(f1[c]), float(mean_accuracy[c])) for c, name in enumerate(names)
+        ),
+        overall=ClassScores("Overall", len(p), float(f1[occurs].mean()), float(mean_accuracy[occurs].mean())),
+        accuracy=float((truth == answer).all(axis=1).mean()),
+        balanced_accuracy=float(recall[occurs].mean()),
+        confusion=None if confusion is None else tuple(tuple(row) for row in confusion.tolist()),
+        cross_entropy=_cross_entropy(p, t) if task == "distribution" else None,
+        jensen_shannon=_jensen_shannon(p, t) if task == "distribution" else None,
+    )
+
+
+def auroc(scores: Any, positives: Any) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+
+    Args:
+        scores: (N,) real numbers, ±inf allowed: only their order counts.
+        positives: (N,) booleans.
+
+    Raises:
+        ValueError: if the shapes differ, a score is NaN, or the positives or the negatives are missing.
+    """
+    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
+
+    s, positive = _as_array(scores), _as_array(positives)
+    if s.ndim != 1 or positive.shape != s.shape or positive.dtype != np.bool_:
+        raise ValueError(
+            f"scores (N,) and boolean positives (N,) must agree, got {s.shape} and {positive.dtype} {positive.shape}"
+        )
+    if np.isnan(s).any():
+        raise ValueError("scores must not be NaN")
+    if positive.all() or not positive.any():
+        raise ValueError(f"positives must hold both True and False, got {int(positive.sum())} True of {len(positive)}")
+    return float(roc_auc_score(positive, rankdata(s)))
+
+
+def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (ddof = 1) over seeds; None for the deviation of a single value.
+
+    Raises:
+        ValueError: if there is no value or one is not finite.
+    """
+    array = np.asarray(list(values), dtype=np.float64)
+    if array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"values must be one or more finite numbers, got {array.tolist()}")
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None
+
+
+def _as_array(value: Any) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
+    return np.asarray(value)
+
+
+def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(classes)
+    if not names or isinstance(classes, str) or len(set(names)) != len(names):
+        raise ValueError(f"classes must be one or more different names, got {classes!r}")
+    return names
+
+
+def _check_probabilities(probabilities: Any, num_classes: int) -> NDArray[np.float64]:
+    p = _as_array(probabilities)
+    if p.ndim != 2 or p.shape[1] != num_classes or p.dtype.kind != "f":
+        raise ValueError(f"probabilities must be floats of shape (N, {num_classes}), got {p.dtype} of shape {p.shape}")
+    if not ((p >= 0) & (p <= 1 + ROUNDING)).all():
+        raise ValueError("probabilities must be finite and lie in [0, 1]: logits need a softmax or sigmoid first")
+    return p.astype(np.float64)
+
+
+def _infer_task(target: NDArray[Any]) -> str:
+    if target.ndim == 1:
+        return "single"
+    return "multi" if np.isin(target, (0, 1)).all() else "distribution"
+
+
+def _check_labels(target: NDArray[Any], count: int, num_classes: int) -> NDArray[np.int64]:
+    if target.shape != (count,) or target.dtype.kind not in "iu":
+        raise ValueError(f"target must be integers of shape ({count},), got {target.dtype} of shape {target.shape}")
+    unknown = (target != IGNORE_INDEX) & ((target < 0) | (target >= num_classes))
+    if unknown.any():
+        raise ValueError(f"target must lie in 0..{num_classes - 1} or be {IGNORE_INDEX}, got {int(target[unknown][0])}")
+    return target.astype(np.int64)
+
+
+def _check_rows(target: NDArray[Any], shape: tuple[int, ...], task: str) -> NDArray[np.float64]:
+    if target.shape != shape or target.dtype.kind not in "biuf":
+        raise ValueError(f"target must be numbers of shape {shape}, got {target.dtype} of shape {target.shape}")
+    rows = target.astype(np.float64)
+    if task == "multi":
+        if not np.isin(rows, (0, 1)).all():
+            raise ValueError("target of task 'multi' must hold 0 and 1 only")
+    elif not np.isfinite(rows).all() or (rows < 0).any() or (abs(rows.sum(axis=1) - 1) > ROUNDING).any():
+        raise ValueError("target of task 'distribution' must be finite, not negative, and sum to one in every row")
+    return rows
+
+
+def _cross_entropy(p: NDArray[np.float64], t: NDArray[np.float64]) -> float:
+    floor = float(np.finfo(np.float32).tiny)
+    return float(-(t * np.log(p.clip(min=floor))).sum(axis=1).mean())
+
+
+def _jensen_shannon(p: NDArray[np.float64], t: NDArray[np.float64]) -> float:
+    from scipy.special import rel_entr
+
+    middle = (p + t) / 2
+    return float((rel_entr(p, middle) + rel_entr(t, middle)).sum(axis=1).mean() / 2)

@@ -1,0 +1,173 @@
+"""The restricted unpickler: NumPy arrays and plain builtins come through, everything else is refused by name."""
+
+import codecs
+import os
+import pickle
+import pickletools
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus_fixtures import Hostile, write_pickle
+
+from m3er_fast.corpus import CorpusError
+from m3er_fast.corpus._unpickle import load_pickle
+
+ARRAYS = [
+    np.arange(6, dtype=np.float32).reshape(2, 3),
+    np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    np.arange(3, dtype=">i4"),
+    np.array(["a", "bc"]),
+    np.array([b"a", b"bc"]),
+    np.array([True, False]),
+    np.zeros((0, 3)),
+    np.array(1.5),
+    np.array([np.nan, -np.inf]),
+]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype}{array.shape}")
+def test_arrays_come_through_every_protocol(tmp_path, array, protocol):
+    loaded = load_pickle(write_pickle(tmp_path / "a.pkl", {"x": array}, protocol))["x"]
+    assert loaded.dtype == pickle.loads(pickle.dumps(array, protocol)).dtype
+    np.testing.assert_array_equal(np.asarray(loaded), array)
+    assert loaded.flags.writeable
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_builtins_and_scalars_come_through_every_protocol(tmp_path, protocol):
+    value = {
+        "list": [1, 2.5, None, True, "é", b"\xff", b"", 3j],
+        "set": {1, 2},
+        "frozen": frozenset({"a"}),
+        "ordered": OrderedDict(a=1),
+        "default": defaultdict(list, a=[1]),
+        "scalar": np.float64(0.5),
+        "integer": np.int32(-7),
+    }
+    loaded = load_pickle(write_pickle(tmp_path / "a.pkl", value, protocol))
+    assert loaded == value
+    assert loaded["scalar"].dtype == np.float64
+
+
+def test_object_arrays_hold_what_is_itself_admitted(tmp_path):
+    ragged = np.empty(2, dtype=object)
+    ragged[0], ragged[1] = np.arange(3), ["x", None]
+    loaded = load_pickle(write_pickle(tmp_path / "a.pkl", ragged))
+    np.testing.assert_array_equal(np.asarray(loaded[0]), np.arange(3))
+    assert loaded[1] == ["x", None]
+
+
+# What Python 2 with NumPy 1.13 writes for {"a": array([1.5, -2.0])} in protocol 2, with numpy.core and byte strings.
+PYTHON_2 = (
+    b"\x80\x02}q\x01U\x01aq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85q\x05U\x01bq\x06"
+    b"\x87q\x07Rq\x08(K\x01K\x02\x85q\tcnumpy\ndtype\nq\nU\x02f8q\x0bK\x00K\x01\x87q\x0cRq\r(K\x03U\x01<q\x0eNNNJ\xff\xff"
+    b"\xff\xffJ\xff\xff\xff\xffK\x00tq\x0fb\x89U\x10\x00\x00\x00\x00\x00\x00\xf8?\x00\x00\x00\x00\x00\x00\x00\xc0q\x10tq"
+    b"\x11bs."
+)
+
+
+@pytest.mark.parametrize("package", [b"numpy.core", b"numpy._core"])
+def test_python_2_pickles_are_read_under_both_names_of_numpy(tmp_path, package):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(PYTHON_2.replace(b"numpy.core", package))
+    np.testing.assert_array_equal(np.asarray(load_pickle(path)["a"]), [1.5, -2.0])
+
+
+def test_python_2_builtin_names_are_read(tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x02c__builtin__\nset\n]U\x01aa\x85R.")
+    assert load_pickle(path) == {"a"}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Hostile(os.system, "true"), f"{os.system.__module__}.system"),
+        (Hostile(eval, "1"), "(builtins|__builtin__).eval"),
+        (Hostile(getattr, {}, "keys"), "(builtins|__builtin__).getattr"),
+        (Hostile(np.load, "x.npy"), "numpy.load"),
+        (Hostile(codecs.open, "x"), "codecs.open"),
+        (Hostile(np.frombuffer, b"x"), "frombuffer"),
+        (Path("x"), "pathlib"),
+        (np.dtype([("a", "f4")]), "structured dtype|the dtype 'V4'"),
+        (np.array(["2020-01-01"], dtype="M8[D]"), "the dtype 'M8'"),
+        (np.float64, "numpy.float64"),
+    ],
+)
+def test_anything_else_is_refused_by_name(tmp_path, value, name, protocol):
+    path = write_pickle(tmp_path / "a.pkl", [1, {"x": value}], protocol)
+    with pytest.raises(CorpusError, match=f"asks for .*({name}).*which is refused") as caught:
+        load_pickle(path)
+    assert str(path) in str(caught.value)
+
+
+def test_nothing_is_run_before_it_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+    with pytest.raises(CorpusError, match="refused"):
+        load_pickle(write_pickle(tmp_path / "a.pkl", Hostile(os.system, f"touch {marker}")))
+    assert not marker.exists()
+
+
+def test_an_object_array_cannot_smuggle_a_call(tmp_path):
+    array = np.empty(1, dtype=object)
+    array[0] = Hostile(os.system, "true")
+    with pytest.raises(CorpusError, match="system, which is refused"):
+        load_pickle(write_pickle(tmp_path / "a.pkl", array))
+
+
+def crafted(state, dtype=b"f8"):
+    """An array pickle with a state of our own, in protocol 2."""
+    head = PYTHON_2[: PYTHON_2.index(b"(K\x01K\x02")].replace(b"}q\x01U\x01aq\x02", b"")
+    dtype_program = (
+        b"cnumpy\ndtype\nU\x02" + dtype + b"K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    return head + state.replace(b"DTYPE", dtype_program) + b"b."
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (crafted(b"(K\x01K\x02\x85DTYPE\x89U\x08" + bytes(8) + b"t"), "bytes do not fill its shape"),
+        (crafted(b"(K\x01K\x01\x85DTYPE\x89U\x08" + bytes(8) + b"t", b"O8"), "an object array without its list"),
+        (crafted(b"(K\x01J\xff\xff\xff\xff\x85DTYPE\x89U\x00t"), r"an array of shape \(-1,\)"),
+        (crafted(b"(K\x01K\x01\x85N\x89U\x08" + bytes(8) + b"t"), "an array without a dtype"),
+        (b"\x80\x02cnumpy\nndarray\n(K\x02tR.", "TypeError"),
+        (
+            b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\x00\x00\x00\x40\x85U\x01b\x87R.",
+            "unknown kind",
+        ),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "the codec 'rot13'"),
+    ],
+)
+def test_crafted_array_states_are_refused(tmp_path, program, message):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(program)
+    pickletools.dis(program, out=(tmp_path / "dis").open("w"))  # the program itself is well formed
+    with pytest.raises(CorpusError, match=message):
+        load_pickle(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps(np.arange(1000))[:-50], b"\x80\x63."])
+def test_broken_pickles_give_one_line(tmp_path, content):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match="not a readable pickle") as caught:
+        load_pickle(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"a\.pkl: no such file"):
+        load_pickle(tmp_path / "a.pkl")
+
+
+def test_a_wrong_encoding_is_an_error_of_one_line(tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x02U\x01\xe9.")
+    assert load_pickle(path) == "é"
+    with pytest.raises(CorpusError, match="UnicodeDecodeError"):
+        load_pickle(path, encoding="ascii")
