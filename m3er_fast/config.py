@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -63,6 +63,7 @@ class ProxyConfig:
         _one_of("engine", self.engine, Engine)
         _positive_int("k", self.k)
         _in_range("ridge", self.ridge, 0.0, math.inf)
+        _boolean("affine", self.affine)
         for name in ("max_bank", "max_basis"):
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
@@ -88,8 +89,9 @@ class NetworkConfig:
         object.__setattr__(self, "attention", tuple(self.attention))
         for size in self.attention:
             _positive_int("attention", size)
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        _boolean("feedback", self.feedback)
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,19 @@ class LossConfig:
         _one_of("variant", self.variant, Variant)
         _one_of("activation", self.activation, Activation)
         _in_range("beta", self.beta, 0.0, math.inf)
+        _boolean("detach_weight", self.detach_weight)
         _in_range("head_weight", self.head_weight, 0.0, math.inf)
         if self.margin is not None:
             _in_range("margin", self.margin, 0.0, math.inf)
         for name in ("class_weight", "modality_weight"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-                for value in getattr(self, name):
+            values = getattr(self, name)
+            if values is not None:
+                if not isinstance(values, Iterable):
+                    raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
+                values = tuple(values)
+                for value in values:
                     _in_range(name, value, 0.0, math.inf)
+                object.__setattr__(self, name, tuple(float(value) for value in values))
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,9 @@ class TrainingConfig:
             _positive_int("patience", self.patience)
         if self.gradient_norm is not None:
             _in_range("gradient_norm", self.gradient_norm, 0.0, math.inf, exclusive=True)
+        _boolean("balance_classes", self.balance_classes)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an int, got {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,7 @@ class M3ERConfig:
                 continue
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+        _boolean("check_in_training", self.check_in_training)
 
     @classmethod
     def paper(cls) -> M3ERConfig:
@@ -251,6 +262,11 @@ def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def _one_of(name: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _positive_int(name: str, value: Any) -> None:

@@ -109,7 +109,7 @@ def fusion_loss(
     _check_number("beta", beta)
     if margin is not None:
         _check_number("margin", margin)
-    _check_target(target, batch, classes, activation, ignore_index)
+    target = _checked_target(target, batch, classes, activation, ignore_index)
     _check_vector("class_weight", class_weight, classes)
     _check_vector("modality_weight", modality_weight, modalities)
     _check_mask(available, batch, modalities)
@@ -219,6 +219,8 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
         raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
     if not bank.shape[0]:
         raise ValueError("bank is empty: wanted at least one row")
+    if bank.device.type == "cpu" and not bool(bank.isfinite().all()):
+        raise ValueError("bank must be finite, got NaN or inf in it")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive int, got {k!r}")
     if engine not in ("auto", "torch", "faiss"):
@@ -345,7 +347,8 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
-def _check_target(target: Tensor, batch: int, classes: int, activation: str, ignore_index: int) -> None:
+def _checked_target(target: Tensor, batch: int, classes: int, activation: str, ignore_index: int) -> Tensor:
+    """``target``, in int64 if it holds integers: small integer types wrap around when compared with ignore_index."""
     by_label = target.ndim == 1
     shape = (batch,) if by_label else (batch, classes)
     if target.shape != shape or target.is_complex():
@@ -355,8 +358,10 @@ def _check_target(target: Tensor, batch: int, classes: int, activation: str, ign
         raise ValueError(f"target of shape ({batch},) must hold integer labels, got {target.dtype}")
     if not by_label and integral and activation == "softmax":
         raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
+    if integral:
+        target = target.long()
     if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
-        return
+        return target
     highest = classes - 1 if by_label else 1
     values = target[target != ignore_index] if integral else target
     if values.numel() and not bool(((values >= 0) & (values <= highest)).all()):
@@ -364,6 +369,7 @@ def _check_target(target: Tensor, batch: int, classes: int, activation: str, ign
         raise ValueError(
             f"target must lie in 0..{highest}{ignored}, got values from {values.min().item()} to {values.max().item()}"
         )
+    return target
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -390,5 +396,8 @@ def _check_mask(available: Tensor | None, batch: int, modalities: int) -> None:
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
-    if value.ndim != 2 or not value.is_floating_point():
-        raise ValueError(f"{name} must be a floating matrix, got {value.dtype} of shape {tuple(value.shape)}")
+    if value.ndim != 2 or not value.shape[1] or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating matrix with at least one column, "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )

@@ -18,8 +18,8 @@ class MultiplicativeFusionLoss(nn.Module):
 
     Example:
         >>> loss = MultiplicativeFusionLoss(beta=2.0)
-        >>> loss(torch.zeros(3, 8, 6), torch.zeros(8, dtype=torch.int64))  # (M, B, C) logits, (B,) labels
-        tensor(0.8958...)
+        >>> loss(torch.zeros(3, 8, 6), torch.zeros(8, dtype=torch.int64)).item()  # (M, B, C) logits, (B,) labels
+        0.8958...
     """
 
     class_weight: Tensor | None

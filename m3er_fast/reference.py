@@ -45,7 +45,8 @@ def log_probabilities(
     """Log p and log(1 - p) of every class, each to full relative precision as p tends to 0 or to 1.
 
     log(1 - exp(log p)) would lose its digits there. With s = Σ_{j≠top} exp(x_j - x_top), the likeliest class has
-    log p = -log(1 + s) and 1 - p = s / (1 + s); every other class has p ≤ 1/2, where log1p(-p) is exact enough.
+    log p = -log(1 + s) and 1 - p = s / (1 + s), whose logarithm is log s - log(1 + s) where p > 1/2; everywhere else
+    p ≤ 1/2, and log1p(-p) is exact enough.
 
     Args:
         logits: (M, B, C).
@@ -67,11 +68,13 @@ def log_probabilities(
     top_value, top = logits.max(dim=-1, keepdim=True)
     is_top = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, top, True)
     shifted = (logits - top_value).clamp(min=-bound)
-    exponentials = torch.where(is_top, 0.0, shifted.exp())
-    rest = exponentials.sum(dim=-1, keepdim=True)
+    exponentials = shifted.exp()
+    rest = exponentials.masked_fill(is_top, 0.0).sum(dim=-1, keepdim=True)
     log_total = rest.log1p()
     log_rest = shifted.masked_fill(is_top, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    log_not_p = torch.where(is_top, log_rest - log_total, torch.log1p(-exponentials / (1.0 + rest)))
+    likely = is_top & (rest < 1.0)  # p > 1/2
+    p = exponentials.masked_fill(likely, 0.0) / (1.0 + rest)
+    log_not_p = torch.where(likely, log_rest - log_total, torch.log1p(-p))
     return shifted - log_total, log_not_p
 
 
@@ -107,8 +110,8 @@ def fusion_costs(
         present = torch.ones((modalities, batch, 1), dtype=torch.bool, device=log_p.device)
     else:
         present = available.T[:, :, None]
-    count = present.sum(dim=0)
-    gamma = torch.where(count > 1, beta / (count - 1).clamp(min=1), 0.0).to(log_p.dtype)
+    count = present.sum(dim=0, dtype=log_p.dtype)
+    gamma = torch.where(count > 1, beta / (count - 1).clamp(min=1), 0.0)
     evidence = torch.where(present, log_not_p if variant == "original" else log_p, 0.0)
     if detach_weight:
         evidence = evidence.detach()
@@ -161,7 +164,8 @@ def fusion_loss(
         return loss.sum()
     # An empty or wholly ignored batch has the mean 0, not 0/0: one such batch must not poison a training run.
     total = weight.sum()
-    return loss.sum() / torch.where(total > 0, total, 1.0)
+    # Divided before the sum, which would overflow where the mean does not.
+    return (loss / torch.where(total > 0, total, 1.0)).sum()
 
 
 def class_costs(
@@ -307,62 +311,46 @@ def local_least_squares(
     # Float64 inside: Gram matrices square the condition number, and neighbours are nearly collinear by nature.
     rows64 = torch.where(usable[:, None, None], rows, 0.0).double() / scale[:, None, None]
     wanted64 = torch.where(usable[:, None], wanted, 0.0).double() / scale[:, None]
-    solve = _affine_weights if affine else _ridge_weights
-    coefficients = solve(rows64, wanted64, ridge, torch.finfo(rows.dtype).eps)
+    size = rows64.square().sum(dim=(1, 2))  # tr(G)
+    penalty = ridge * size / rows.shape[1]
+    if affine:
+        # With a = 1/K + b and Σ b = 0 the rows' mean drops out: b solves the same problem about that mean, and Σ b = 0
+        # holds by itself, since a centred Gram matrix sends (1, ..., 1) to zero.
+        center = rows64.mean(dim=1)
+        rows64, wanted64 = rows64 - center[:, None, :], wanted64 - center
+    if ridge < _SMALLEST_CHOLESKY_RIDGE:
+        coefficients = _svd_solution(rows64, wanted64, penalty, torch.finfo(rows.dtype).eps, size.sqrt())
+    else:
+        coefficients = _cholesky_solution(rows64, wanted64, penalty)
+    if affine:
+        coefficients = coefficients + 1.0 / rows.shape[1]
     coefficients = torch.where(usable[:, None], coefficients, 0.0).to(rows.dtype)
     proxies = (coefficients[:, None, :] @ upcast(targets)[neighbors].to(rows.dtype))[:, 0]
     return proxies, coefficients
 
 
-def _ridge_weights(rows: Tensor, wanted: Tensor, ridge: float, precision: float) -> Tensor:
-    """argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖², μ = ridge·tr(G)/K; the one of least norm where μ = 0."""
-    neighbors = rows.shape[1]
-    if ridge < _SMALLEST_CHOLESKY_RIDGE:
-        return _filtered_solution(rows, wanted, ridge * rows.square().sum(dim=(1, 2)) / neighbors, precision)
+def _cholesky_solution(rows: Tensor, wanted: Tensor, penalty: Tensor) -> Tensor:
+    """argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖² by the normal equations."""
     gram = rows @ rows.mT
-    gram = _add_ridge(gram, ridge * _mean_diagonal(gram))
+    # A Gram matrix of zeros gets a positive ridge, which leaves its zero solution as it is.
+    penalty = penalty.clamp(min=torch.finfo(gram.dtype).tiny)
+    gram = gram + penalty[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     right = rows @ wanted[:, :, None]
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram))[:, :, 0]
 
 
-def _affine_weights(rows: Tensor, wanted: Tensor, ridge: float, precision: float) -> Tensor:
-    """The same minimum subject to Σ a = 1.
+def _svd_solution(rows: Tensor, wanted: Tensor, penalty: Tensor, precision: float, size: Tensor) -> Tensor:
+    """The same minimum, and the one of least norm where μ = 0, without the directions that rounding made.
 
-    With Σ a = 1 the residual is -Σ a_r (v_r - f): writing D for the rows v_r - f, a is proportional to
-    (D Dᵀ + μI)⁻¹ 1, where μ is still taken from the Gram matrix of the neighbours themselves.
+    Those are the singular values below the precision of the data beside the largest, or below the precision of this
+    computation beside ``size``, the norm of the rows before any centring.
     """
-    neighbors = rows.shape[1]
-    difference = rows - wanted[:, None, :]
-    penalty = ridge * rows.square().sum(dim=(1, 2)) / neighbors
-    if ridge < _SMALLEST_CHOLESKY_RIDGE:
-        mean = difference.mean(dim=1)
-        return 1.0 / neighbors + _filtered_solution(difference - mean[:, None, :], -mean, penalty, precision)
-    gram = _add_ridge(difference @ difference.mT, penalty)
-    gram = gram / _mean_diagonal(gram)[:, None, None]
-    ones = torch.ones_like(gram[:, :, :1])
-    weights = torch.cholesky_solve(ones, torch.linalg.cholesky(gram))[:, :, 0]
-    return weights / weights.sum(dim=1, keepdim=True)
-
-
-def _filtered_solution(rows: Tensor, wanted: Tensor, penalty: Tensor, precision: float) -> Tensor:
-    """Tikhonov solution by the SVD of the rows; directions below the precision of the data are left out."""
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-    largest = singular.amax(dim=1, keepdim=True)
-    cutoff = max(rows.shape[1:]) * precision * largest
-    kept = singular > cutoff
+    smallest = torch.maximum(precision * singular.amax(dim=1), torch.finfo(rows.dtype).eps * size)
+    kept = singular > max(rows.shape[1:]) * smallest[:, None]
     filtered = torch.where(kept, singular / torch.where(kept, singular.square() + penalty[:, None], 1.0), 0.0)
     solution: Tensor = left @ (filtered[:, :, None] * (right @ wanted[:, :, None]))
     return solution[:, :, 0]
-
-
-def _mean_diagonal(gram: Tensor) -> Tensor:
-    return torch.diagonal(gram, dim1=1, dim2=2).mean(dim=1)
-
-
-def _add_ridge(gram: Tensor, penalty: Tensor) -> Tensor:
-    """Return gram + penalty·I; a Gram matrix of zeros gets a positive one, which leaves its zero solution as it is."""
-    penalty = penalty.clamp(min=torch.finfo(gram.dtype).tiny)
-    return gram + penalty[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
 
 
 # --- Classification network (method step 3) ---

@@ -1,0 +1,322 @@
+"""The commands: their arguments, and what they print. Needs typer and rich; :mod:`m3er_fast.cli` is the way in.
+
+Results go to stdout, progress and warnings to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from m3er_fast.config import M3ERConfig
+from m3er_fast.corpus import FORMATS, SPLITS, Corpus, read_parquet, split_by_group
+from m3er_fast.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from m3er_fast.ablation import AblationResult
+    from m3er_fast.fusion import M3ERFusion
+    from m3er_fast.scoring import ScoreProgress
+    from m3er_fast.training import EpochRecord
+
+# Plain help: rich's boxes break option names over lines on a narrow terminal.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+CorpusArgument = Annotated[
+    Path, typer.Argument(metavar="CORPUS", help="Parquet corpus: the folder that convert wrote, or one file.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="JSON file of settings, such as the config.json of a run."),
+]
+PaperOption = Annotated[bool, typer.Option("--paper", help="Use the settings of the paper instead of the defaults.")]
+EpochsOption = Annotated[int | None, typer.Option(help="The most epochs; overrides the settings.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from m3er_fast import __version__
+
+        print(f"m3er-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Multimodal emotion recognition that survives a lost modality (M3ER).
+
+    Exit codes: 0 complete; 1 internal error; 2 usage or configuration; 3 finished, with something quarantined; 4 what
+    is being resumed was made by something else; 5 disk full; 130 interrupted.
+    """
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for table and figures.")] = Path("runs/demo")) -> None:
+    """Show the whole method on a generated corpus.
+
+    Its modalities are partly ineffectual. Fits, trains and scores, then prints the ablation table and draws the
+    figures: a few minutes on two cores.
+    """
+    from m3er_fast.demo import run_demo
+
+    with ProgressDisplay("demo") as display:
+        result = run_demo(out, progress=display.say)
+    _print_ablation(result, out)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="File or folder to read.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")],
+    out: Annotated[Path, typer.Option(metavar="CORPUS", help="Folder to write the corpus to.")],
+) -> None:
+    """Convert a published feature file to a Parquet corpus.
+
+    A source without splits is split 7:1:2, so that no video or speaker is in two of them.
+    """
+    from m3er_fast.corpus import convert
+
+    corpus = convert(source, format, out)
+    dims = ", ".join(f"{name} {dim}" for name, dim in corpus.input_dims.items())
+    print(
+        f"{out}: {len(corpus)} utterances of at most {corpus.steps} frames ({_split_sizes(corpus)}); features: {dims}"
+    )
+
+
+@app.command()
+def train(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the model, its history and plots.")],
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    epochs: EpochsOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, shuffling and dropout.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Utterances a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with what RUN holds, or begin anew.")] = True,
+) -> None:
+    """Train a model, stopping early on the validation loss.
+
+    The weights of the best epoch are kept. Interrupted training goes on where it was when the same command is given
+    again.
+    """
+    from m3er_fast.training import evaluate
+    from m3er_fast.training import train as train_model
+
+    data = _read_for_training(corpus)
+    settings = _settings(
+        data, config, paper, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
+    )
+    with ProgressDisplay("train", "epochs") as display:
+
+        def show(record: EpochRecord) -> None:
+            note = f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}"
+            display.update(record.epoch, record.epochs, note)
+
+        result = train_model(data, settings, out=out, resume=resume, progress=show)
+    losses = result.history["valid_loss"]
+    best = result.best_epoch
+    print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
+    test = data.subset("test")
+    report = evaluate(result.model, test).report if len(test) else None
+    if report is not None:
+        print(f"\nOn the test split:\n\n{report.to_markdown()}")
+
+
+@app.command()
+def score(
+    corpus: CorpusArgument,
+    model: Annotated[Path, typer.Option(metavar="RUN", help="What train wrote, or any folder of save_pretrained.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the scores, one Parquet file a shard.")],
+    engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it; this version has local only.")] = (
+        "local"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what DIR holds; an empty DIR just starts.")] = (
+        False
+    ),
+    batch_size: Annotated[int, typer.Option(help="Utterances that go through the model at a time.")] = 512,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1.  [default: cuda where there is a GPU, else cpu]")
+    ] = None,
+) -> None:
+    """Score a corpus, with or without labels.
+
+    Writes class probabilities, effective modalities and p-values of every utterance. Shards that cannot be read are
+    listed in DIR/quarantine.json and the others scored; the exit code is then 3.
+    """
+    from m3er_fast.cli import QUARANTINED
+    from m3er_fast.scoring import load_model
+    from m3er_fast.scoring import score as score_corpus
+
+    if engine == "ray":
+        raise typer.BadParameter("this version has no ray engine; use --engine local", param_hint="--engine")
+    if engine != "local":
+        raise typer.BadParameter(f"{engine!r} is neither local nor ray", param_hint="--engine")
+    loaded = _on_device(load_model(model), device)
+    with ProgressDisplay("score", "shards") as display:
+
+        def show(progress: ScoreProgress) -> None:
+            display.update(progress.done, progress.shards, f"{progress.rows} utterances")
+
+        summary = score_corpus(corpus, loaded, out, resume=resume, batch_size=batch_size, progress=show)
+    resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
+    scored = summary.shards - len(summary.quarantined)
+    print(f"{out}: {summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s")
+    if summary.quarantined:
+        first = summary.quarantined[0]
+        typer.echo(
+            f"m3er-fast: {len(summary.quarantined)} of {summary.shards} shards are in quarantine, such as "
+            f"{first.shard}: {first.reason} (all: {out / 'quarantine.json'})",
+            err=True,
+        )
+        raise typer.Exit(QUARANTINED)
+
+
+@app.command()
+def ablate(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for table and figures.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model, for mean ± standard deviation.")] = 5,
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    epochs: EpochsOption = None,
+) -> None:
+    """Measure what each step of the method brings.
+
+    Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation.
+    """
+    from m3er_fast.ablation import run_ablation
+
+    data = _read_for_training(corpus)
+    settings = _settings(data, config, paper, epochs=epochs)
+    with ProgressDisplay("ablate") as display:
+        result = run_ablation(data, settings, seeds=seeds, out=out, progress=display.say)
+    _print_ablation(result, out)
+
+
+@app.command()
+def audit(
+    corpus: CorpusArgument,
+    model: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Model whose check says how much looks ineffectual.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Report what is wrong with a corpus.
+
+    Lengths, non-finite, constant or missing modalities, labels, splits that share a group and duplicates. With a
+    model, of the modalities that the model knows, and how much of each its check suspects to be ineffectual.
+    """
+    from m3er_fast.corpus import audit_corpus
+    from m3er_fast.scoring import load_model
+
+    judge = None if model is None else load_model(model)
+    data = read_parquet(corpus, input_dims=None if judge is None else judge.input_dims)
+    report = audit_corpus(data)
+    shares = {} if judge is None else _ineffectual_shares(judge, data)
+    if as_json:
+        print(json.dumps({**report.to_dict(), "ineffectual": shares} if judge else report.to_dict(), indent=2))
+        return
+    print(report.to_text())
+    for name, share in shares.items():
+        print(
+            f"{name}: {'never available' if share is None else f'{share:.1%} of what is available looks ineffectual'}"
+        )
+
+
+@app.command()
+def info() -> None:
+    """Show what works on this machine.
+
+    Versions, devices, packages and back-ends, each tried, and why those that do not work do not.
+    """
+    from m3er_fast.environment import describe_environment
+
+    console = Console(soft_wrap=True, highlight=False)
+    for heading, findings in describe_environment().items():
+        console.print(Text(heading, "bold"))
+        for name, works, note in findings:
+            verdict = Text("works  ", "green") if works else Text("no     ", "yellow")
+            console.print(Text.assemble(f"  {name:<28}", verdict, note))
+
+
+def _read_for_training(path: Path) -> Corpus:
+    """Read a corpus, with splits made where it has none, and say what was or will be made."""
+    corpus = read_parquet(path)
+    if corpus.split is None:
+        corpus = split_by_group(corpus)
+        print(f"{path} has no splits: split by group, {_split_sizes(corpus)}")
+    elif not (corpus.split == "valid").any():
+        print(f"{path} has no validation split: one is taken from train, by group")
+    return corpus
+
+
+def _split_sizes(corpus: Corpus) -> str:
+    return ", ".join(f"{name} {len(corpus.subset(name))}" for name in SPLITS)
+
+
+def _settings(corpus: Corpus, path: Path | None, paper: bool, **overrides: float | None) -> M3ERConfig:
+    """The settings of a file, of the paper, or the defaults for this corpus, with overrides of the training's."""
+    from m3er_fast.training import default_config
+
+    if path is not None and paper:
+        raise typer.BadParameter("--config and --paper exclude each other")
+    if path is not None:
+        config = _read_config(path)
+    elif paper:
+        config = M3ERConfig.paper()
+    else:
+        config = default_config(corpus)
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    return config.replace(training=replace(config.training, **given))
+
+
+def _read_config(path: Path) -> M3ERConfig:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object of settings, got {type(values).__name__}")
+    values = values.get("config", values)  # a run's config.json holds the settings among other things
+    try:
+        return M3ERConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _on_device(model: M3ERFusion, device: str | None) -> M3ERFusion:
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(name)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch is built without CUDA
+        raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
+
+
+def _ineffectual_shares(model: M3ERFusion, corpus: Corpus) -> dict[str, float | None]:
+    """Share of each modality's available utterances that the model's check calls ineffectual; None without any."""
+    from m3er_fast.training import evaluate
+
+    if not len(corpus):
+        return dict.fromkeys(model.input_dims)
+    effective = evaluate(model, replace(corpus, target=None)).effective
+    return {
+        name: float((~effective[present, m]).mean()) if (present := corpus.available[:, m]).any() else None
+        for m, name in enumerate(model.input_dims)
+    }
+
+
+def _print_ablation(result: AblationResult, out: Path) -> None:
+    print(f"{result.to_markdown()}\n\nTable and figures: {out}")

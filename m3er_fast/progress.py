@@ -1,0 +1,76 @@
+"""How a command shows that it is alive: a bar on a terminal, one log line now and then elsewhere, both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_LOG_SECONDS = 10.0
+
+
+class ProgressDisplay:
+    """Shows the progress of one command; a context manager.
+
+    Args:
+        label: what is being done, such as "score".
+        unit: what is counted, such as "shards".
+        log_seconds: the least time between two log lines, and before the first.
+    """
+
+    def __init__(self, label: str, unit: str = "steps", *, log_seconds: float = _LOG_SECONDS) -> None:
+        self.label = label
+        self.unit = unit
+        self.log_seconds = log_seconds
+        self._start = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        self._start = self._last_line = time.monotonic()
+        # Not rich's own guess, which FORCE_COLOR turns into a yes.
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.label, total=None, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Say that ``done`` of ``total`` units are done, and something about it."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+            return
+        elapsed = time.monotonic() - self._start
+        left = elapsed * (total - done) / done if done else 0.0
+        self._log(f"{done} of {total} {self.unit}, {left:.0f} s left" + (f", {note}" if note else ""))
+
+    def say(self, message: str) -> None:
+        """Say what is going on, where nothing is counted."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=message)
+        else:
+            self._log(message)
+
+    def _log(self, message: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line >= self.log_seconds:
+            self._last_line = now
+            print(f"{self.label}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,248 @@
+"""What ships, what importing costs, and that the public names are those of the documentation."""
+
+import inspect
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import m3er_fast
+from m3er_fast import corruption, functional, metrics, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("triton", "faiss", "cupy", "ray", "pyarrow", "h5py", "matplotlib", "typer", "rich")
+FIT = ["features", "lengths", "available"]
+
+
+def run_python(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def keywords(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_no_optional_dependency():
+    script = f"import m3er_fast, sys; print(*sorted(set({OPTIONAL}) & set(sys.modules)))"
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_kernels_refuse_their_bare_name():
+    result = run_python("-c", "import kernels")
+    assert result.returncode == 1
+    assert "ImportError: import m3er_fast.kernels instead of kernels" in result.stderr
+    assert "register every operator twice" in result.stderr
+
+
+def test_kernels_import_inside_the_package_without_triton():
+    result = run_python("-c", "import m3er_fast.kernels as k, sys; print(k.__name__, 'triton' in sys.modules)")
+    assert result.stdout.split() == ["m3er_fast.kernels", "False"], result.stderr
+
+
+# --- public names -----------------------------------------------------------------------------------------------------
+
+
+def test_public_names():
+    assert set(m3er_fast.__all__) >= {
+        *("M3ERFusion", "M3ERConfig", "M3EROutput", "ModalityCheck", "CheckResult", "ProxyGenerator"),
+        *("MemoryFusionNetwork", "MultiplicativeFusionLoss", "CCA", "Standardizer", "functional", "reference"),
+    }
+    assert m3er_fast.__version__
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module in (m3er_fast, functional) for name in module.__all__],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_public_names_and_their_methods_are_documented(module, name):
+    value = getattr(module, name)
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        for attribute, method in vars(value).items():
+            if callable(method) and not attribute.startswith("_"):
+                assert inspect.getdoc(getattr(value, attribute)), f"{name}.{attribute}"
+
+
+LOSS = [
+    *("variant", "beta", "detach_weight", "activation", "class_weight", "modality_weight", "available"),
+    *("margin", "ignore_index", "reduction", "backend"),
+]
+CHECK = ["n_components", "statistic", "rule", "alpha", "threshold", "component_weights", "pooling", "ridge"]
+PROXY = ["bank", "k", "ridge", "affine", "max_bank", "max_basis", "engine"]
+NETWORK = ["hidden", "memory", "attention", "fusion", "head", "dropout", "feedback"]
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (functional.fusion_loss, ["logits", "target", *LOSS]),
+        (functional.class_costs, ["logits", "variant", "beta", "modality_weight", "available", "backend"]),
+        (functional.gate_statistics, ["features", "projections", "backend"]),
+        (functional.nearest_neighbors, ["query", "bank", "k", "engine"]),
+        (
+            functional.local_least_squares,
+            ["query", "bank", "targets", "neighbors", "ridge", "affine", "backend"],
+        ),
+        (m3er_fast.M3ERFusion, ["input_dims", "num_classes", "config"]),
+        (m3er_fast.M3ERFusion.fit, FIT),
+        (m3er_fast.M3ERFusion.forward, FIT),
+        (m3er_fast.M3ERFusion.predict_proba, FIT),
+        (m3er_fast.M3ERFusion.loss, ["output", "target"]),
+        (m3er_fast.CCA, ["n_components", "ridge"]),
+        (m3er_fast.CCA.fit, ["X", "Y"]),
+        (m3er_fast.CCA.transform, ["X", "Y"]),
+        (m3er_fast.ModalityCheck, ["input_dims", *CHECK]),
+        (m3er_fast.ModalityCheck.fit, FIT),
+        (m3er_fast.ModalityCheck.check, FIT),
+        (m3er_fast.ProxyGenerator, ["input_dims", *PROXY]),
+        (m3er_fast.ProxyGenerator.fit, FIT[:2]),
+        (m3er_fast.ProxyGenerator.proxy, ["features", "effective", "lengths"]),
+        (m3er_fast.MemoryFusionNetwork, ["input_dims", "num_classes", *NETWORK]),
+        (m3er_fast.MultiplicativeFusionLoss, LOSS),
+        (corruption.gaussian_noise, ["x", "snr", "generator"]),
+        (corruption.paper_protocol, ["features", "seed"]),
+        (metrics.classification_report, ["probabilities", "target", "classes"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_signatures_begin_as_documented(function, wanted):
+    """Names and order; further arguments may follow."""
+    assert keywords(function)[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (
+            functional.fusion_loss,
+            {"variant": "m3er", "beta": 1.0, "detach_weight": True, "activation": "softmax", "ignore_index": -100}
+            | {"margin": None, "reduction": "mean", "backend": "auto"},
+        ),
+        (functional.class_costs, {"variant": "original", "beta": 1.0}),
+        (functional.nearest_neighbors, {"engine": "auto"}),
+        (functional.local_least_squares, {"ridge": 1e-3, "affine": False, "backend": "auto"}),
+        (m3er_fast.CCA, {"n_components": 100, "ridge": 1e-3}),
+        (
+            m3er_fast.ModalityCheck,
+            {"n_components": 100, "statistic": "combined", "rule": "all", "alpha": 0.05, "threshold": None}
+            | {"component_weights": "canonical", "pooling": "mean", "ridge": 1e-3},
+        ),
+        (
+            m3er_fast.ProxyGenerator,
+            {"bank": "neighbours", "k": 16, "ridge": 1e-2, "affine": False, "max_bank": None, "max_basis": None},
+        ),
+        (
+            m3er_fast.MemoryFusionNetwork,
+            {"hidden": 32, "memory": 128, "attention": (128, 64, 64), "fusion": 32, "head": 64, "dropout": 0.0}
+            | {"feedback": True},
+        ),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_defaults_are_the_documented_ones(function, wanted):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in wanted} == wanted
+
+
+def test_module_and_function_of_the_loss_share_their_defaults():
+    function, module = (
+        inspect.signature(f).parameters for f in (functional.fusion_loss, m3er_fast.MultiplicativeFusionLoss)
+    )
+    assert {name: module[name].default for name in LOSS} == {name: function[name].default for name in LOSS}
+
+
+def test_options_of_the_functions_are_keyword_only():
+    for function in (functional.fusion_loss, functional.class_costs, functional.local_least_squares):
+        for name, parameter in inspect.signature(function).parameters.items():
+            has_default = parameter.default is not inspect.Parameter.empty
+            assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) == has_default, name
+
+
+@pytest.mark.parametrize(
+    ("result", "fields"),
+    [
+        (
+            m3er_fast.M3EROutput,
+            ["logits", "modality_logits", "fused", "effective", "correlation", "energy", "p_value", "abstained"],
+        ),
+        (m3er_fast.CheckResult, ["effective", "correlation", "energy", "p_value"]),
+    ],
+)
+def test_results_begin_with_what_is_documented(result, fields):
+    assert list(result.__annotations__)[: len(fields)] == fields
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fusion_loss", "class_costs", "gate_statistics", "nearest_neighbors", "local_least_squares", "memory_scan"],
+)
+def test_every_operation_has_a_reference(name):
+    """With the same arguments, less those that choose an implementation or a variant it is not defined for."""
+    chosen = {"backend", "engine"} | ({"variant"} if name == "class_costs" else set())
+    wanted = [argument for argument in keywords(getattr(functional, name)) if argument not in chosen]
+    assert keywords(getattr(reference, name)) == wanted
+
+
+# --- the wheel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source_files():
+    """The project's files by git's account: tracked ones and new ones that are not ignored."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git does not list the project's files here: {error}")
+    return sorted({name for name in listed if (ROOT / name).is_symlink() or (ROOT / name).is_file()})
+
+
+@pytest.fixture(scope="module")
+def wheel_files(source_files, tmp_path_factory):
+    """Names inside a wheel that is built from a copy of those files."""
+    pytest.importorskip("setuptools", minversion="77", reason="a wheel is built by setuptools 77 or later")
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in source_files:
+        source, target = ROOT / name, copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+        else:
+            target.write_bytes(source.read_bytes())
+    # The build backend's own hook: what pip calls, without needing pip.
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
+    result = run_python("-c", build, cwd=copy)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_holds_exactly_the_kernels_of_the_repository(source_files, wheel_files):
+    shipped = {name.removeprefix("m3er_fast/") for name in wheel_files if name.startswith("m3er_fast/kernels/")}
+    assert shipped == {name for name in source_files if name.startswith("kernels/") and name.endswith(".py")}
+    assert shipped
+
+
+def test_wheel_holds_every_module_of_the_package(source_files, wheel_files):
+    modules = {name for name in source_files if name.startswith("m3er_fast/") and name.endswith(".py")}
+    assert modules <= set(wheel_files)
+    assert "m3er_fast/py.typed" in wheel_files
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_files)
+
+
+def test_wheel_installs_nothing_but_the_package(wheel_files):
+    tops = {name.split("/")[0] for name in wheel_files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"m3er_fast"}
