@@ -7,7 +7,6 @@ S = 2^(M-1) sets of other modalities.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Self
@@ -23,14 +22,23 @@ from m3er_fast.config import CheckConfig, Pooling, Rule, Statistic
 from m3er_fast.functional import GateProjections
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 from m3er_fast.moments import Moments
-from m3er_fast.reference import modality_pairs
+from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 from m3er_fast.state import FittedModule
 
-# Share of the training samples kept for calibration, and the most that are worth keeping: a p-value's own standard
-# error is then below 0.0035 at 0.05.
-_CALIBRATION_SHARE = 0.2
+# Calibration: each fold is scored by projections learned from the others. Folds are made of whole blocks of
+# neighbouring samples, for these often come from one recording: calibrated on recordings that the projections have
+# seen, the check would condemn every new one.
+_FOLDS = 10
+_BLOCKS = 64
+# The most samples that are worth keeping: a p-value's own standard error at 0.05 is then below 0.0035.
 _MOST_CALIBRATION = 4096
+
+# Weighted Bonferroni: each test's share of alpha. Low energy gets least, for it is tested with leniency.
+_CORRELATION_SHARE, _HIGH_ENERGY_SHARE, _LOW_ENERGY_SHARE = 0.4, 0.4, 0.2
+# Recordings differ in level: low energy counts only below this fraction of what calibration has seen. On CMU-MOSI's
+# faces, a sixth of the published test split lies below the lowest 2.5 % of the training split, but none by half.
+_LEVEL_TOLERANCE = 2.0
 
 
 class CheckResult(NamedTuple):
@@ -51,15 +59,20 @@ class ModalityCheck(FittedModule):
     paper does not have: ρ does not see scale, and weakly correlated modalities it hardly tells from noise.
 
     Both become conformal p-values (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005) against
-    a held-out part of the training data: the share of calibration samples at least as odd as this one. A modality is
-    ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data at most a share ``alpha``
-    of samples lose it.
+    training samples that the projections did not see: the share of calibration samples at least as odd as this one.
+    A modality is ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data at most a
+    share ``alpha`` of samples lose it.
 
     * correlation: ρ_mj is ranked among the calibration samples' and the largest rank over the other available
       modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
       Low is odd. Without another modality to compare with there is no evidence, and p = 1.
-    * energy: two-sided; noise raises it, silence and frozen sensors lower it.
-    * combined: Bonferroni of both, p = min(1, 2·min(p_correlation, p_energy)).
+    * energy: noise raises it, silence and frozen sensors lower it. A weighted Bonferroni sum of two one-sided tests,
+      p = min(1, p_high / (2/3), p_low / (1/3)), where p_low doubles the energy first: recordings differ in level.
+    * combined: p = min(1, p_correlation / 0.4, p_high / 0.4, p_low / 0.2); here a modality whose energy alone makes it
+      ineffectual is no longer compared with, so that one bad modality does not discredit the good ones.
+
+    Energies beyond all of calibration have p-values below the smallest conformal one, 1/(n+1), in proportion to how
+    far beyond they are: that orders them, and lets a small calibration set recognise gross noise.
 
     With ``threshold`` τ the paper's form replaces the correlation's p-value: ineffectual if ρ < τ against every other
     modality (or any, by ``rule``); in the combined check the energy is then tested alone at ``alpha``.
@@ -146,9 +159,10 @@ class ModalityCheck(FittedModule):
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
         """Learn projections and calibration from clean training data.
 
-        A seeded choice of samples (a fifth, at least 8/alpha if that is no more than half, at most 4096) calibrates
-        and is not used for the projections. A pair that is never together, or a modality that is never there, has no
-        statistics: it is not judged by them.
+        The projections are learned from all samples. Calibration is by cross-fitting: the samples are cut into ten
+        folds, and each (of 4096 seeded samples in all, if there are more) is scored by projections that did not see
+        its fold. A pair that is never together, or a modality that is never there, has no statistics: it is not judged
+        by them.
 
         Args:
             features: mapping from modality to (N, T, d_m) or (N, d_m), or a re-iterable of such batches.
@@ -159,7 +173,7 @@ class ModalityCheck(FittedModule):
             ValueError: for bad input, or if there is no sample at all.
 
         Warns:
-            UserWarning: if the calibration samples are too few for any p-value to fall below alpha.
+            UserWarning: if the calibration samples are so few that more than a share alpha of clean ones may be lost.
         """
         return self.fit_batches(
             lambda: map(clean_frames, iterate_batches(features, lengths, available, input_dims=self.input_dims))
@@ -170,34 +184,38 @@ class ModalityCheck(FittedModule):
         total = sum(batch.lengths.shape[0] for batch in batches())
         if not total:
             raise ValueError("features: no sample to fit the modality check to")
-        size = min(
-            _MOST_CALIBRATION, max(int(total * _CALIBRATION_SHARE), min(total // 2, math.ceil(8 / self.config.alpha)))
-        )
-        calibrates = np.zeros(total, dtype=bool)
-        calibrates[np.random.default_rng(0).permutation(total)[:size]] = True
+        block = np.arange(total) * _BLOCKS // total
+        fold_of = torch.from_numpy(np.random.default_rng(0).permutation(_BLOCKS)[block] % _FOLDS)
+        scored = torch.zeros(total, dtype=torch.bool)
+        scored[np.random.default_rng(0).permutation(total)[:_MOST_CALIBRATION]] = True
 
         widths = [self._vector_size(dim) for dim in self.input_dims.values()]
-        own = [Moments(width) for width in widths]
-        joint = [Moments(widths[i] + widths[j]) for i, j in self._pairs]
-        held_out: list[tuple[list[Tensor], Tensor]] = []
+        folds = [_PairedMoments(widths) for _ in range(_FOLDS)]
+        parts: list[list[Tensor]] = []
         start = 0
         for batch in batches():
             vectors = [vector.double().cpu() for vector in self._pool(batch)]
             present = batch.available.cpu()
-            chosen = torch.from_numpy(calibrates[start : start + present.shape[0]])
-            start += present.shape[0]
-            held_out.append(([vector[chosen] for vector in vectors], present[chosen]))
-            for m, moments in enumerate(own):
-                moments.update(vectors[m][present[:, m] & ~chosen].numpy())
-            for (i, j), moments in zip(self._pairs, joint, strict=True):
-                both = present[:, i] & present[:, j] & ~chosen
-                moments.update(vectors[i][both].numpy(), vectors[j][both].numpy())
-        self._learn_projections(own, joint)
-        device = self.learned("center_0").device
-        self._calibrate(
-            [torch.cat(parts).to(device) for parts in zip(*(vectors for vectors, _ in held_out), strict=True)],
-            torch.cat([present for _, present in held_out]).to(device),
+            rows = slice(start, start + present.shape[0])
+            start = rows.stop
+            for f, moments in enumerate(folds):
+                chosen = fold_of[rows] == f
+                moments.update([vector[chosen] for vector in vectors], present[chosen])
+            parts.append([column[scored[rows]] for column in (*vectors, present, fold_of[rows])])
+        *kept, available, fold = (torch.cat(columns) for columns in zip(*parts, strict=True))
+
+        projections = self._solve(_PairedMoments(widths, folds))
+        self.register_learned(
+            **{f"{name}_{n}": value for name, values in projections._asdict().items() for n, value in enumerate(values)}
         )
+        statistics = []
+        for f in range(_FOLDS):
+            others = self._solve(_PairedMoments(widths, [moments for g, moments in enumerate(folds) if g != f]))
+            chosen = fold == f
+            vectors = [vector[chosen].to(others.center[0].dtype) for vector in kept]
+            statistics.append((*functional.gate_statistics(vectors, others), available[chosen]))
+        device = self.learned("center_0").device
+        self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*statistics, strict=True)))
         return self
 
     def check(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
@@ -227,55 +245,58 @@ class ModalityCheck(FittedModule):
         correlation, energy = functional.gate_statistics(vectors, self._projections())
         correlation = correlation.where(together, 0.0)
         energy = energy.where(available, 0.0)
-        by_correlation, by_energy = self._correlation_p_value(correlation, available), self._energy_p_value(energy)
+        high, low = self._energy_p_values(energy)
+        both_sides = _HIGH_ENERGY_SHARE + _LOW_ENERGY_SHARE
+        by_energy = torch.minimum(high * (both_sides / _HIGH_ENERGY_SHARE), low * (both_sides / _LOW_ENERGY_SHARE))
 
         config = self.config
+        trusted = available if config.statistic != "combined" else available & (by_energy >= config.alpha)
+        by_correlation = self._correlation_p_value(correlation, trusted)
         if config.statistic == "correlation":
             p_value = by_correlation
-        elif config.statistic == "energy":
+        elif config.statistic == "energy" or config.threshold is not None:
             p_value = by_energy
-        elif config.threshold is None:
-            p_value = (2.0 * torch.minimum(by_correlation, by_energy)).clamp(max=1.0)
         else:
-            p_value = by_energy
+            p_value = torch.minimum(by_correlation / _CORRELATION_SHARE, by_energy / both_sides)
+        p_value = p_value.clamp(max=1.0)
         p_value = p_value.where(available, 0.0)
         effective = available & (p_value >= config.alpha)
         if config.threshold is not None and config.statistic != "energy":
-            passes = self._passes_threshold(correlation, available)
+            passes = self._passes_threshold(correlation, trusted)
             effective = available & passes if config.statistic == "correlation" else effective & passes
         return CheckResult(effective, correlation, energy, p_value)
 
     # --- fitting ---
 
-    def _learn_projections(self, own: list[Moments], joint: list[Moments]) -> None:
+    def _solve(self, moments: _PairedMoments) -> GateProjections:
         config = self.config
-        learned: dict[str, np.ndarray[Any, Any]] = {}
-        for m, moments in enumerate(own):
-            learned[f"center_{m}"] = moments.mean
-            learned[f"whitener_{m}"] = whiten(moments.covariance, config.ridge).T
-        for p, ((i, j), moments) in enumerate(zip(self._pairs, joint, strict=True)):
-            split = own[i].mean.size
+        folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in GateProjections._fields}
+        for own in moments.own:
+            folded["center"].append(own.mean)
+            folded["whitener"].append(whiten(own.covariance, config.ridge).T)
+        for (i, j), joint in zip(self._pairs, moments.joint, strict=True):
+            split = moments.own[i].mean.size
             solution = canonical_directions(
-                moments.covariance, split, n_components=config.n_components, ridge=config.ridge
+                joint.covariance, split, n_components=config.n_components, ridge=config.ridge
             )
             weights = (
-                np.sqrt(solution.correlations) if config.component_weights else np.ones(len(solution.correlations))
+                np.sqrt(solution.correlations) if config.component_weights else np.ones(solution.correlations.size)
             )
             for side, rotations, mean, center in (
-                ("left", solution.x_rotations, moments.mean[:split], own[i].mean),
-                ("right", solution.y_rotations, moments.mean[split:], own[j].mean),
+                ("left", solution.x_rotations, joint.mean[:split], moments.own[i].mean),
+                ("right", solution.y_rotations, joint.mean[split:], moments.own[j].mean),
             ):
                 projection = weights[:, None] * rotations.T
                 if len(projection):
                     projection = projection - projection.mean(axis=0)  # centring over k makes ρ a cosine
-                learned[f"{side}_{p}"] = projection
-                learned[f"{side}_bias_{p}"] = projection @ (center - mean)
-        dtype = torch.get_default_dtype()
-        self.register_learned(**{name: torch.from_numpy(value.copy()).to(dtype) for name, value in learned.items()})
+                folded[side].append(projection)
+                folded[f"{side}_bias"].append(projection @ (center - mean))
+        dtype = self.learned("center_0").dtype
+        return GateProjections(
+            **{name: [torch.tensor(value, dtype=dtype) for value in values] for name, values in folded.items()}
+        )
 
-    def _calibrate(self, vectors: list[Tensor], available: Tensor) -> None:
-        vectors = [vector.to(self.learned("center_0").dtype) for vector in vectors]
-        correlation, energy = functional.gate_statistics(vectors, self._projections())
+    def _calibrate(self, correlation: Tensor, energy: Tensor, available: Tensor) -> None:
         modalities = len(self.input_dims)
         together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
         components = torch.tensor([self.learned(f"left_{p}").shape[0] for p in range(len(self._pairs))])
@@ -283,8 +304,9 @@ class ModalityCheck(FittedModule):
         together = together & (components > 1).to(together.device)
         scores, count = _sorted_columns(_decisive(correlation), together)
         self.register_learned(pair_scores=scores, pair_count=count)
-        # Each calibration sample is ranked among the others, as a new sample is ranked among all.
-        rank = self._ranks(correlation, itself=1)
+        # A calibration sample counts in its own rank: against rule "all" the p-value of a new sample is then exactly
+        # the one that ranking all n + 1 samples together would give.
+        rank = self._ranks(correlation)
         present = self._comparable(available)
         tables, counts = [], []
         for m in range(modalities):
@@ -300,17 +322,13 @@ class ModalityCheck(FittedModule):
             energy_scores=energy_scores,
             energy_count=energy_count,
         )
-        self._warn_if_blind(int(energy_count.max()))
-
-    def _warn_if_blind(self, samples: int) -> None:
-        smallest = {"correlation": 1.0, "energy": 2.0, "combined": 2.0}[self.config.statistic] / (samples + 1)
-        calibrated = self.config.statistic != "correlation" or self.config.threshold is None
-        if calibrated and smallest >= self.config.alpha:
+        samples = int(energy_count.max())
+        if 2 / (samples + 1) > self.config.alpha:
             warnings.warn(
-                f"{samples} calibration samples are too few for alpha={self.config.alpha}: the smallest p-value is "
-                f"{smallest:.3f}, so that no modality can be judged ineffectual",
+                f"{samples} calibration samples are too few to keep alpha={self.config.alpha}: "
+                f"up to {2 / (samples + 1):.3f} of clean samples may lose a modality",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=4,  # the caller of fit
             )
 
     # --- judging ---
@@ -325,7 +343,7 @@ class ModalityCheck(FittedModule):
     def _pool(self, batch: StandardizedBatch) -> list[Tensor]:
         """Utterance vectors (B, D_m)."""
         vectors = []
-        for m, x in enumerate(batch.features):
+        for m, x in enumerate(map(upcast, batch.features)):
             valid = batch.frame_valid[:, :, m, None]
             count = valid.sum(dim=1).clamp(min=1)
             mean = x.where(valid, 0.0).sum(dim=1) / count
@@ -344,14 +362,14 @@ class ModalityCheck(FittedModule):
             result[:, j, i] = available[:, i] & known
         return result
 
-    def _ranks(self, correlation: Tensor, *, itself: int = 0) -> Tensor:
-        """(B, M, M) share of calibration samples whose ρ of that pair is no larger; ``itself`` are not counted."""
+    def _ranks(self, correlation: Tensor) -> Tensor:
+        """(B, M, M) share of calibration samples whose ρ of that pair is no larger."""
         batch, modalities = correlation.shape[0], len(self.input_dims)
         rank = correlation.new_zeros((batch, modalities, modalities))
         values = _decisive(correlation)
         for p, (i, j) in enumerate(self._pairs):
-            below = torch.searchsorted(self.learned("pair_scores")[p], values[:, p].contiguous(), right=True) - itself
-            share = below / (self.learned("pair_count")[p] - itself).clamp(min=1)
+            below = torch.searchsorted(self.learned("pair_scores")[p], values[:, p].contiguous(), right=True)
+            share = below / self.learned("pair_count")[p].clamp(min=1)
             rank[:, i, j] = share
             rank[:, j, i] = share
         return rank
@@ -384,16 +402,24 @@ class ModalityCheck(FittedModule):
             columns.append(p_value)
         return torch.stack(columns, dim=1)
 
-    def _energy_p_value(self, energy: Tensor) -> Tensor:
-        """(B, M): twice the smaller share of calibration samples with no more, or no less, energy."""
-        columns = []
-        for m in range(energy.shape[1]):
+    def _energy_p_values(self, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M) each: share of calibration samples with as much energy or more, and as little or less; 1 without any.
+
+        Beyond the last calibration sample the share goes on falling, from 1/(n+1), with the ratio of the energies.
+        """
+        tiny = torch.finfo(energy.dtype).tiny
+        highs, lows = [], []
+        for m, value in enumerate(energy.unbind(1)):
             scores, count = self.learned("energy_scores")[m], self.learned("energy_count")[m]
-            value = energy[:, m].contiguous()
-            low = 1 + torch.searchsorted(scores, value, right=True)
-            high = 1 + count - torch.searchsorted(scores, value, right=False)
-            columns.append((2 * torch.minimum(low, high) / (1 + count)).clamp(max=1.0))
-        return torch.stack(columns, dim=1).to(energy.dtype)
+            value = value.contiguous()
+            lenient = value * _LEVEL_TOLERANCE
+            largest = scores[(count - 1).clamp(min=0)]
+            above = count - torch.searchsorted(scores, value, right=False)
+            below = torch.searchsorted(scores, lenient, right=True)
+            highs.append((above + (largest / value.clamp(min=tiny)).clamp(max=1.0)) / (1 + count))
+            lows.append((below + (lenient / scores[0].clamp(min=tiny)).clamp(max=1.0)) / (1 + count))
+        counted = self.learned("energy_count") > 0
+        return torch.stack(highs, dim=1).where(counted, 1.0), torch.stack(lows, dim=1).where(counted, 1.0)
 
     def _passes_threshold(self, correlation: Tensor, available: Tensor) -> Tensor:
         """(B, M) bool: ρ ≥ τ against some other modality (rule "all") or against each (rule "any")."""
@@ -411,6 +437,25 @@ class ModalityCheck(FittedModule):
     def extra_repr(self) -> str:
         """The settings, for ``print(module)``."""
         return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
+
+
+class _PairedMoments:
+    """Moments of each modality alone, and of each pair where both are there."""
+
+    def __init__(self, widths: list[int], parts: Iterable[_PairedMoments] = ()) -> None:
+        self.pairs = modality_pairs(len(widths))
+        self.own = [Moments(width) for width in widths]
+        self.joint = [Moments(widths[i] + widths[j]) for i, j in self.pairs]
+        for part in parts:
+            for mine, other in zip((*self.own, *self.joint), (*part.own, *part.joint), strict=True):
+                mine.merge(other)
+
+    def update(self, vectors: list[Tensor], present: Tensor) -> None:
+        for m, own in enumerate(self.own):
+            own.update(vectors[m][present[:, m]].numpy())
+        for (i, j), joint in zip(self.pairs, self.joint, strict=True):
+            both = present[:, i] & present[:, j]
+            joint.update(vectors[i][both].numpy(), vectors[j][both].numpy())
 
 
 _PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")

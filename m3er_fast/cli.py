@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: BaseException) -> int:
     from m3er_fast.functional import BackendUnavailableError
     from m3er_fast.scoring import OutputMismatchError
-    from m3er_fast.training import ResumeMismatchError
+    from m3er_fast.training import ResumeMismatchError, TrainingError
 
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -61,7 +61,7 @@ def _exit_code(error: BaseException) -> int:
         return DISK_FULL
     if isinstance(error, OutputMismatchError | ResumeMismatchError):
         return MISMATCH
-    if _is_usage_error(error) or isinstance(error, ValueError | ImportError | BackendUnavailableError):
+    if _is_usage_error(error) or isinstance(error, ValueError | ImportError | BackendUnavailableError | TrainingError):
         return USAGE
     if isinstance(error, OSError) and error.errno in _UNUSABLE:
         return USAGE

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_
 from m3er_fast.loss import MultiplicativeFusionLoss
 from m3er_fast.network import MemoryFusionNetwork
 from m3er_fast.proxy import ProxyGenerator
-from m3er_fast.reference import modality_pairs
+from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -199,20 +200,31 @@ class M3ERFusion(
 
     def probabilities(self, output: M3EROutput) -> Tensor:
         """(B, C) probabilities of an output's fused head."""
-        logits = output.logits.float()
-        return logits.sigmoid() if self.config.loss.activation == "sigmoid" else logits.softmax(dim=1)
+        return self._activate(output.logits)
 
-    def ablated(self, *, check: bool = True, proxy: bool = True) -> Self:
+    def modality_probabilities(self, output: M3EROutput) -> Tensor:
+        """(M, B, C) probabilities of an output's modality heads: what each modality says by itself."""
+        return self._activate(output.modality_logits)
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        logits = upcast(logits)
+        return logits.sigmoid() if self.config.loss.activation == "sigmoid" else logits.softmax(dim=-1)
+
+    def ablated(self, *, check: bool | ModalityCheck = True, proxy: bool = True) -> Self:
         """This model, sharing all weights, without its modality check or its proxies.
 
         Without the check every available modality counts as effective; without proxies ineffectual modalities are
         replaced by their training mean.
+
+        Args:
+            check: False takes the check away, another fitted check replaces it.
+            proxy: False takes the proxies away.
         """
         clone = copy.copy(self)
         clone._modules = dict(self._modules)
-        if not check:
-            clone.modality_check = None
-            clone.config = clone.config.replace(check=None)
+        if check is not True:
+            clone.modality_check = check or None
+            clone.config = clone.config.replace(check=check.config if check else None)
         if not proxy:
             clone.proxy_generator = None
             clone.config = clone.config.replace(proxy=None)
@@ -271,8 +283,11 @@ class M3ERFusion(
             raise ValueError(f"{model_id} is no m3er-fast model: it has no {_WEIGHTS_FILE}")
         try:
             model.load_state_dict(load_file(path, device=map_location), strict=True)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit its {_CONFIG_FILE}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not fit its {_CONFIG_FILE}: {reason}") from error
         return model.to(map_location).eval()
 
     # --- steps ---

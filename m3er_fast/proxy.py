@@ -87,7 +87,11 @@ class ProxyGenerator(FittedModule):
     @property
     def is_fitted(self) -> bool:
         """Whether ``fit`` was called, or a fitted state loaded."""
-        return self.learned("bank_0" if self.config.bank == "neighbours" else "map_0_1").ndim == 2
+        return self._first_buffer.ndim == 2
+
+    @property
+    def _first_buffer(self) -> Tensor:
+        return self.learned("bank_0" if self.config.bank == "neighbours" else "map_0_1")
 
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
         """Collect the bank of paired frames from clean training data.
@@ -110,12 +114,10 @@ class ProxyGenerator(FittedModule):
         if self.config.bank == "neighbours":
             self.register_learned(**{f"bank_{m}": bank for m, bank in enumerate(rows)}, bank_valid=valid)
             return self
-        dtype = torch.get_default_dtype()
         for i, m in self._directions():
             both = valid[:, i] & valid[:, m]
             matrix, bias = self._fold(rows[i][both].double().numpy(), rows[m][both].double().numpy())
-            folded = {f"map_{i}_{m}": torch.from_numpy(matrix), f"bias_{i}_{m}": torch.from_numpy(bias)}
-            self.register_learned(**{name: value.to(dtype) for name, value in folded.items()})
+            self.register_learned(**{f"map_{i}_{m}": torch.from_numpy(matrix), f"bias_{i}_{m}": torch.from_numpy(bias)})
         return self
 
     def proxy(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
@@ -171,7 +173,7 @@ class ProxyGenerator(FittedModule):
     def _collect(self, batches: Iterable[StandardizedBatch]) -> tuple[list[Tensor], Tensor]:
         """Frames with two valid modalities or more: M tensors (n, d_m) and the (n, M) mask of what is valid."""
         generator = torch.Generator().manual_seed(0)
-        dtype = torch.get_default_dtype()
+        dtype = self._first_buffer.dtype
         limit = self.config.max_bank
         empty = [torch.zeros((0, dim), dtype=dtype) for dim in self.input_dims.values()]
         empty += [torch.zeros((0, len(self.input_dims)), dtype=torch.bool), torch.zeros(0, dtype=torch.float64)]
@@ -188,14 +190,15 @@ class ProxyGenerator(FittedModule):
         return kept[:-2], kept[-2]
 
     def _fold(self, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        """The basis solve as one affine map: proxy = matrix @ f + bias."""
-        matrix, bias = np.zeros((target.shape[1], source.shape[1])), np.zeros(target.shape[1])
+        """The basis solve as one affine map: proxy = matrix @ f + bias; without paired frames it has no rows."""
         if not len(source):
-            return matrix, bias
+            return np.zeros((0, source.shape[1])), np.zeros(0)
+        matrix, bias = np.zeros((target.shape[1], source.shape[1])), np.zeros(target.shape[1])
         triangle, order = scipy.linalg.qr(source.T, mode="r", pivoting=True)
         diagonal = np.abs(np.diagonal(triangle))
-        # The frames are float32: what QR leaves below their precision is rounding, not another direction.
-        rank = int((diagonal > max(source.shape) * np.finfo(np.float32).eps * diagonal[0]).sum())
+        # The frames are float32: what QR leaves below their precision is rounding, not another direction. It does not
+        # grow with the number of frames, since the diagonal measures single ones.
+        rank = int((diagonal > source.shape[1] * np.finfo(np.float32).eps * diagonal[0]).sum())
         chosen = order[: min(rank, self.config.max_basis or rank)]
         if not len(chosen):
             return matrix, bias
@@ -232,6 +235,8 @@ class ProxyGenerator(FittedModule):
         """Proxies (Q, d_m) of modality m for frames (Q, d_i) of modality i, or None without any paired frame."""
         if self.config.bank == "basis":
             matrix, bias = self.learned(f"map_{i}_{m}"), self.learned(f"bias_{i}_{m}")
+            if not matrix.shape[0]:
+                return None
             return torch.addmm(bias, frames.to(matrix.dtype), matrix.mT)
         both = self.learned("bank_valid")[:, i] & self.learned("bank_valid")[:, m]
         source, target = self.learned(f"bank_{i}"), self.learned(f"bank_{m}")

@@ -105,6 +105,20 @@ def fusion_costs(
     Returns:
         (B, C) costs; 0 for a sample without modalities.
     """
+    weight = fusion_weights(log_p, log_not_p, variant=variant, beta=beta, available=available)
+    if detach_weight:
+        weight = weight.detach()
+    terms = weight * log_p if available is None else torch.where(available.T[:, :, None], weight * log_p, 0.0)
+    return -(terms if modality_weight is None else modality_weight[:, None, None] * terms).sum(dim=0)
+
+
+def fusion_weights(
+    log_p: Tensor, log_not_p: Tensor, *, variant: Variant, beta: float, available: Tensor | None
+) -> Tensor:
+    """(M, B, C) weights w_m(y) of :func:`fusion_costs`, how far modality m is relied on for class y.
+
+    A modality that is not available takes no part in the others' weights.
+    """
     modalities, batch = log_p.shape[:2]
     if available is None:
         present = torch.ones((modalities, batch, 1), dtype=torch.bool, device=log_p.device)
@@ -113,17 +127,11 @@ def fusion_costs(
     count = present.sum(dim=0, dtype=log_p.dtype)
     gamma = torch.where(count > 1, beta / (count - 1).clamp(min=1), 0.0)
     evidence = torch.where(present, log_not_p if variant == "original" else log_p, 0.0)
-    if detach_weight:
-        evidence = evidence.detach()
-    cost = torch.zeros_like(log_p[0])
-    for m in range(modalities):
-        if variant == "m3er":
-            log_weight = evidence[m]
-        else:  # summed anew for each m: total minus own would cancel where one modality dominates
-            log_weight = sum((evidence[j] for j in range(modalities) if j != m), torch.zeros_like(cost))
-        term = torch.where(present[m], (gamma * log_weight).exp() * log_p[m], 0.0)
-        cost = cost - (term if modality_weight is None else modality_weight[m] * term)
-    return cost
+    if variant == "m3er":
+        return (gamma * evidence).exp()
+    # Summed anew for each modality: total minus own would cancel where one of them dominates.
+    others = [sum((evidence[j] for j in range(modalities) if j != m), gamma * 0.0) for m in range(modalities)]
+    return torch.stack([(gamma * log_weight).exp().expand(log_p.shape[1:]) for log_weight in others])
 
 
 def fusion_loss(

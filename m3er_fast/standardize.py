@@ -5,7 +5,7 @@ Dimension legend: M modalities, B batch, T time steps, d_m features of modality 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -146,6 +146,10 @@ class Standardizer(nn.Module):
             keep = finite[index] & frame_valid[:, :, index, None]
             features.append(z.clamp(-_BOUND, _BOUND).where(keep, 0.0))
         return StandardizedBatch(features, batch.lengths, frame_valid.any(dim=1), frame_valid)
+
+    def unstandardize(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse, z · scale + mean, of M standardised (B, T, d_m) tensors."""
+        return [z * getattr(self, f"scale_{m}") + getattr(self, f"mean_{m}") for m, z in enumerate(features)]
 
     def get_extra_state(self) -> Tensor:
         """(3, D) float64 on the CPU: per feature the entries seen, their mean, and the sum of squared deviations."""

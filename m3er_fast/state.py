@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,14 +13,15 @@ class FittedModule(nn.Module):
     """A module whose learned buffers take the size that a state dict brings.
 
     Buffers are registered empty, so that every instance has the same keys and a strict load still refuses a state that
-    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers.
+    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers; only ``.half()`` and
+    ``.bfloat16()`` leave them in float32, because scores rounded that far no longer rank as they were learned to.
     """
 
     def register_learned(self, **values: Tensor) -> None:
-        """Register, or replace, learned buffers, on the device of those that are there."""
+        """Register, or replace, learned buffers, with the device and dtype of those that are there."""
         for name, value in values.items():
             current = self._buffers.get(name)
-            self.register_buffer(name, value.detach().clone() if current is None else value.detach().to(current.device))
+            self.register_buffer(name, value.detach().clone() if current is None else value.detach().to(current))
 
     def learned(self, name: str) -> Tensor:
         """The learned buffer of that name."""
@@ -26,6 +29,16 @@ class FittedModule(nn.Module):
         if value is None:
             raise RuntimeError(f"buffer {name!r} is not registered")
         return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(buffer: Tensor) -> Tensor:
+            result = fn(buffer)
+            if result.is_floating_point() and result.dtype != torch.promote_types(result.dtype, torch.float32):
+                return buffer.to(result.device)
+            return result
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():

@@ -6,6 +6,7 @@ Dimension legend: N utterances, M modalities, T time steps, C classes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -176,7 +177,10 @@ def evaluate(
 
 
 def class_weights(corpus: Corpus) -> tuple[float, ...]:
-    """N / (C · n_c) for each class c that has n_c > 0 labels, 1 for the others; answers and shares count by their sum."""
+    """N / (C · n_c) for each of the C classes that have n_c > 0 labels, and 1 for the others.
+
+    Of yes/no answers and of shares, n_c is the sum.
+    """
     target = _labels(corpus)
     classes = len(corpus.classes)
     count = np.bincount(target[target != NO_LABEL], minlength=classes) if target.ndim == 1 else target.sum(axis=0)
@@ -237,9 +241,10 @@ class _State:
             "valid_loss": self.valid_loss,
             "fingerprint": self.fingerprint,
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(values, temporary)
-        temporary.replace(path)
+        # Through memory: torch's own writer hides what the disk said.
+        buffer = io.BytesIO()
+        torch.save(values, buffer)
+        _write_atomically(path, buffer.getbuffer())
 
     def load(self, path: Path) -> None:
         values = torch.load(path, weights_only=True)
@@ -373,10 +378,13 @@ def _write_plot(history: dict[str, Any], path: Path) -> None:
     plot_history(history, path)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
         with parquet.ParquetFile(file) as opened:
             present = opened.schema_arrow.names
             return opened.read(None if columns is None else [name for name in columns if name in present])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{file}: not readable as Parquet: {' '.join(str(error).split())}") from error
 
 
@@ -181,7 +181,7 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
     ids = _strings(table, "id")
     if ids is None:
         raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
-    names = list(input_dims) if input_dims is not None else _modality_columns(table)
+    names = list(input_dims) if input_dims is not None else modality_columns(table)
     blocks = {
         name: _frames(table, name, None if input_dims is None else input_dims[name], ids)
         for name in names
@@ -353,7 +353,7 @@ def _labels(table: pa.Table, ids: np.ndarray) -> tuple[np.ndarray | None, tuple[
     return target, classes or tuple(f"class_{c}" for c in range(width)), task
 
 
-def _modality_columns(table: pa.Table) -> list[str]:
+def modality_columns(table: pa.Table) -> list[str]:
     """Return the names of the columns that can hold frames."""
     import pyarrow as pa
 

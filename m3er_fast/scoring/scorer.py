@@ -25,7 +25,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.corpus.parquet import TableFeatures, _modality_columns, features_from_table
+from m3er_fast.corpus.parquet import TableFeatures, features_from_table, modality_columns
 from m3er_fast.fusion import M3ERFusion, M3EROutput
 from m3er_fast.scoring.signature import model_signature
 
@@ -72,7 +72,7 @@ class Scorer:
         import pyarrow as pa
 
         names = list(self.model.input_dims)
-        unknown = [name for name in _modality_columns(table) if name not in names]
+        unknown = [name for name in modality_columns(table) if name not in names]
         if unknown:
             raise CorpusError(f"the corpus has modalities {unknown}, unknown to the model, which knows {names}")
         # An empty table goes through as one empty batch: its columns are checked all the same.

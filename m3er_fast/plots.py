@@ -1,0 +1,385 @@
+"""The project's figures, each a function from plain arrays to a PNG file; needs the extra ``m3er-fast[plot]``.
+
+Figures are drawn through matplotlib's object interface: no window, no pyplot state, no influence of the user's
+matplotlibrc, and the same input gives the same bytes.
+
+Dimension legend: M modalities, C classes, d_m features of modality m.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+try:
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise ImportError("m3er_fast.plots needs matplotlib: pip install 'm3er-fast[plot]'") from error
+
+_DPI = 150
+_STYLE: list[str | dict[str, Any]] = [
+    "default",
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": "0.9",
+        "hatch.linewidth": 0.6,
+        "legend.edgecolor": "none",
+        "text.parse_math": False,  # ids and class names may hold dollar signs
+    },
+]
+
+# The palette of Okabe and Ito, told apart with every common form of colour blindness.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
+_MODALITY_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY)
+_FUSED, _FADED = "0.25", "0.5"
+
+# Figure 7 keeps the slides' blue, red and green; width and lightness tell them apart where hues do not.
+_ORIGINAL: dict[str, Any] = {"color": "#2A62CC", "linewidth": 3.0, "label": "original"}
+_NOISY: dict[str, Any] = {
+    "color": "#D62728",
+    "linewidth": 0.7,
+    "alpha": 0.55,
+    "zorder": 1.5,  # behind the others
+    "label": "ineffectual (noise added)",
+}
+_REGENERATED: dict[str, Any] = {"color": "#2DBE50", "linewidth": 1.2, "label": "regenerated"}
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One classified sample, as :func:`plot_examples` shows it.
+
+    Args:
+        id: what the corpus calls the sample.
+        label: its true class, one of ``classes``.
+        classes: C class names.
+        modalities: M modality names.
+        probabilities: (M, C) in 0..1, what the head of each modality said.
+        fused: (C,) in 0..1, what the whole model said.
+        effective: (M,) bool, False for modalities that were judged ineffectual.
+        weights: (M,) ≥ 0, how much each modality weighed in the multiplicative fusion.
+
+    Raises:
+        ValueError: naming the argument, what it holds and what was wanted.
+    """
+
+    id: str
+    label: str
+    classes: tuple[str, ...]
+    modalities: tuple[str, ...]
+    probabilities: NDArray[Any]
+    fused: NDArray[Any]
+    effective: NDArray[np.bool_]
+    weights: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        if self.label not in self.classes:
+            raise ValueError(f"label must be one of the classes {list(self.classes)}, got {self.label!r}")
+        if not self.modalities:
+            raise ValueError("modalities must hold at least one name, got none")
+        modalities, classes = len(self.modalities), len(self.classes)
+        for name, values in (
+            ("probabilities", _numbers("probabilities", self.probabilities, (modalities, classes))),
+            ("fused", _numbers("fused", self.fused, (classes,))),
+        ):
+            if values.min() < 0 or values.max() > 1:
+                raise ValueError(f"{name} must lie in 0..1, got values from {values.min():g} to {values.max():g}")
+        if _numbers("weights", self.weights, (modalities,)).min() < 0:
+            raise ValueError(f"weights must not be negative, got {self.weights}")
+        effective = np.asarray(self.effective)
+        if effective.dtype != bool or effective.shape != (modalities,):
+            raise ValueError(
+                f"effective must be booleans of shape ({modalities},), got {effective.dtype} of shape {effective.shape}"
+            )
+
+    @property
+    def prediction(self) -> str:
+        """The class that the whole model finds most probable."""
+        return self.classes[int(np.argmax(self.fused))]
+
+
+def plot_history(history: Mapping[str, Any], path: Path) -> None:
+    """Draw the training and validation loss of every epoch, with the best epoch marked.
+
+    Args:
+        history: ``train_loss`` and ``valid_loss``, one number per epoch, and ``best_epoch``, counted from 1.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if an entry is missing, empty, not finite or of another length than the others.
+    """
+    with matplotlib.style.context(_STYLE):
+        _save(_history_figure(history), path)
+
+
+def plot_proxies(
+    original: Mapping[str, ArrayLike],
+    corrupted: Mapping[str, ArrayLike],
+    regenerated: Mapping[str, ArrayLike],
+    errors: Mapping[str, float],
+    path: Path,
+) -> None:
+    """Draw one sample's feature vectors before noise, with noise and as regenerated (Figure 7 of the M3ER paper).
+
+    Noise at the paper's SNR of 0.01 is ten times as large as the signal. Each modality is therefore drawn twice: on
+    the left at the scale of the noise, on the right without it, at the scale of the features.
+
+    Args:
+        original: modality -> (d_m,) features as they were.
+        corrupted: modality -> (d_m,) the same with noise, judged ineffectual.
+        regenerated: modality -> (d_m,) the proxy that replaces them.
+        errors: modality -> mean relative L2 error of the proxy ‖p − f‖ / ‖f‖ over many samples; 0.01 means 1 %.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if the mappings do not hold the same modalities, shapes differ, or values are not finite.
+    """
+    with matplotlib.style.context(_STYLE):
+        _save(_proxies_figure(original, corrupted, regenerated, errors), path)
+
+
+def plot_examples(examples: Sequence[Example], path: Path) -> None:
+    """Draw classified samples, one a row: what each modality said, which were ineffectual, how much each weighed.
+
+    This is what Figures 3 and 4 of the M3ER paper show of one correctly classified sample per class.
+
+    Args:
+        examples: samples of one model, so with the same classes and modalities.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there are no examples, or if their classes or modalities differ.
+    """
+    with matplotlib.style.context(_STYLE):
+        _save(_examples_figure(examples), path)
+
+
+def plot_ablation(rows: Sequence[tuple[str, float, float | None]], path: Path, *, metric: str) -> None:
+    """Draw the score of each row of an ablation table as a bar, the first row at the top.
+
+    Args:
+        rows: (label, mean, standard deviation) of each; a standard deviation of None draws no whisker.
+        path: the PNG file to write.
+        metric: what the score is, such as ``"Overall F1"``; the axis label.
+
+    Raises:
+        ValueError: if there are no rows, a mean is not finite, or a standard deviation is negative or not finite.
+    """
+    with matplotlib.style.context(_STYLE):
+        _save(_ablation_figure(rows, metric), path)
+
+
+def _history_figure(history: Mapping[str, Any]) -> Figure:
+    missing = [name for name in ("train_loss", "valid_loss", "best_epoch") if name not in history]
+    if missing:
+        raise ValueError(f"history must hold train_loss, valid_loss and best_epoch, but lacks {', '.join(missing)}")
+    train = _numbers("history['train_loss']", history["train_loss"], (None,))
+    valid = _numbers("history['valid_loss']", history["valid_loss"], (len(train),))
+    best = history["best_epoch"]
+    if not isinstance(best, int) or not 1 <= best <= len(train):
+        raise ValueError(f"history['best_epoch'] must be an epoch from 1 to {len(train)}, got {best!r}")
+    epochs = np.arange(1, len(train) + 1)
+    marker = "." if len(train) <= 40 else None
+
+    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(epochs, train, color=_BLUE, linestyle="--", marker=marker, label="training")
+    axes.plot(epochs, valid, color=_ORANGE, linewidth=2, marker=marker, label="validation")
+    axes.axvline(best, color="0.4", linewidth=1, linestyle=":")
+    axes.plot(
+        best,
+        valid[best - 1],
+        linestyle="none",
+        marker="o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        label=f"best: {valid[best - 1]:.4g} at epoch {best}",
+    )
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.xaxis.set_major_locator(_counting(9))
+    axes.grid(axis="y")
+    axes.legend()
+    return figure
+
+
+def _proxies_figure(
+    original: Mapping[str, ArrayLike],
+    corrupted: Mapping[str, ArrayLike],
+    regenerated: Mapping[str, ArrayLike],
+    errors: Mapping[str, float],
+) -> Figure:
+    modalities = list(original)
+    if not modalities:
+        raise ValueError("original must hold at least one modality, got none")
+    for name, mapping in (("corrupted", corrupted), ("regenerated", regenerated), ("errors", errors)):
+        if set(mapping) != set(modalities):
+            raise ValueError(f"{name} must hold the modalities of original, {modalities}, got {list(mapping)}")
+
+    figure = Figure(figsize=(12, 0.8 + 2.0 * len(modalities)), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(modalities), 2, squeeze=False, width_ratios=(1, 2.4))
+    for modality, (wide, close) in zip(modalities, grid, strict=True):
+        before = _numbers(f"original[{modality!r}]", original[modality], (None,))
+        noisy = _numbers(f"corrupted[{modality!r}]", corrupted[modality], before.shape)
+        proxy = _numbers(f"regenerated[{modality!r}]", regenerated[modality], before.shape)
+        error = float(_numbers(f"errors[{modality!r}]", errors[modality], ()))
+        if error < 0:
+            raise ValueError(f"errors[{modality!r}] must not be negative, got {error}")
+        marker = "." if len(before) <= 40 else None
+        for axes, lines in (
+            (wide, ((before, _ORIGINAL), (noisy, _NOISY), (proxy, _REGENERATED))),
+            (close, ((before, _ORIGINAL), (proxy, _REGENERATED))),
+        ):
+            for values, style in lines:
+                axes.plot(values, marker=marker, **style)
+            axes.set_xlim(-0.5, len(before) - 0.5)
+            axes.xaxis.set_major_locator(_counting(8))
+            axes.grid(axis="y")
+        wide.set_ylabel(_shorten(modality, 20), fontsize=11, fontweight="bold")
+        wide.set_title("at the scale of the noise")
+        close.set_title(f"at the scale of the features; mean relative L2 error {_percentage(error)}")
+    for axes in grid[-1]:
+        axes.set_xlabel("feature")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _examples_figure(examples: Sequence[Example]) -> Figure:
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    modalities, classes = examples[0].modalities, examples[0].classes
+    for example in examples:
+        if (example.modalities, example.classes) != (modalities, classes):
+            raise ValueError(
+                f"examples must share their modalities and classes: {example.id!r} has {example.modalities} and "
+                f"{example.classes}, but {examples[0].id!r} has {modalities} and {classes}"
+            )
+    largest_weight = max(1.0, *(float(np.max(example.weights)) for example in examples))
+    columns = len(modalities) + 2
+    row_height = 0.9 + 0.17 * max(len(classes), len(modalities))
+
+    figure = Figure(figsize=(1.6 + 1.6 * columns, row_height * len(examples)), dpi=_DPI, layout="constrained")
+    bands = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
+    for example, band in zip(examples, bands, strict=True):
+        heading = (
+            f"{_shorten(example.label, 20)}, predicted {_shorten(example.prediction, 20)}: {_shorten(example.id, 40)}"
+        )
+        band.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        *heads, whole, weighing = band.subplots(1, columns)
+        for m, axes in enumerate(heads):
+            verdict, color = ("effective", "black") if example.effective[m] else ("ineffectual", _FADED)
+            axes.set_title(f"{_shorten(modalities[m], 20)}\n{verdict}", color=color)
+            _draw_bars(axes, example.probabilities[m], [_bar_style(example, m)] * len(classes), 1.0)
+        whole.set_title("fused")
+        _draw_bars(whole, example.fused, [{"color": _FUSED}] * len(classes), 1.0)
+        for axes in (*heads, whole):
+            axes.set_yticks(range(len(classes)), [])
+        heads[0].set_yticks(range(len(classes)), [_shorten(name, 20) for name in classes])
+        for name, text in zip(classes, heads[0].get_yticklabels(), strict=True):
+            text.set_color("black" if name == example.label else _FADED)
+        weighing.set_title("weight")
+        _draw_bars(weighing, example.weights, [_bar_style(example, m) for m in range(len(modalities))], largest_weight)
+        weighing.set_yticks(range(len(modalities)), [_shorten(name, 12) for name in modalities])
+    return figure
+
+
+def _bar_style(example: Example, m: int) -> dict[str, Any]:
+    """The modality's colour, or hatched grey where it was judged ineffectual."""
+    if example.effective[m]:
+        return {"color": _MODALITY_COLORS[m % len(_MODALITY_COLORS)]}
+    return {"facecolor": "0.9", "edgecolor": "0.55", "hatch": "/////"}
+
+
+def _draw_bars(axes: Axes, values: NDArray[Any], styles: Sequence[dict[str, Any]], largest: float) -> None:
+    """Horizontal bars from the top, each with its number, on a scale from 0 to ``largest``."""
+    for row, (value, style) in enumerate(zip(values, styles, strict=True)):
+        axes.barh(row, value, height=0.75, **style)
+        axes.annotate(f"{value:.2f}", (value, row), (2, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_xlim(0, 1.3 * largest)  # the number of a full bar needs room
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+
+
+def _ablation_figure(rows: Sequence[tuple[str, float, float | None]], metric: str) -> Figure:
+    if not rows:
+        raise ValueError("rows must hold at least one row, got none")
+    means = _numbers("the means of rows", [mean for _, mean, _ in rows], (None,))
+    stds = _numbers("the standard deviations of rows", [0.0 if std is None else std for _, _, std in rows], means.shape)
+    if stds.min() < 0:
+        raise ValueError(f"the standard deviations of rows must not be negative, got {stds.min():g}")
+    labels = [textwrap.fill(label, 45) for label, _, _ in rows]
+    lines = sum(label.count("\n") + 1 for label in labels)
+
+    figure = Figure(figsize=(8, 0.8 + 0.16 * len(rows) + 0.2 * lines), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    for y, (_, mean, std) in enumerate(rows):
+        axes.barh(y, mean, height=0.65, color=_SKY)
+        text, end = f"{mean:.3f}", mean
+        if std is not None:
+            axes.errorbar(mean, y, xerr=std, color="black", linewidth=1.2, capsize=3)
+            text, end = f"{text} ± {std:.3f}", mean + std
+        axes.annotate(text, (max(end, 0.0), y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    low, high = min(0.0, (means - stds).min()), max(0.0, (means + stds).max())
+    axes.set_xlim(low, low + 1.25 * (high - low or 1.0))  # the numbers stand right of the bars
+    axes.grid(axis="x")
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without the version of matplotlib, which it writes by default, the file depends on the picture alone.
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _numbers(name: str, values: Any, shape: tuple[int | None, ...]) -> NDArray[np.float64]:
+    """``values`` as finite, non-empty float64 of the shape, where None stands for any length."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers, got {values!r}") from error
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits or array.size == 0:
+        wanted = str(shape).replace("None", "at least 1")
+        raise ValueError(f"{name} must have shape {wanted}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return array
+
+
+def _counting(most: int) -> MaxNLocator:
+    """At most about ``most`` ticks on round whole numbers."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+def _percentage(share: float) -> str:
+    """Two significant digits, and none after the point from 10 % on: 0.0012 %, 8.3 %, 130 %."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+
+
+def _shorten(text: str, length: int) -> str:
+    """At most ``length`` characters, cut in the middle: ids and names differ at both ends."""
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[: length - 1 - half]}…{text[-half:]}"

@@ -1,0 +1,453 @@
+"""Proxy feature vectors against NumPy and scikit-learn, and on banks and samples that are not as one would wish."""
+
+import re
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.neighbors import NearestNeighbors
+
+from m3er_fast import ProxyGenerator
+
+DIMS = {"text": 7, "audio": 5, "face": 4}
+
+
+def paired(n, dims=DIMS, *, steps=None, seed=0, noise=0.3):
+    """Views that a linear map relates, up to noise; the maps are the same for every seed."""
+    maps, rng = np.random.default_rng(99), np.random.default_rng(seed)
+    shape = (n,) if steps is None else (n, steps)
+    latent = rng.normal(size=(*shape, 3))
+    return {
+        name: torch.from_numpy(latent @ maps.normal(size=(3, d)) + noise * rng.normal(size=(*shape, d))).float()
+        for name, d in dims.items()
+    }
+
+
+def rows_of(features, index):
+    return {name: x[index] for name, x in features.items()}
+
+
+def lost(batch, *modalities):
+    effective = torch.ones(batch, len(DIMS), dtype=torch.bool)
+    effective[:, list(modalities)] = False
+    return effective
+
+
+def oracle_neighbours(query, source, target, *, k, ridge, affine):
+    """Proxies (Q, e) by scikit-learn's exact search and, per query, one dense solve in float64."""
+    query, source, target = (np.asarray(x, dtype=np.float64) for x in (query, source, target))
+    k = min(k, len(source))
+    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(source).kneighbors(query, return_distance=False)
+    proxies = [
+        oracle_solve(f, source[rows], ridge, affine) @ target[rows] for f, rows in zip(query, neighbours, strict=True)
+    ]
+    return np.array(proxies).reshape(len(query), target.shape[1])
+
+
+def oracle_solve(f, rows, ridge, affine):
+    """argmin_a ‖f - Σ a_r v_r‖² + λ·tr(G)/K·‖a‖²: least squares on rows augmented by sqrt(λ·tr(G)/K)·I.
+
+    Σ a = 1 is eliminated: a = e_1 + N b, with the columns of N spanning the vectors that sum to 0.
+    """
+    k = len(rows)
+    penalty = np.sqrt(ridge * (rows**2).sum() / k)
+    augmented = np.vstack([rows.T, penalty * np.eye(k)])
+    wanted = np.concatenate([f, np.zeros(k)])
+    if not affine:
+        return np.linalg.lstsq(augmented, wanted, rcond=None)[0]
+    start = np.eye(k)[0]
+    null = scipy.linalg.null_space(np.ones((1, k)))
+    return start + null @ np.linalg.lstsq(augmented @ null, wanted - augmented @ start, rcond=None)[0]
+
+
+def oracle_basis(query, source, target, *, ridge, affine, max_basis=None):
+    """Proxies by the explicit solve over the rows that column-pivoted QR chooses."""
+    query, source, target = (np.asarray(x, dtype=np.float64) for x in (query, source, target))
+    _, triangle, order = scipy.linalg.qr(source.T, mode="economic", pivoting=True)
+    pivots = np.abs(np.diag(triangle))
+    rank = int(np.sum(pivots > 1e-5 * pivots[0]))
+    rows = order[: rank if max_basis is None else min(rank, max_basis)]
+    return np.array([oracle_solve(f, source[rows], ridge, affine) @ target[rows] for f in query])
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("k", "ridge"), [(16, 1e-2), (3, 1e-4), (1, 0.1), (500, 1e-2)])
+def test_neighbour_proxies_equal_scikit_learn_and_an_explicit_solve(k, ridge, affine):
+    train, fresh = paired(200), paired(30, seed=1)
+    generator = ProxyGenerator(DIMS, k=k, ridge=ridge, affine=affine).fit(train)
+    result = generator.proxy(fresh, lost(30, 1, 2))  # text alone is left
+    for name in ("audio", "face"):
+        wanted = oracle_neighbours(fresh["text"], train["text"], train[name], k=k, ridge=ridge, affine=affine)
+        np.testing.assert_allclose(result.features[name][:, 0].numpy(), wanted, rtol=1e-4, atol=2e-5)
+    assert torch.equal(result.features["text"][:, 0], fresh["text"])
+    assert not result.abstained.any()
+
+
+@pytest.mark.parametrize("max_basis", [None, 2])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-4])
+def test_the_folded_basis_map_equals_the_solve_over_the_rows_that_qr_chooses(ridge, affine, max_basis):
+    train, fresh = paired(300), paired(30, seed=1)
+    generator = ProxyGenerator(DIMS, bank="basis", ridge=ridge, affine=affine, max_basis=max_basis).fit(train)
+    result = generator.proxy(fresh, lost(30, 1, 2))
+    for name in ("audio", "face"):
+        wanted = oracle_basis(
+            fresh["text"], train["text"], train[name], ridge=ridge, affine=affine, max_basis=max_basis
+        )
+        np.testing.assert_allclose(result.features[name][:, 0].numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_several_sources_are_averaged(bank):
+    train, fresh = paired(200), paired(20, seed=1)
+    generator = ProxyGenerator(DIMS, bank=bank).fit(train)
+    alone = [
+        generator.proxy({name: fresh[name]}, torch.tensor([[name == n for n in DIMS]] * 20)).features["face"]
+        for name in ("text", "audio")
+    ]
+    both = generator.proxy(fresh, lost(20, 2)).features["face"]
+    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2)
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_sequences_get_one_proxy_a_valid_frame_and_zeros_in_padding(bank):
+    train, fresh = paired(60, steps=4), paired(5, steps=6, seed=1)
+    lengths = torch.tensor([0, 1, 3, 6, 2])
+    generator = ProxyGenerator(DIMS, bank=bank).fit(train)
+    dirty = {name: x.clone() for name, x in fresh.items()}
+    for b, length in enumerate(lengths):
+        dirty["text"][b, length:] = float("nan")
+    result = generator.proxy(dirty, lost(5, 1), lengths)
+    for b, length in enumerate(lengths):
+        assert not result.features["audio"][b, length:].any()
+        if length:
+            frames = rows_of(fresh, (b, slice(length)))
+            by_frame = generator.proxy(frames, lost(int(length), 1)).features["audio"][:, 0]
+            torch.testing.assert_close(result.features["audio"][b, :length], by_frame, rtol=1e-5, atol=1e-6)
+    assert result.abstained.tolist() == [True, False, False, False, False]
+
+
+def test_a_frame_that_is_invalid_in_one_source_takes_the_other():
+    train, fresh = paired(200, steps=2), paired(8, steps=3, seed=1)
+    generator = ProxyGenerator(DIMS).fit(train)
+    broken = {name: x.clone() for name, x in fresh.items()}
+    broken["text"][:, 1, :5] = float("nan")  # 5 of 7: the frame is invalid
+    result = generator.proxy(broken, lost(8, 2)).features["face"]
+    whole = generator.proxy(fresh, lost(8, 2)).features["face"]
+    from_audio = generator.proxy({"audio": fresh["audio"]}, lost(8, 0, 2)).features["face"]
+    torch.testing.assert_close(result[:, [0, 2]], whole[:, [0, 2]])
+    torch.testing.assert_close(result[:, 1], from_audio[:, 1])
+    broken["audio"][:, 1] = float("inf")
+    nothing = generator.proxy(broken, lost(8, 2)).features["face"]
+    assert not nothing[:, 1].any()
+    torch.testing.assert_close(nothing[:, [0, 2]], whole[:, [0, 2]])
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_linear_low_noise_data_is_regenerated_to_one_hundredth_of_a_percent(bank):
+    train, fresh = paired(2000, noise=1e-6), paired(200, seed=1, noise=1e-6)
+    generator = ProxyGenerator(DIMS, bank=bank, ridge=1e-8).fit(train)
+    for m, name in enumerate(DIMS):
+        proxies = generator.proxy(fresh, lost(200, m)).features[name][:, 0]
+        error = (proxies - fresh[name]).norm(dim=1) / fresh[name].norm(dim=1)
+        assert error.max() < 1e-4
+
+
+def test_the_numerical_rank_does_not_fall_with_the_number_of_frames():
+    # One direction of 0.4% of the frames' size, which only the last row shows: 2·10^5 frames must not hide it.
+    rng = np.random.default_rng(0)
+    source = np.zeros((200_000, 2))
+    source[:, 0] = rng.uniform(0.5, 1.0, size=200_000)
+    source[-1, 1] = 4e-3
+    train = {"a": torch.from_numpy(source).float(), "b": torch.from_numpy(source[:, 1:] * 250).float()}
+    generator = ProxyGenerator({"a": 2, "b": 1}, bank="basis", ridge=0.0).fit(train)
+    query = {"a": torch.tensor([[0.0, 4e-3]])}
+    proxy = generator.proxy(query, torch.tensor([[True, False]])).features["b"]
+    torch.testing.assert_close(proxy.item(), 1.0, rtol=1e-4, atol=0)
+
+
+# --- what is left alone ---
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_effective_modalities_and_abstained_samples_are_untouched_bit_for_bit(bank):
+    fresh = paired(40, steps=3, seed=1)
+    effective = torch.from_numpy(np.random.default_rng(0).random((40, 3)) < 0.4)
+    effective[0], effective[1] = False, True
+    before = {name: x.clone() for name, x in fresh.items()}
+    result = ProxyGenerator(DIMS, bank=bank).fit(paired(200)).proxy(fresh, effective)
+    assert torch.equal(result.abstained, ~effective.any(dim=1))
+    for m, name in enumerate(DIMS):
+        kept = effective[:, m] | result.abstained
+        assert torch.equal(result.features[name][kept], before[name][kept])
+        assert bool((result.features[name][~kept] != before[name][~kept]).any(dim=(1, 2)).all())
+        assert torch.equal(fresh[name], before[name])  # the caller's tensors are not written to
+
+
+def test_unavailable_modalities_are_regenerated_and_never_trusted():
+    fresh = paired(10, seed=1)
+    generator = ProxyGenerator(DIMS).fit(paired(200))
+    wanted = generator.proxy(fresh, lost(10, 1)).features
+    everything = torch.ones(10, 3, dtype=torch.bool)
+    for given, available in [({**fresh, "audio": None}, None), (fresh, lost(10, 1))]:
+        got = generator.proxy(given, everything, available=available).features
+        assert all(torch.equal(got[name], wanted[name]) for name in DIMS)
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_results_do_not_depend_on_the_batch(bank):
+    fresh = paired(50, steps=2, seed=1)
+    effective = torch.from_numpy(np.random.default_rng(0).random((50, 3)) < 0.5)
+    generator = ProxyGenerator(DIMS, bank=bank).fit(paired(300))
+    whole = generator.proxy(fresh, effective).features
+    order = torch.from_numpy(np.random.default_rng(1).permutation(50))
+    for index in (order, torch.arange(7), torch.tensor([33])):
+        part = generator.proxy(rows_of(fresh, index), effective[index]).features
+        for name in DIMS:
+            torch.testing.assert_close(part[name], whole[name][index], rtol=1e-6, atol=1e-6)
+
+
+def test_more_frames_than_are_solved_at_once_give_the_same():
+    fresh = paired(50, steps=50, seed=1)
+    generator = ProxyGenerator(DIMS, k=4).fit(paired(100))
+    whole = generator.proxy(fresh, lost(50, 0)).features["text"]
+    halves = [generator.proxy(rows_of(fresh, s), lost(25, 0)).features["text"] for s in (slice(25), slice(25, 50))]
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=1e-6)
+
+
+# --- banks that are not as one would wish ---
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+@pytest.mark.parametrize("case", ["duplicated", "one row", "one row twice", "collinear", "constant", "huge", "tiny"])
+def test_degenerate_banks_give_finite_proxies(case, ridge, affine, bank):
+    train = {
+        "duplicated": lambda: {name: x.repeat(20, 1) for name, x in paired(5).items()},
+        "one row": lambda: paired(1),
+        "one row twice": lambda: {name: x.repeat(2, 1) for name, x in paired(1).items()},
+        "collinear": lambda: {name: torch.linspace(-1, 1, 50)[:, None] * x[0] for name, x in paired(50).items()},
+        "constant": lambda: {name: torch.zeros_like(x) for name, x in paired(50).items()},
+        "huge": lambda: {name: 1e12 * x for name, x in paired(50).items()},
+        "tiny": lambda: {name: 1e-12 * x for name, x in paired(50).items()},
+    }[case]()
+    result = ProxyGenerator(DIMS, bank=bank, ridge=ridge, affine=affine).fit(train).proxy(paired(9, seed=1), lost(9, 1))
+    assert bool(torch.isfinite(result.features["audio"]).all())
+
+
+def test_one_bank_row_is_its_partner_times_the_projection():
+    train, fresh = paired(1), paired(6, seed=1)
+    result = ProxyGenerator(DIMS, ridge=0.0).fit(train).proxy(fresh, lost(6, 1, 2)).features["face"][:, 0]
+    v, w = train["text"][0].double(), train["face"][0].double()
+    wanted = (fresh["text"].double() @ v / (v @ v))[:, None] * w
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-6)
+    constrained = ProxyGenerator(DIMS, affine=True).fit(train).proxy(fresh, lost(6, 1, 2)).features["face"][:, 0]
+    torch.testing.assert_close(constrained, train["face"].expand(6, -1))  # the one coefficient is 1
+
+
+def test_duplicated_rows_count_once_without_ridge():
+    train, fresh = paired(12), paired(6, seed=1)
+    once = ProxyGenerator(DIMS, k=12, ridge=0.0).fit(train)
+    often = ProxyGenerator(DIMS, k=36, ridge=0.0).fit({name: x.repeat(3, 1) for name, x in train.items()})
+    for m, name in enumerate(DIMS):
+        torch.testing.assert_close(
+            often.proxy(fresh, lost(6, m)).features[name],
+            once.proxy(fresh, lost(6, m)).features[name],
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_an_empty_bank_gives_zeros(bank):
+    for source in ([], {name: torch.zeros(0, d) for name, d in DIMS.items()}, {"text": paired(9)["text"]}):
+        generator = ProxyGenerator(DIMS, bank=bank).fit(source)
+        assert generator.is_fitted
+        result = generator.proxy(paired(5, seed=1), lost(5, 1, 2))
+        assert not result.features["audio"].any()
+        assert not result.features["face"].any()
+        assert not result.abstained.any()
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_a_source_never_paired_with_the_lost_modality_has_no_share_in_the_mean(bank):
+    train = paired(200)
+    available = torch.ones(200, 3, dtype=torch.bool)
+    available[:100, 0] = False  # text and face are never together
+    available[100:, 2] = False
+    generator = ProxyGenerator(DIMS, bank=bank).fit(train, available=available)
+    fresh = paired(10, seed=1)
+    from_both = generator.proxy(fresh, lost(10, 2)).features["face"]
+    from_audio = generator.proxy({"audio": fresh["audio"]}, lost(10, 0, 2)).features["face"]
+    assert torch.equal(from_both, from_audio)
+    assert from_audio.abs().max() > 0.1
+    assert not generator.proxy({"text": fresh["text"]}, lost(10, 1, 2)).features["face"].any()
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_only_frames_with_both_modalities_are_learned_from(bank):
+    train = paired(100, steps=2)
+    dirty = {name: x.clone() for name, x in train.items()}
+    dirty["text"][::3, 0] = float("nan")
+    lengths = torch.full((100,), 2)
+    lengths[1::3] = 1
+    dirty["audio"][1::3, 1] = 1e30  # padding
+    generator = ProxyGenerator(DIMS, bank=bank, k=200, ridge=1e-3).fit(dirty, lengths)
+    kept = torch.ones(100, 2, dtype=torch.bool)
+    kept[::3, 0], kept[1::3, 1] = False, False
+    clean = ProxyGenerator(DIMS, bank=bank, k=200, ridge=1e-3).fit(rows_of(train, kept))
+    fresh = paired(10, seed=1)
+    torch.testing.assert_close(
+        generator.proxy(fresh, lost(10, 1, 2)).features["face"],
+        clean.proxy(fresh, lost(10, 1, 2)).features["face"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_max_bank_is_a_seeded_uniform_choice_that_the_cut_into_batches_does_not_change():
+    train = paired(400, steps=3)
+    lengths = torch.from_numpy(np.random.default_rng(0).integers(0, 4, size=400))
+    whole = ProxyGenerator(DIMS, max_bank=100).fit(train, lengths)
+    assert whole.bank_0.shape == (100, 7)
+    for size in (1, 7, 150):
+        batches = [(rows_of(train, slice(s, s + size)), lengths[s : s + size]) for s in range(0, 400, size)]
+        cut = ProxyGenerator(DIMS, max_bank=100).fit(batches)
+        assert all(torch.equal(value, cut.state_dict()[name]) for name, value in whole.state_dict().items())
+    frames = train["text"][torch.arange(3) < lengths[:, None]]
+    position = (whole.bank_0[:, None] == frames).all(dim=2).nonzero()[:, 1]
+    assert bool((position.diff() > 0).all())  # in the order of the data, none twice
+    # 99.9% interval of the mean of 100 uniform positions; a bank of the first or last rows is far outside.
+    assert abs(position.float().mean() / len(frames) - 0.5) < 3.29 / np.sqrt(12 * 100)
+    same_rows = torch.cdist(whole.bank_1, train["audio"].flatten(0, 1)).amin(dim=1)
+    assert same_rows.max() < 1e-2
+
+
+def test_frames_of_a_lone_modality_take_no_place_in_the_bank():
+    available = torch.ones(60, 3, dtype=torch.bool)
+    available[::2, 1:] = False
+    assert torch.equal(
+        ProxyGenerator(DIMS, max_bank=30).fit(paired(60), available=available).bank_0, paired(60)["text"][1::2]
+    )
+
+
+def test_max_bank_larger_than_the_data_keeps_all():
+    assert torch.equal(ProxyGenerator(DIMS, max_bank=1000).fit(paired(30)).bank_0, paired(30)["text"])
+
+
+# --- inputs that are not as one would wish ---
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_give_finite_proxies(bank, value):
+    train = paired(200, steps=2)
+    train["audio"][::5, 0, 1] = value
+    fresh = paired(10, steps=3, seed=1)
+    generator = ProxyGenerator(DIMS, bank=bank).fit(train)
+    clean = generator.proxy(fresh, lost(10, 2)).features["face"]
+    fresh["text"][0, 0, 0] = value
+    fresh["audio"][1] = value
+    result = generator.proxy(fresh, lost(10, 2))
+    assert all(bool(torch.isfinite(x).all()) for x in result.features.values())
+    torch.testing.assert_close(result.features["face"][2:], clean[2:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+@pytest.mark.parametrize(("batch", "steps"), [(0, 1), (0, 5), (1, 1)])
+def test_empty_and_single_batches_keep_their_shapes(bank, batch, steps):
+    generator = ProxyGenerator(DIMS, bank=bank).fit(paired(50))
+    result = generator.proxy(paired(batch, steps=steps), lost(batch, 1))
+    assert [tuple(x.shape) for x in result.features.values()] == [(batch, steps, d) for d in DIMS.values()]
+    assert result.abstained.shape == (batch,)
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_proxies_have_the_dtype_of_the_features(bank, dtype):
+    generator = ProxyGenerator(DIMS, bank=bank).fit(paired(50))
+    result = generator.proxy({name: x.to(dtype) for name, x in paired(5, seed=1).items()}, lost(5, 1))
+    assert {x.dtype for x in result.features.values()} == {dtype}
+
+
+def test_a_generator_in_double_precision_learns_in_it():
+    train = {name: x.double() * np.pi for name, x in paired(60).items()}
+    fresh = {name: x.double() * np.pi for name, x in paired(9, seed=1).items()}
+    for bank, oracle in (("neighbours", oracle_neighbours), ("basis", oracle_basis)):
+        result = ProxyGenerator(DIMS, bank=bank).double().fit(train).proxy(fresh, lost(9, 1, 2)).features["face"][:, 0]
+        options = {"k": 16} if bank == "neighbours" else {}
+        wanted = oracle(fresh["text"], train["text"], train["face"], ridge=1e-2, affine=False, **options)
+        np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-9, atol=1e-10)
+
+
+# --- state and errors ---
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_a_state_with_a_bank_of_another_size_loads_and_lacks_nothing(bank):
+    fitted, other = ProxyGenerator(DIMS, bank=bank).fit(paired(80)), ProxyGenerator(DIMS, bank=bank).fit(paired(9))
+    fresh = paired(10, seed=1)
+    wanted = fitted.proxy(fresh, lost(10, 0)).features["text"]
+    for loaded in (ProxyGenerator(DIMS, bank=bank), other):
+        loaded.load_state_dict(fitted.state_dict(), strict=True)
+        assert loaded.is_fitted
+        assert torch.equal(loaded.proxy(fresh, lost(10, 0)).features["text"], wanted)
+    for name in fitted.state_dict():
+        lacking = {key: value for key, value in fitted.state_dict().items() if key != name}
+        with pytest.raises(RuntimeError, match=re.escape(name)):
+            ProxyGenerator(DIMS, bank=bank).load_state_dict(lacking)
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_an_unfitted_generator_says_so(bank):
+    generator = ProxyGenerator(DIMS, bank=bank)
+    assert not generator.is_fitted
+    with pytest.raises(NotFittedError, match="call fit with clean training data first"):
+        generator.proxy(paired(3), lost(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_dims": {"text": 3}}, "proxies need two modalities or more, got {'text': 3}"),
+        ({"bank": "rows"}, "bank must be one of 'neighbours', 'basis', got 'rows'"),
+        ({"k": 0}, "k must be a positive int, got 0"),
+        ({"ridge": -0.1}, "ridge must be a finite number in [0.0, inf], got -0.1"),
+        ({"ridge": float("nan")}, "ridge must be a finite number in [0.0, inf], got nan"),
+        ({"max_bank": 0}, "max_bank must be a positive int, got 0"),
+        ({"max_basis": 1.5}, "max_basis must be a positive int, got 1.5"),
+        ({"engine": "annoy"}, "engine must be one of 'auto', 'torch', 'faiss', got 'annoy'"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ProxyGenerator(**{"input_dims": DIMS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("effective", "message"),
+    [
+        (
+            torch.ones(5, 2, dtype=torch.bool),
+            "effective must be booleans of shape (5, 3), got torch.bool of shape (5, 2)",
+        ),
+        (torch.ones(5, 3), "effective must be booleans of shape (5, 3), got torch.float32 of shape (5, 3)"),
+    ],
+)
+def test_a_bad_verdict_is_named(effective, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ProxyGenerator(DIMS).fit(paired(20)).proxy(paired(5), effective)
+
+
+def test_bad_features_are_named():
+    generator = ProxyGenerator(DIMS).fit(paired(20))
+    with pytest.raises(
+        ValueError, match=re.escape("features['text'] has shape (5, 0, 7), wanted (B, T, 7) with T ≥ 1")
+    ):
+        generator.proxy({"text": torch.zeros(5, 0, 7)}, lost(5, 1))
+    with pytest.raises(ValueError, match=re.escape("lengths must lie in 0..1, got values from 2 to 2")):
+        generator.proxy(paired(5), lost(5, 1), torch.full((5,), 2))
