@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from m3er_fast.check import ModalityCheck
-from m3er_fast.config import M3ERConfig
-from m3er_fast.corpus.base import Corpus
+from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
+from m3er_fast.corpus.base import NO_LABEL, Corpus
+from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import paper_protocol
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.inputs import prepare_batch
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
 from m3er_fast.reference import fusion_weights
 from m3er_fast.standardize import StandardizedBatch
-from m3er_fast.training import Prediction, default_config, evaluate, train
+from m3er_fast.training import Prediction, check_modalities, default_config, evaluate, train
 
 ORIGINAL = "Original multiplicative fusion (Liu et al. 2018)"
 FULL = "M3ER"
@@ -35,9 +35,8 @@ NO_PROXY = "M3ER – proxy feature vector"
 NEITHER = "M3ER – modality check step – proxy feature vector"
 ORACLE = "M3ER with the true mask"
 _OTHER_CHECK = {
-    "combined": "M3ER with the correlation check (the paper's)",
-    "correlation": "M3ER with the combined check",
-    "energy": "M3ER with the correlation check (the paper's)",
+    "combined": "M3ER with the combined check",
+    "correlation": "M3ER with the correlation check (the paper's)",
 }
 
 
@@ -98,7 +97,7 @@ class AblationResult:
 
     def to_markdown(self) -> str:
         """Table 2 with mean ± standard deviation over seeds, and two small tables on the check and the proxies."""
-        names = [name.replace("|", "\\|") for name in self.classes]
+        names = [_escape(name) for name in self.classes]
         header = ["Ineffectual modalities?", "Experiment"]
         header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")] + ["Accuracy"]
         lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
@@ -126,12 +125,12 @@ class AblationResult:
                         ("{:.1%}", check.false_alarms[name]),
                     )
                 ]
-                lines.append(f"| {check.check} | {name} | {' | '.join(cells)} |")
+                lines.append(f"| {check.check} | {_escape(name)} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
     def _proxy_table(self) -> str:
         lines = ["| Proxy of | Relative L2 error |", "|---|---:|"]
-        lines += [f"| {name} | {error:.2%} |" for name, error in self.proxy_errors.items()]
+        lines += [f"| {_escape(name)} | {error:.2%} |" for name, error in self.proxy_errors.items()]
         return "\n".join(lines)
 
 
@@ -151,9 +150,9 @@ def run_ablation(
     perfect check would give.
 
     Args:
-        corpus: with labels and the splits train and test.
+        corpus: with labels and the splits train and test; a validation split is carved out of train if there is none.
         config: settings of the full model; None takes the defaults for the corpus.
-        seeds: trainings of each model.
+        seeds: trainings of each model, with seeds from ``config.training.seed`` on.
         out: a folder for table.md, table.json and, if matplotlib is there, the figures.
         progress: called with a line of text now and then.
 
@@ -168,36 +167,39 @@ def run_ablation(
     test = corpus.subset("test")
     if not len(test):
         raise ValueError("the corpus has no test split to score")
+    if test.target is None or (test.target == NO_LABEL).all():
+        raise ValueError("the test split has no labels to score")
+    corpus = ensure_validation(corpus, seed=config.training.seed)
     say = progress or (lambda line: None)
     reports: dict[tuple[bool, str], list[ClassificationReport]] = {}
     quality: dict[str, list[tuple[NDArray[np.bool_], Prediction]]] = {}
     first: tuple[M3ERFusion, Corpus, NDArray[np.bool_], Prediction] | None = None
-    other_label = _OTHER_CHECK[config.check.statistic]
-    for seed in range(seeds):
+    other = _other_statistic(config.check)
+    for run in range(seeds):
+        seed = config.training.seed + run
         settings = config.replace(training=replace(config.training, seed=seed))
         liu = settings.replace(loss=replace(settings.loss, variant="original"))
-        say(f"seed {seed + 1} of {seeds}: training with the original loss")
+        say(f"seed {run + 1} of {seeds}: training with the original loss")
         original = train(corpus, liu).model
-        say(f"seed {seed + 1} of {seeds}: training M3ER")
+        say(f"seed {run + 1} of {seeds}: training M3ER")
         model = train(corpus, settings).model
         noisy, truth = corrupt_corpus(model, test, seed)
-        with_other = model.ablated(check=_fit_other_check(model, corpus.subset("train")))
-        say(f"seed {seed + 1} of {seeds}: scoring")
+        with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
+        say(f"seed {run + 1} of {seeds}: scoring")
         predictions = {
             (False, ORIGINAL): evaluate(original, test),
             (False, FULL): evaluate(model, test),
             (True, NEITHER): evaluate(model.ablated(check=False, proxy=False), noisy),
             (True, NO_PROXY): evaluate(model.ablated(proxy=False), noisy),
             (True, FULL): evaluate(model, noisy),
-            (True, other_label): evaluate(with_other, noisy),
+            (True, _OTHER_CHECK[other]): evaluate(with_other, noisy),
             (True, ORACLE): evaluate(model, noisy, effective=~truth),
         }
         for key, prediction in predictions.items():
-            if prediction.report is None:
-                raise ValueError("the test split has no labels to score")
+            assert prediction.report is not None
             reports.setdefault(key, []).append(prediction.report)
-        quality.setdefault(f"{config.check.statistic}", []).append((truth, predictions[True, FULL]))
-        quality.setdefault(_other_statistic(config), []).append((truth, predictions[True, other_label]))
+        quality.setdefault(config.check.statistic, []).append((truth, predictions[True, FULL]))
+        quality.setdefault(other, []).append((truth, predictions[True, _OTHER_CHECK[other]]))
         if first is None:
             first = model, noisy, truth, predictions[True, FULL]
     assert first is not None
@@ -212,7 +214,7 @@ def run_ablation(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(result.to_markdown() + "\n")
+        (out / "table.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
         (out / "table.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         _draw(result, errors, pictures, examples(*first), out)
     return result
@@ -279,22 +281,28 @@ def examples(
     Returns:
         One dict a class that was ever answered right: the fields of ``plots.Example``.
     """
-    labels = corpus.target if corpus.target is None or corpus.task == "single" else corpus.target.argmax(axis=1)
-    if labels is None:
+    if corpus.target is None:
         return []
+    if corpus.task == "multi":
+        is_true = corpus.target == 1
+    else:
+        labels = corpus.target if corpus.task == "single" else corpus.target.argmax(axis=1)
+        is_true = labels[:, None] == np.arange(len(corpus.classes))
     answer = prediction.probabilities.argmax(axis=1)
     loss = model.config.loss
     chosen = []
     for c, label in enumerate(corpus.classes):
-        right = np.flatnonzero((answer == c) & (labels == c))
+        right = np.flatnonzero((answer == c) & is_true[:, c])
         if not len(right):
             continue
         seen = (truth & ~prediction.effective)[right].any(axis=1)
         surest = np.lexsort((prediction.probabilities[right, c], seen))[-1]
         row = int(right[surest])
-        own = torch.from_numpy(prediction.modality_probabilities[:, row : row + 1]).double()
+        # Rounded to 0 or 1, a probability would have an infinite logarithm.
+        own = torch.from_numpy(prediction.modality_probabilities[:, row : row + 1]).double().clamp(1e-300, 1 - 1e-16)
+        available = torch.from_numpy(prediction.available[row : row + 1])
         weights = fusion_weights(
-            own.log(), torch.log1p(-own), variant=loss.variant, beta=loss.beta, available=_available(corpus, row)
+            own.log(), torch.log1p(-own), variant=loss.variant, beta=loss.beta, available=available
         )
         chosen.append(
             {
@@ -305,36 +313,33 @@ def examples(
                 "probabilities": prediction.modality_probabilities[:, row],
                 "fused": prediction.probabilities[row],
                 "effective": prediction.effective[row],
-                "weights": weights[:, 0, c].nan_to_num().numpy(),
+                "weights": (weights[:, 0, c] * available[0]).numpy(),
             }
         )
     return chosen
 
 
-def _available(corpus: Corpus, row: int) -> Tensor:
-    return torch.from_numpy(corpus.available[row : row + 1])
-
-
 def _standardize(model: M3ERFusion, corpus: Corpus) -> StandardizedBatch:
+    check_modalities(model, corpus)
     features = {name: torch.from_numpy(values) for name, values in corpus.features.items()}
     batch = prepare_batch(features, corpus.lengths, corpus.available, input_dims=model.input_dims)
     return model.standardizer.standardize(batch)
 
 
-def _other_statistic(config: M3ERConfig) -> str:
-    return "combined" if config.check is not None and config.check.statistic == "correlation" else "correlation"
+def _other_statistic(config: CheckConfig) -> Statistic:
+    return "combined" if config.statistic == "correlation" else "correlation"
 
 
-def _fit_other_check(model: M3ERFusion, training: Corpus) -> ModalityCheck:
+def _fit_other_check(model: M3ERFusion, config: CheckConfig, training: Corpus) -> ModalityCheck:
     """The paper's correlation check, unweighted, or the combined one where the model has the paper's."""
-    if _other_statistic(model.config) == "combined":
-        check = ModalityCheck(model.input_dims)
-    else:
-        check = ModalityCheck(model.input_dims, statistic="correlation", component_weights=None)
+    statistic = _other_statistic(config)
+    options = vars(
+        replace(config, statistic=statistic, component_weights=None if statistic == "correlation" else "canonical")
+    )
     batch = _standardize(model, training)
     with warnings.catch_warnings():  # the model's own check has said it
         warnings.simplefilter("ignore", UserWarning)
-        return check.fit_batches(lambda: [batch])
+        return ModalityCheck(model.input_dims, **options).fit_batches(lambda: [batch])
 
 
 def _check_quality(name: str, test: Corpus, outcomes: Sequence[tuple[NDArray[np.bool_], Prediction]]) -> CheckQuality:
@@ -342,7 +347,7 @@ def _check_quality(name: str, test: Corpus, outcomes: Sequence[tuple[NDArray[np.
     for m, modality in enumerate(test.modalities):
         values: dict[str, list[float]] = {key: [] for key in columns}
         for truth, prediction in outcomes:
-            there = test.available[:, m] & (test.lengths > 0)
+            there = prediction.available[:, m]
             hit, lost = truth[there, m], ~prediction.effective[there, m]
             if hit.any() and not hit.all():
                 values["auroc"].append(auroc(-prediction.p_value[there, m], hit))
@@ -393,6 +398,10 @@ def _draw(
         )
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")
+
+
+def _escape(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def _cell(values: Sequence[float], *, percent: bool = False) -> str:

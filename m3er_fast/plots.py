@@ -277,7 +277,7 @@ def _examples_figure(examples: Sequence[Example]) -> Figure:
     bands = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
     for example, band in zip(examples, bands, strict=True):
         heading = (
-            f"{_shorten(example.label, 20)}, predicted {_shorten(example.prediction, 20)}: {_shorten(example.id, 40)}"
+            f"{_shorten(example.label, 20)}, predicted {_shorten(example.prediction, 20)}: {_shorten(example.id, 32)}"
         )
         band.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")
         *heads, whole, weighing = band.subplots(1, columns)

@@ -69,6 +69,7 @@ class Prediction:
     effective: NDArray[np.bool_]  # (N, M)
     p_value: NDArray[np.float32]  # (N, M)
     abstained: NDArray[np.bool_]  # (N,)
+    available: NDArray[np.bool_]  # (N, M), the modalities that had a valid frame and were known from training
     report: ClassificationReport | None
     """None where the corpus has no labels."""
 
@@ -121,17 +122,17 @@ def train(
         config = config.replace(loss=replace(config.loss, class_weight=class_weights(training)))
 
     fingerprint = _fingerprint(corpus, config)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (out / HISTORY_FILE).exists() and not (out / CHECKPOINT_FILE).exists():
+            return _finished(out, fingerprint)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
         model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes)
         model.fit(training.features, training.lengths, training.available)
         state = _State(model, fingerprint)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            if resume and (out / CHECKPOINT_FILE).exists():
-                state.load(out / CHECKPOINT_FILE)
-            elif resume and (out / HISTORY_FILE).exists():
-                return _finished(out, fingerprint)
+        if out is not None and resume and (out / CHECKPOINT_FILE).exists():
+            state.load(out / CHECKPOINT_FILE)
         _run_epochs(state, model, training, validation, out, progress)
     model.network.load_state_dict(state.best)
     model.eval()
@@ -151,29 +152,51 @@ def evaluate(
 
     Args:
         model: fitted, if it has a check.
-        corpus: its modalities must be those of the model.
+        corpus: its modalities and, where it has labels, its classes must be those of the model, in the same order.
         batch_size: utterances a step.
         effective: (N, M) verdicts that replace the modality check's.
+
+    Raises:
+        ValueError: if the corpus is empty or does not fit the model, or ``effective`` has another shape.
+        NotFittedError: if the model has a check that is not fitted.
     """
+    check_modalities(model, corpus)
+    if corpus.target is not None and corpus.classes != model.classes:
+        raise ValueError(f"the corpus has the classes {corpus.classes}, but the model {model.classes}")
+    if not len(corpus):
+        raise ValueError("the corpus is empty: there is nothing to evaluate")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if effective is not None and effective.shape != corpus.available.shape:
+        raise ValueError(f"effective must have shape {corpus.available.shape}, got {effective.shape}")
     was_training = model.training
     model.eval()
     parts = []
-    with torch.no_grad():
-        for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
-            verdict = None if effective is None else torch.from_numpy(effective[rows])
-            output = model(features, lengths, available, effective=verdict)
-            fused, own = model.probabilities(output), model.modality_probabilities(output)
-            values = (fused, own.transpose(0, 1), output.effective, output.p_value, output.abstained)
-            parts.append([value.cpu().numpy() for value in values])
-    model.train(was_training)
-    if not parts:
-        raise ValueError("the corpus is empty: there is nothing to evaluate")
+    try:
+        with torch.no_grad():
+            for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
+                verdict = None if effective is None else torch.from_numpy(effective[rows])
+                output = model(features, lengths, available, effective=verdict)
+                fused, own = model.probabilities(output), model.modality_probabilities(output)
+                verdicts = (output.effective, output.p_value, output.abstained, output.available)
+                parts.append([value.cpu().numpy() for value in (fused, own.transpose(0, 1), *verdicts)])
+    finally:
+        model.train(was_training)
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    probabilities, by_modality, verdicts, p_value, abstained = columns
+    probabilities, by_modality, judged, p_value, abstained, present = columns
     report = None
     if corpus.target is not None and _labelled(corpus).any():
         report = classification_report(probabilities, corpus.target, corpus.classes, task=corpus.task)
-    return Prediction(probabilities, by_modality.swapaxes(0, 1), verdicts, p_value, abstained, report)
+    return Prediction(probabilities, by_modality.swapaxes(0, 1), judged, p_value, abstained, present, report)
+
+
+def check_modalities(model: M3ERFusion, corpus: Corpus) -> None:
+    """Raise a ValueError unless the corpus has the model's modalities, in the order of its (N, M) results."""
+    if list(corpus.input_dims.items()) != list(model.input_dims.items()):
+        raise ValueError(
+            f"the corpus has the modalities {corpus.input_dims}, but the model {model.input_dims}: "
+            "wanted the same, in the same order"
+        )
 
 
 def class_weights(corpus: Corpus) -> tuple[float, ...]:
@@ -185,7 +208,8 @@ def class_weights(corpus: Corpus) -> tuple[float, ...]:
     classes = len(corpus.classes)
     count = np.bincount(target[target != NO_LABEL], minlength=classes) if target.ndim == 1 else target.sum(axis=0)
     present = count > 0
-    weight = np.where(present, count.sum() / (present.sum() * np.where(present, count, 1)), 1.0)
+    weight = np.ones(classes)
+    weight[present] = count.sum() / (present.sum() * count[present])
     return tuple(weight.tolist())
 
 

@@ -10,6 +10,8 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra m3er-fast[plot]")
 
+from matplotlib.text import Text  # noqa: E402
+
 from m3er_fast import plots  # noqa: E402
 from m3er_fast.plots import Example, plot_ablation, plot_examples, plot_history, plot_proxies  # noqa: E402
 
@@ -190,8 +192,10 @@ def test_the_error_is_printed_as_a_percentage_with_two_digits(style, error, text
     assert figure.axes[1].get_title(loc="left").endswith(f"relative L2 error {text}")
 
 
-@pytest.mark.parametrize(("dims", "height"), [((300, 74), 720), ((300, 74, 36, 1, 2), 1620)])
-@pytest.mark.parametrize("scale", [1.0, 1e30, 0.0])
+@pytest.mark.parametrize(
+    ("dims", "height", "scale"),
+    [((300, 74), 720, 1e30), ((300, 74), 720, 0.0), ((300, 74, 36, 1, 2), 1620, 1.0)],
+)
 def test_figure_7_of_two_to_five_modalities_any_size_and_scale(tmp_path, dims, height, scale):
     path = tmp_path / "proxies.png"
     plot_proxies(*proxies(dict(zip(NAMES, dims, strict=False)), scale=scale), path)
@@ -258,14 +262,17 @@ def test_weights_of_all_examples_share_one_scale(style):
 
 
 @pytest.mark.parametrize(("modalities", "classes", "size"), [(2, 2, (1200, 372)), (5, 7, (1920, 2194))])
-def test_examples_of_two_to_five_modalities_and_up_to_seven_long_class_names(tmp_path, modalities, classes, size):
+def test_examples_with_long_names_fit_into_the_picture(style, tmp_path, modalities, classes, size):
     names = tuple(f"a class with a very long name, number {c}" for c in range(classes))
-    path = tmp_path / "examples.png"
     samples = [
         replace(example(c, modalities, classes), classes=names, label=names[c], id="$x_" * 40) for c in range(classes)
     ]
-    plot_examples(samples, path)
-    assert png_size(path) == size
+    figure = plots._examples_figure(samples)
+    plots._save(figure, tmp_path / "examples.png")
+    assert png_size(tmp_path / "examples.png") == size
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        assert box.width == 0 or (box.x0 >= 0 and box.x1 <= size[0]), text.get_text()
 
 
 @pytest.mark.parametrize(
