@@ -71,8 +71,8 @@ class ModalityCheck(FittedModule):
     * correlation: ρ_mj is ranked among the calibration samples' and the largest rank over the other available
       modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
       Low is odd. Without another modality to compare with there is no evidence, and p = 1.
-    * energy: two-sided, for noise raises it, silence and frozen sensors lower it; p = min(1, 2·min(p_high, p_low)), of
-      half and of twice the energy: recordings differ in level, and a factor of two is not held against one.
+    * energy: two-sided, for noise raises it, silence and frozen sensors lower it: p = min(1, 2·min(p_high(E/2),
+      p_low(2E))). Recordings differ in level, and twice or half the energy E is not held against one.
     * combined: p = min(1, p_correlation / 0.9, p_energy / 0.1), a weighted Bonferroni sum. A modality whose p_energy is
       below ``alpha`` is not compared with, so that one bad modality does not discredit the good ones. Where the
       correlation cannot tell (``correlation_power_`` below 1/2), p = p_energy.
@@ -97,7 +97,7 @@ class ModalityCheck(FittedModule):
 
     Attributes:
         correlation_power_: (M,) share of calibration samples in which the correlation finds modality m ineffectual, at
-            level alpha, when it is swapped for another sample's.
+            level alpha, when it is swapped for that of the sample half a fold away; empty before ``fit``.
         projections_: the fitted matrices, as ``functional.gate_statistics`` takes them.
 
     Raises:
@@ -232,7 +232,7 @@ class ModalityCheck(FittedModule):
             swapped.append(_swap_each(vectors, present, others))
         device = self.learned("center_0").device
         self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*statistics, strict=True)))
-        self._measure_power([[column.to(device) for column in pair] for fold in swapped for pair in fold])
+        self._measure_power(swapped)
         return self
 
     def check(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
@@ -355,14 +355,14 @@ class ModalityCheck(FittedModule):
                 stacklevel=4,  # the caller of fit
             )
 
-    def _measure_power(self, swapped: list[list[Tensor]]) -> None:
-        """Set ``correlation_power_`` from (ρ, available) of swapped samples, M of them for each fold in turn."""
-        modalities = len(self.input_dims)
+    def _measure_power(self, swapped: list[list[tuple[Tensor, Tensor]]]) -> None:
+        """Set ``correlation_power_`` from what :func:`_swap_each` gives for each fold."""
+        device = self.learned("center_0").device
         power = []
-        for m in range(modalities):
-            correlation, available = (torch.cat(columns) for columns in zip(*swapped[m::modalities], strict=True))
+        for m, folds in enumerate(zip(*swapped, strict=True)):
+            correlation, available = (torch.cat(columns).to(device) for columns in zip(*folds, strict=True))
             p_value = self._correlation_p_value(correlation, available)[available[:, m], m]
-            power.append((p_value < self.config.alpha).to(correlation.dtype).mean().nan_to_num(0.0))
+            power.append((p_value < self.config.alpha).float().mean().nan_to_num(0.0))  # NaN: never available
         self.register_learned(correlation_power_=torch.stack(power))
 
     # --- judging ---
@@ -495,7 +495,10 @@ _PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")
 
 
 def _swap_each(vectors: list[Tensor], available: Tensor, projections: GateProjections) -> list[tuple[Tensor, Tensor]]:
-    """For each modality, ρ and what is available when it comes from the sample half the fold away."""
+    """For each modality, ρ and what is available when it comes from the sample half a fold away.
+
+    That far away is, as a rule, another recording: a fold consists of several blocks.
+    """
     half = available.shape[0] // 2
     swapped = []
     for m, vector in enumerate(vectors):

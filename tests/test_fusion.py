@@ -1,6 +1,7 @@
 """The whole model: what comes out, what must not change it, how it is trained, and how it is saved."""
 
 import copy
+import datetime
 import json
 import pickle
 import re
@@ -561,9 +562,12 @@ def test_fitting_leaves_the_weights_alone_and_streams():
         build().fit(iter(batches))
 
 
+PATIENCE = datetime.timedelta(seconds=60)  # a rank that has died must not keep the other waiting
+
+
 def _train_one_step(rank, store):
     """Gradients and learned buffers after one step on this rank's half of the batch."""
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=PATIENCE)
     try:
         model = build(seed=rank).fit(sequences(100, seed=rank)).train()  # the ranks begin with different models
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -577,11 +581,12 @@ def _train_one_step(rank, store):
 
 def _second_rank(_, port, path):
     torch.set_num_threads(1)
-    torch.save(_train_one_step(1, torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False)), path)
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=PATIENCE)
+    torch.save(_train_one_step(1, store), path)
 
 
 def test_two_processes_train_as_one_and_share_buffers(tmp_path):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=PATIENCE)
     other = torch.multiprocessing.spawn(_second_rank, args=(store.port, tmp_path / "1.pt"), join=False)
     gradients, buffers = _train_one_step(0, store)
     other.join()

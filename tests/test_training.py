@@ -97,13 +97,18 @@ def test_the_loss_falls_and_the_test_split_is_classified_far_better_than_by_the_
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_weights_of_the_best_epoch_are_kept_by_an_independent_count_of_their_loss(full):
-    result = train(CORPUS, settings(full=full, epochs=5, patience=None, learning_rate=0.1))
+    text = np.where((CORPUS.split == "valid")[:, None, None], 10, 1).astype(np.float32) * CORPUS.features["text"]
+    # Wrong labels there make the loss rise again as the model grows sure.
+    target = np.where(CORPUS.split == "valid", (CORPUS.target + 1) % 3, CORPUS.target)
+    corpus = replace(CORPUS, features={**CORPUS.features, "text": text}, target=target)
+    result = train(corpus, settings(full=full, epochs=5, patience=None))
     losses = result.history["valid_loss"]
     assert len(losses) == 5
     assert result.best_epoch == int(np.argmin(losses)) + 1 < 5  # else the last weights would do as well
     assert not result.model.training
 
-    validation = CORPUS.subset("valid")
+    validation = corpus.subset("valid")
+    assert evaluate(result.model, validation).effective.all() != full  # the check would tell, but takes no part
     prediction = evaluate(result.model.ablated(check=False, proxy=False), validation)
     rows = np.arange(len(validation))
     fused = prediction.probabilities.astype(np.float64)[rows, validation.target]
@@ -126,6 +131,19 @@ def test_training_stops_after_patience_epochs_without_a_better_validation_loss(m
     assert [record.best for record in records] == [True, True, False, True, False, False][: len(expected)]
     assert [record.epoch for record in records] == list(range(1, len(expected) + 1))
     assert {record.epochs for record in records} == {len(losses)}
+
+
+def test_every_epoch_sees_every_labelled_utterance_in_an_order_of_its_own(monkeypatch):
+    orders = []
+
+    def record(state, model, corpus, order):
+        orders.append(order.tolist())
+        return 1.0
+
+    monkeypatch.setattr(training, "_train_epoch", record)
+    train(CORPUS, settings(epochs=3, patience=None))
+    assert [sorted(order) for order in orders] == [list(range(len(CORPUS.subset("train"))))] * 3
+    assert len(set(map(tuple, orders))) == 3
 
 
 def test_the_seed_decides_the_result():
