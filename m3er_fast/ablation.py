@@ -23,7 +23,6 @@ from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import paper_protocol
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.inputs import prepare_batch
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
 from m3er_fast.reference import fusion_weights
 from m3er_fast.standardize import StandardizedBatch
@@ -273,6 +272,20 @@ def regenerate(model: M3ERFusion, corpus: Corpus, *, seed: int = 0) -> tuple[dic
     return errors, frames
 
 
+def draw_proxies(errors: dict[str, float], frames: dict[str, Regenerated], path: Path) -> None:
+    """Figure 7 from what :func:`regenerate` gave; nothing is drawn without matplotlib, or without any frame."""
+    try:
+        from m3er_fast.plots import plot_proxies
+    except ImportError:  # the pictures are an extra; the tables hold the numbers
+        return
+    if frames:
+        original, corrupted, proxy = (
+            {name: getattr(frame, field) for name, frame in frames.items()}
+            for field in ("original", "corrupted", "proxy")
+        )
+        plot_proxies(original, corrupted, proxy, errors, path)
+
+
 def examples(
     model: M3ERFusion, corpus: Corpus, truth: NDArray[np.bool_], prediction: Prediction
 ) -> list[dict[str, Any]]:
@@ -321,9 +334,7 @@ def examples(
 
 def _standardize(model: M3ERFusion, corpus: Corpus) -> StandardizedBatch:
     check_modalities(model, corpus)
-    features = {name: torch.from_numpy(values) for name, values in corpus.features.items()}
-    batch = prepare_batch(features, corpus.lengths, corpus.available, input_dims=model.input_dims)
-    return model.standardizer.standardize(batch)
+    return model.standardize(corpus.features, corpus.lengths, corpus.available)
 
 
 def _other_statistic(config: CheckConfig) -> Statistic:
@@ -388,14 +399,7 @@ def _draw(
         return
     bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.rows]
     plots.plot_ablation(bars, out / "ablation.png", metric="Overall F1 (* = with ineffectual modalities)")
-    if frames:
-        plots.plot_proxies(
-            {name: frame.original for name, frame in frames.items()},
-            {name: frame.corrupted for name, frame in frames.items()},
-            {name: frame.proxy for name, frame in frames.items()},
-            errors,
-            out / "figure7.png",
-        )
+    draw_proxies(errors, frames, out / "figure7.png")
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,8 +167,8 @@ class TrainingConfig:
         if self.gradient_norm is not None:
             _in_range("gradient_norm", self.gradient_norm, 0.0, math.inf, exclusive=True)
         _boolean("balance_classes", self.balance_classes)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an int, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an int in 0..2**32 - 1, got {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ class M3ERConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
-        return dataclasses.asdict(self)
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

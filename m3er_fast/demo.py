@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from m3er_fast.ablation import AblationResult, regenerate, run_ablation
-from m3er_fast.config import M3ERConfig, ProxyConfig
+from m3er_fast.ablation import AblationResult, draw_proxies, regenerate, run_ablation
+from m3er_fast.config import M3ERConfig, NetworkConfig, ProxyConfig
 from m3er_fast.corpus.parquet import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.fusion import M3ERFusion
@@ -31,8 +31,8 @@ def run_demo(out: Path, *, progress: Callable[[str], None] | None = None) -> Abl
     say("generating 2000 utterances")
     corpus = make_synthetic(seed=0)
     write_parquet(corpus, out / "corpus")
-    config = M3ERConfig()
-    config = config.replace(training=replace(config.training, epochs=40))
+    config = M3ERConfig(network=NetworkConfig(dropout=0.5))
+    config = config.replace(training=replace(config.training, epochs=20))
     say("training a model and scoring the corpus with it")
     model = train(corpus, config, out=out / "model").model
     score(out / "corpus", model, out / "scores")
@@ -54,15 +54,5 @@ def draw_linear_proxies(path: Path) -> dict[str, float]:
     training = corpus.subset("train")
     model.fit(training.features, training.lengths, training.available)
     errors, frames = regenerate(model, corpus.subset("test"))
-    try:
-        from m3er_fast.plots import plot_proxies
-    except ImportError:
-        return errors
-    plot_proxies(
-        {name: frame.original for name, frame in frames.items()},
-        {name: frame.corrupted for name, frame in frames.items()},
-        {name: frame.proxy for name, frame in frames.items()},
-        errors,
-        path,
-    )
+    draw_proxies(errors, frames, path)
     return errors

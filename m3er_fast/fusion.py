@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
 from m3er_fast.network import MemoryFusionNetwork
 from m3er_fast.proxy import ProxyGenerator
@@ -148,8 +148,7 @@ class M3ERFusion(
             NotFittedError: in eval mode with a check that is not fitted.
             ValueError: naming the modality, the shape got and the shape wanted.
         """
-        batch = self.standardizer.standardize(prepare_batch(features, lengths, available, input_dims=self.input_dims))
-        batch = self._forget_unknown(batch)
+        batch = self.standardize(features, lengths, available)
         result, abstained = self._no_check(batch), ~batch.available.any(dim=1)
         if not self.training or self.config.check_in_training or effective is not None:
             if effective is not None:
@@ -160,6 +159,17 @@ class M3ERFusion(
             batch = batch._replace(features=replaced)
         answer = self.network.classify(batch.features, batch.lengths)
         return M3EROutput(*answer, *result, abstained, batch.available)
+
+    def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
+        """The first step of :meth:`forward`, whose arguments it takes: what check, proxies and network see.
+
+        A modality that training never saw counts as unavailable: no weight has learned to read it.
+        """
+        batch = self.standardizer(features, lengths, available)
+        count = self.standardizer.count
+        known = (count > 0) | (count == 0).all()  # before any fit nothing is known, and nothing is held against it
+        kept = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
+        return StandardizedBatch(kept, batch.lengths, batch.available & known, batch.frame_valid & known)
 
     def loss(self, output: M3EROutput, target: Tensor) -> Tensor:
         """Fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
@@ -291,14 +301,6 @@ class M3ERFusion(
         return model.to(map_location).eval()
 
     # --- steps ---
-
-    def _forget_unknown(self, batch: StandardizedBatch) -> StandardizedBatch:
-        """A modality that training never saw says nothing: its weights have not learned to read it."""
-        count = self.standardizer.count
-        known = (count > 0) | (count == 0).all()  # before any fit nothing is known, and nothing is held against it
-        frame_valid = batch.frame_valid & known
-        features = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
-        return StandardizedBatch(features, batch.lengths, batch.available & known, frame_valid)
 
     def _no_check(self, batch: StandardizedBatch) -> CheckResult:
         size, modalities = batch.available.shape
