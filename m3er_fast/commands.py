@@ -86,6 +86,7 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="File or folder to read.")],
     format: Annotated[str, typer.Option(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")],
     out: Annotated[Path, typer.Option(metavar="CORPUS", help="Folder to write the corpus to.")],
+    resplit: Annotated[bool, typer.Option("--resplit", help="Split anew, whatever splits the source has.")] = False,
 ) -> None:
     """Convert a published feature file to a Parquet corpus.
 
@@ -93,7 +94,7 @@ def convert(
     """
     from m3er_fast.corpus import convert
 
-    corpus = convert(source, format, out)
+    corpus = convert(source, format, out, resplit=resplit)
     dims = ", ".join(f"{name} {dim}" for name, dim in corpus.input_dims.items())
     print(
         f"{out}: {len(corpus)} utterances of at most {corpus.steps} frames ({_split_sizes(corpus)}); features: {dims}"

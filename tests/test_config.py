@@ -16,7 +16,7 @@ UNUSUAL = M3ERConfig(
     loss=LossConfig(
         variant="original", activation="sigmoid", class_weight=[1, 2.5], modality_weight=(0.5, 1, 0), margin=0.1
     ),
-    training=TrainingConfig(patience=None, gradient_norm=None, balance_classes=True, seed=-3),
+    training=TrainingConfig(patience=None, gradient_norm=None, balance_classes=True, seed=3),
     check_in_training=True,
 )
 BARE = M3ERConfig(check=None, proxy=None)
@@ -113,7 +113,7 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (TrainingConfig, "patience", NOT_POSITIVE_INTS),
         (TrainingConfig, "gradient_norm", [0.0, *NOT_NONNEGATIVE]),
         (TrainingConfig, "balance_classes", NOT_BOOLEANS),
-        (TrainingConfig, "seed", [1.5, "0", True, None]),
+        (TrainingConfig, "seed", [1.5, "0", True, None, -1, 2**32]),
         (M3ERConfig, "check", [ProxyConfig(), "combined"]),
         (M3ERConfig, "proxy", [CheckConfig()]),
         (M3ERConfig, "network", [None, 32]),

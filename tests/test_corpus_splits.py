@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from corpus_fixtures import make_corpus
 
-from m3er_fast.corpus import audit_corpus, ensure_validation, split_by_group
+from m3er_fast.corpus import SPLITS, audit_corpus, convert, ensure_validation, split_by_group
 
 
 def grouped(sizes, seed=0, **changes):
@@ -107,3 +107,16 @@ def test_validation_needs_splits_a_fraction_and_two_groups():
 
 def test_splitting_nothing_gives_nothing():
     assert len(split_by_group(make_corpus().select(slice(0, 0)))) == 0
+
+
+def test_convert_keeps_published_splits_unless_told_otherwise(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", 30), ("test", 12)):
+        for name in ("text", "audio"):
+            table = np.column_stack([rng.normal(size=(rows, 3)), np.arange(rows) % 2])
+            np.savetxt(tmp_path / f"{name}_{split}.csv", table, delimiter=",")
+    published = convert(tmp_path, "utterance-csv", tmp_path / "published")
+    fresh = convert(tmp_path, "utterance-csv", tmp_path / "fresh", resplit=True)
+    assert {name: int((published.split == name).sum()) for name in SPLITS} == {"train": 30, "valid": 0, "test": 12}
+    assert all((fresh.split == name).any() for name in SPLITS)
+    assert list(fresh.ids) == list(published.ids)

@@ -34,16 +34,17 @@ def read(source: str | Path, format: str) -> Corpus:
     return FORMATS[format](Path(source))
 
 
-def convert(source: str | Path, format: str, out: str | Path) -> Corpus:
+def convert(source: str | Path, format: str, out: str | Path, *, resplit: bool = False) -> Corpus:
     """Read ``source``, write it to the folder ``out`` as Parquet and return it.
 
-    A source without splits is split by group, 7:1:2, with seed 0, so that all later runs share one split.
+    A source without splits is split by group, 7:1:2, with seed 0, so that all later runs share one split. With
+    ``resplit`` so is one that has splits, such as one whose training split lacks a modality.
 
     Raises:
         ValueError, CorpusError, ImportError: as `read` and `write_parquet`.
     """
     corpus = read(source, format)
-    if corpus.split is None:
+    if corpus.split is None or resplit:
         corpus = split_by_group(corpus)
     write_parquet(corpus, out)
     return corpus
