@@ -65,8 +65,8 @@ class ModalityCheck(FittedModule):
 
     Both become conformal p-values (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005) against
     training samples that the projections did not see: the share of calibration samples at least as odd as this one.
-    A modality is ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data at most a
-    share ``alpha`` of samples lose it.
+    A modality is ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data a share of
+    ``alpha`` of the samples, or less, loses it.
 
     * correlation: ρ_mj is ranked among the calibration samples' and the largest rank over the other available
       modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
