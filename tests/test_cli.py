@@ -226,7 +226,10 @@ def test_debug_anywhere_shows_the_traceback(first, failing, run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_interrupt_with_130_and_handlers_are_put_back(number, failing, run):
+def test_signals_interrupt_with_130_and_handlers_are_put_back(number, failing, run, request):
+    # A suite that runs in the background of a script inherits an ignored Ctrl-C.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     before = signal.getsignal(signal.SIGTERM)
 
     def wait():
