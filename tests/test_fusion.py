@@ -3,9 +3,11 @@
 import copy
 import datetime
 import json
+import os
 import pickle
 import re
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -562,35 +564,38 @@ def test_fitting_leaves_the_weights_alone_and_streams():
         build().fit(iter(batches))
 
 
-PATIENCE = datetime.timedelta(seconds=60)  # a rank that has died must not keep the other waiting
+PATIENCE = 60  # seconds; a rank that has died must not keep the others waiting
 
 
-def _train_one_step(rank, store):
-    """Gradients and learned buffers after one step on this rank's half of the batch."""
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=PATIENCE)
-    try:
-        model = build(seed=rank).fit(sequences(100, seed=rank)).train()  # the ranks begin with different models
-        parallel = nn.parallel.DistributedDataParallel(model)
-        half = slice(rank * 4, rank * 4 + 4)
-        output = parallel(rows_of(sequences(8, seed=5), half))
-        model.loss(output, (torch.arange(8) % 3)[half]).backward()
-        return {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _second_rank(_, port, path):
+def _train_one_step(rank, port, folder):
+    """Save the gradients and learned buffers after one step on this rank's half of the batch."""
     torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=PATIENCE)
-    torch.save(_train_one_step(1, store), path)
+    timeout = datetime.timedelta(seconds=PATIENCE)
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timeout)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    model = build(seed=rank).fit(sequences(100, seed=rank)).train()  # the ranks begin with different models
+    parallel = nn.parallel.DistributedDataParallel(model)
+    half = slice(rank * 4, rank * 4 + 4)
+    output = parallel(rows_of(sequences(8, seed=5), half))
+    model.loss(output, (torch.arange(8) % 3)[half]).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.save((gradients, dict(model.named_buffers())), folder / f"{rank}.pt")
+    store.set(f"done {rank}", "")
+    store.wait([f"done {1 - rank}"])  # neither leaves while the other may still need its messages
+    os._exit(0)  # gloo's destructor may wait for ever for its own threads
 
 
 def test_two_processes_train_as_one_and_share_buffers(tmp_path):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=PATIENCE)
-    other = torch.multiprocessing.spawn(_second_rank, args=(store.port, tmp_path / "1.pt"), join=False)
-    gradients, buffers = _train_one_step(0, store)
-    other.join()
-    their_gradients, their_buffers = torch.load(tmp_path / "1.pt")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    ranks = torch.multiprocessing.spawn(_train_one_step, args=(store.port, tmp_path), nprocs=2, join=False)
+    deadline = time.monotonic() + 2 * PATIENCE
+    try:
+        while not ranks.join(timeout=1.0):
+            assert time.monotonic() < deadline, "the two processes did not finish"
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    (gradients, buffers), (their_gradients, their_buffers) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = build(seed=0).fit(sequences(100, seed=0)).train()
     alone.loss(alone(sequences(8, seed=5)), torch.arange(8) % 3).backward()
     for name, parameter in alone.named_parameters():
