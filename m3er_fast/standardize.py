@@ -5,13 +5,14 @@ Dimension legend: M modalities, B batch, T time steps, d_m features of modality 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.state import PreciseModule
 
 # Standardised values are clamped to ±1e4, so that a finite but absurd input (3e38) stays finite when later steps square
 # and sum it. No training value comes near: |z| ≤ sqrt(n - 1) for every value of a sample of n (Samuelson's inequality),
@@ -33,7 +34,7 @@ class StandardizedBatch(NamedTuple):
     frame_valid: Tensor  # (B, T, M) bool, False in padding, invalid frames and unavailable modalities
 
 
-class Standardizer(nn.Module):
+class Standardizer(PreciseModule):
     """Standardise features by the mean and standard deviation they have over the valid frames of the training data.
 
         z = clamp((x - mean) / scale, ±1e4)
@@ -197,18 +198,6 @@ class Standardizer(nn.Module):
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(3, sum(self.input_dims.values()), dtype=torch.float64, device="cpu")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Let the buffers move, share or widen, but never narrow."""
-
-        def keep_precision(buffer: Tensor) -> Tensor:
-            result = fn(buffer)
-            if result.is_floating_point() and torch.finfo(result.dtype).bits < _FLOAT32.bits:
-                return buffer.to(result.device)
-            return result
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def clean_frames(batch: FeatureBatch) -> StandardizedBatch:

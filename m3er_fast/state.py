@@ -1,4 +1,4 @@
-"""Modules whose state is learned by ``fit`` and kept in buffers of whatever size the data gave."""
+"""What modules have in common whose state is learned by ``fit`` and kept in buffers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,29 @@ import torch
 from torch import Tensor, nn
 
 
-class FittedModule(nn.Module):
+class PreciseModule(nn.Module):
+    """A module whose floating tensors move and widen but never get narrower than float32.
+
+    ``.half()`` and ``.bfloat16()`` leave learned state as it is: they would round a mean of 1000 by more than a spread
+    of 1, and scores rounded that far no longer rank as they were learned to.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.is_floating_point() and result.dtype != torch.promote_types(result.dtype, torch.float32):
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class FittedModule(PreciseModule):
     """A module whose learned buffers take the size that a state dict brings.
 
     Buffers are registered empty, so that every instance has the same keys and a strict load still refuses a state that
-    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers; only ``.half()`` and
-    ``.bfloat16()`` leave them in float32, because scores rounded that far no longer rank as they were learned to.
+    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers.
     """
 
     def register_learned(self, **values: Tensor) -> None:
@@ -29,16 +46,6 @@ class FittedModule(nn.Module):
         if value is None:
             raise RuntimeError(f"buffer {name!r} is not registered")
         return value
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(buffer: Tensor) -> Tensor:
-            result = fn(buffer)
-            if result.is_floating_point() and result.dtype != torch.promote_types(result.dtype, torch.float32):
-                return buffer.to(result.device)
-            return result
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():

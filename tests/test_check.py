@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from corpus_fixtures import real_data
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import ModalityCheck, functional
@@ -536,8 +537,8 @@ def test_a_few_samples_recognise_gross_noise():
     assert effective[[0, 2]].min() >= 1 - 2 / 21
 
 
-def test_real_utterances_are_told_from_noise(real_data):
-    corpus = utterance_csv.read(real_data / "mosi_utterance")
+def test_real_utterances_are_told_from_noise():
+    corpus = utterance_csv.read(real_data("mosi_utterance"))
     dims = {name: x.shape[2] for name, x in corpus.features.items()}
     standardizer = Standardizer(dims)
 
