@@ -289,7 +289,8 @@ class ModalityCheck(FittedModule):
         folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in GateProjections._fields}
         for own in moments.own:
             folded["center"].append(own.mean)
-            folded["whitener"].append(whiten(own.covariance, config.ridge).T)
+            # Energy is a sum of squares, the same after any rotation: a triangular matrix has half the work in it.
+            folded["whitener"].append(np.asarray(np.linalg.qr(whiten(own.covariance, config.ridge).T, mode="r")))
         for (i, j), joint in zip(self._pairs, moments.joint, strict=True):
             split = moments.own[i].mean.size
             solution = canonical_directions(

@@ -1,8 +1,10 @@
 """The operations of M3ER as functions: arguments are checked here, then a kernel or the reference computes.
 
-Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors' device, and an explicit name is an
-order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. This version has no
-GPU kernels yet: "auto" and "torch" both run the plain PyTorch implementation, on any device.
+Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors' device and type, and an explicit name
+is an order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. "torch" is the
+plain PyTorch of ``reference`` on any device; "triton" the fused kernel, for float16, bfloat16 and float32 on CUDA.
+Fused kernels exist for the fusion loss, the class costs and the modality check: for these "auto" means the kernel on
+CUDA, ``cpu`` on the CPU, and ``reference`` for whatever is left, such as float64 on CUDA.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
 Q queries, n bank rows, K neighbours, h hidden size, u memory size.
@@ -10,20 +12,33 @@ Q queries, n bank rows, K neighbours, h hidden size, u memory size.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from m3er_fast import neighbors, reference
-from m3er_fast.reference import Activation, GateProjections, MemoryScanWeights, Reduction, Variant
+from m3er_fast import cpu, neighbors, reference
+from m3er_fast.reference import (
+    Activation,
+    GateDecision,
+    GateProjections,
+    GateThresholds,
+    MemoryScanWeights,
+    Reduction,
+    Variant,
+)
 
 __all__ = [
     "BackendUnavailableError",
+    "GateDecision",
     "GateProjections",
+    "GateThresholds",
     "MemoryScanWeights",
     "class_costs",
+    "effective_modalities",
     "fusion_loss",
     "gate_statistics",
     "local_least_squares",
@@ -93,7 +108,8 @@ def fusion_loss(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted. Label values are looked at on the CPU only,
-            where that needs no synchronisation.
+            where that needs no synchronisation, or everywhere with ``M3ER_DEBUG=1`` in the environment. Unseen, a
+            label out of range makes the kernel's loss NaN.
         BackendUnavailableError: if the backend asked for does not work here.
 
     Example:
@@ -109,25 +125,27 @@ def fusion_loss(
     _check_number("beta", beta)
     if margin is not None:
         _check_number("margin", margin)
+    _check_device(logits, target=target)
     target = _checked_target(target, batch, classes, activation, ignore_index)
-    _check_vector("class_weight", class_weight, classes)
-    _check_vector("modality_weight", modality_weight, modalities)
-    _check_mask(available, batch, modalities)
-    _check_backend("fusion_loss", backend)
-    return reference.fusion_loss(
-        logits,
-        target,
-        variant=variant,
-        beta=beta,
-        detach_weight=detach_weight,
-        activation=activation,
-        class_weight=class_weight,
-        modality_weight=modality_weight,
-        available=available,
-        margin=margin,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    _check_loss_weights(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
+    settings: dict[str, Any] = {
+        "variant": variant,
+        "beta": beta,
+        "detach_weight": detach_weight,
+        "class_weight": class_weight,
+        "modality_weight": modality_weight,
+        "available": available,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
+    if backend == "auto" and _on_cpu(logits) and margin is None and activation == "softmax" and target.ndim == 1:
+        return cpu.fusion_loss(logits, target, **settings)
+    settings |= {"activation": activation, "margin": margin}
+    if _uses_triton("fusion_loss", backend, logits, modalities):
+        from m3er_fast.kernels import fusion_loss as kernel
+
+        return kernel.fusion_loss(logits, target, **settings)
+    return reference.fusion_loss(logits, target, **settings)
 
 
 def class_costs(
@@ -159,9 +177,11 @@ def class_costs(
             "class_costs is defined for 'original', and predictions come from the fused head's probabilities"
         )
     _check_number("beta", beta)
-    _check_vector("modality_weight", modality_weight, logits.shape[0])
-    _check_mask(available, logits.shape[1], logits.shape[0])
-    _check_backend("class_costs", backend)
+    _check_loss_weights(logits, class_weight=None, modality_weight=modality_weight, available=available)
+    if _uses_triton("class_costs", backend, logits, logits.shape[0]):
+        from m3er_fast.kernels import fusion_loss as kernel
+
+        return kernel.class_costs(logits, beta=beta, modality_weight=modality_weight, available=available)
     return reference.class_costs(logits, beta=beta, modality_weight=modality_weight, available=available)
 
 
@@ -186,15 +206,104 @@ def gate_statistics(
         ValueError: naming the modality whose shape does not fit the projections.
         BackendUnavailableError: if the backend asked for does not work here.
     """
+    return _gate("gate_statistics", features, projections, None, None, "all", backend)[1:]
+
+
+def effective_modalities(
+    features: Sequence[Tensor],
+    projections: GateProjections,
+    thresholds: GateThresholds,
+    *,
+    available: Tensor | None = None,
+    rule: Literal["all", "any"] = "all",
+    backend: str = "auto",
+) -> GateDecision:
+    """Which modalities pass fixed thresholds: the check of Mittal et al. 2020 (arXiv 1911.05659) with an energy gate.
+
+    A modality is trusted if it is available and low_m ≤ energy_m ≤ high_m. It is effective if it is trusted and
+    ρ_mj ≥ τ_mj against some other trusted modality j (rule "all": ineffectual only if it fails against all of them),
+    or against each (rule "any"); where there is no other to compare with, being trusted is enough. An undefined ρ
+    reaches no threshold. ``ModalityCheck`` calibrates instead, and tells p-values.
+
+    Args:
+        features: M tensors (B, d_m), the utterance vectors.
+        projections: ``ModalityCheck.projections_``.
+        thresholds: τ (P,), low (M,) and high (M,), where the features are.
+        available: (B, M) bool; None for all.
+        rule: "all" or "any".
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        The mask (B, M) and the two statistics of :func:`gate_statistics`.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+        BackendUnavailableError: if the backend asked for does not work here.
+
+    Example:
+        >>> x, y = torch.randn(99, 4), torch.randn(99, 3)
+        >>> check = ModalityCheck({"text": 4, "audio": 3}).fit({"text": x, "audio": y})
+        >>> limits = GateThresholds(torch.tensor([0.0]), torch.tensor([0.1, 0.1]), torch.tensor([9.0, 9.0]))
+        >>> effective_modalities([x, y], check.projections_, limits).effective.shape
+        torch.Size([99, 2])
+    """
+    modalities = len(projections.center)
+    for name, size in (("correlation", len(projections.left)), ("energy_low", modalities), ("energy_high", modalities)):
+        value = getattr(thresholds, name)
+        _check_vector(f"thresholds.{name}", value, size)
+        if value.device.type == "cpu" and bool(value.isnan().any()):
+            raise ValueError(f"thresholds.{name} must not be NaN, got {value.tolist()}")
+    if rule not in ("all", "any"):
+        raise ValueError(f"rule must be 'all' or 'any', got {rule!r}")
+    return GateDecision(*_gate("effective_modalities", features, projections, thresholds, available, rule, backend))
+
+
+def _gate(
+    op: str,
+    features: Sequence[Tensor],
+    projections: GateProjections,
+    thresholds: GateThresholds | None,
+    available: Tensor | None,
+    rule: Literal["all", "any"],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask, correlation and energy; the mask means nothing without thresholds."""
     if len(features) != len(projections.center):
         raise ValueError(f"features: got {len(features)} modalities, wanted {len(projections.center)}")
+    first = features[0]
     for m, (x, center) in enumerate(zip(features, projections.center, strict=True)):
-        if x.ndim != 2 or x.shape[1] != center.shape[0] or x.shape[0] != features[0].shape[0]:
-            raise ValueError(
-                f"features[{m}] has shape {tuple(x.shape)}, wanted ({features[0].shape[0]}, {center.shape[0]})"
+        if x.ndim != 2 or x.shape[1] != center.shape[0] or x.shape[0] != first.shape[0]:
+            raise ValueError(f"features[{m}] has shape {tuple(x.shape)}, wanted ({first.shape[0]}, {center.shape[0]})")
+        if not x.is_floating_point() or x.dtype != first.dtype:
+            raise ValueError(f"features[{m}] is {x.dtype}, wanted floating, and the same for every modality")
+        if x.device != center.device or x.device != first.device:
+            raise ValueError(f"features[{m}] is on {x.device}, wanted {center.device}, where the projections are")
+    _check_mask(available, first.shape[0], len(features))
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in features)
+    if backend == "auto" and differentiable:
+        backend = "torch"  # the only one with a gradient
+    with torch.autocast(first.device.type, enabled=False):  # which would round the projections to 8 bits
+        if _uses_triton(op, backend, first, len(features)):
+            if differentiable:
+                raise BackendUnavailableError(
+                    f"{op}: backend 'triton' has no gradient: detach the features or use 'torch'"
+                )
+            from m3er_fast.kernels.correlation_gate import correlation_gate
+
+            correlation, energy, effective = correlation_gate(
+                features,
+                projections,
+                thresholds=None if thresholds is None else torch.cat(thresholds),
+                available=available,
+                any_rule=rule == "any",
             )
-    _check_backend("gate_statistics", backend)
-    return reference.gate_statistics(features, projections)
+            return effective, correlation, energy
+        implementation = cpu if backend == "auto" and _on_cpu(first) else reference
+        correlation, energy = implementation.gate_statistics(features, projections)
+        if thresholds is None:
+            return correlation.new_empty(0, dtype=torch.bool), correlation, energy
+        effective = reference.effective_modalities(correlation, energy, thresholds, available, rule)
+        return effective, correlation, energy
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "auto") -> tuple[Tensor, Tensor]:
@@ -333,6 +442,37 @@ def memory_scan(
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
 
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_KERNEL_MODALITIES = 8
+
+
+def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int) -> bool:
+    """Whether the Triton kernel computes; asked for by name, it does or this raises."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
+        return False
+    reason = None
+    if tensor.dtype not in _KERNEL_DTYPES:
+        reason = f"it computes float16, bfloat16 and float32, got {tensor.dtype}"
+    elif modalities > _MOST_KERNEL_MODALITIES:
+        reason = f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed: pip install triton (Linux only)"
+    else:
+        from m3er_fast.kernels import _launch
+
+        reason = _launch.unavailable_reason(tensor)
+    if reason is not None and backend == "triton":
+        raise BackendUnavailableError(f"{op}: backend 'triton' does not work here: {reason}")
+    return reason is None
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether the CPU path computes: inside torch.compile the reference does, which the compiler fuses itself."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_backend(op: str, backend: str, known: tuple[str, ...] = ("auto", "torch", "triton")) -> None:
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {backend!r}")
@@ -360,8 +500,10 @@ def _checked_target(target: Tensor, batch: int, classes: int, activation: str, i
         raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
     if integral:
         target = target.long()
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or not target.numel():
+    if torch.compiler.is_compiling() or not target.numel():
         return target
+    if target.device.type != "cpu" and os.environ.get("M3ER_DEBUG", "0") in ("", "0"):
+        return target  # looking would wait for the device
     highest = classes - 1 if by_label else 1
     values = target[target != ignore_index] if integral else target
     if values.numel() and not bool(((values >= 0) & (values <= highest)).all()):
@@ -370,6 +512,22 @@ def _checked_target(target: Tensor, batch: int, classes: int, activation: str, i
             f"target must lie in 0..{highest}{ignored}, got values from {values.min().item()} to {values.max().item()}"
         )
     return target
+
+
+def _check_loss_weights(
+    logits: Tensor, *, class_weight: Tensor | None, modality_weight: Tensor | None, available: Tensor | None
+) -> None:
+    modalities, batch, classes = logits.shape
+    _check_vector("class_weight", class_weight, classes)
+    _check_vector("modality_weight", modality_weight, modalities)
+    _check_mask(available, batch, modalities)
+    _check_device(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
+
+
+def _check_device(logits: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}, wanted {logits.device}, where the logits are")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

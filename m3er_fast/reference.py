@@ -58,16 +58,16 @@ def log_probabilities(
     """
     if available is not None:
         logits = torch.where(available.T[:, :, None], logits, 0.0)
-    # Costs of up to eight modalities must still add up to a finite number.
-    bound = torch.finfo(logits.dtype).max / 16
+    # Costs of up to eight modalities, of differences of up to twice this, must still add up to a finite number.
+    bound = torch.finfo(logits.dtype).max / 32
+    logits = logits.clamp(-bound, bound)
     if activation == "sigmoid":
-        logits = logits.clamp(-bound, bound)
         return F.logsigmoid(logits), F.logsigmoid(-logits)
     if logits.shape[-1] == 1:  # the only class is certain: no cost, no gradient
         return logits * 0.0, logits * 0.0 - bound
     top_value, top = logits.max(dim=-1, keepdim=True)
     is_top = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, top, True)
-    shifted = (logits - top_value).clamp(min=-bound)
+    shifted = logits - top_value
     exponentials = shifted.exp()
     rest = exponentials.masked_fill(is_top, 0.0).sum(dim=-1, keepdim=True)
     log_total = rest.log1p()
@@ -260,7 +260,23 @@ class GateProjections(NamedTuple):
     left_bias: list[Tensor]  # P of (k_p,)
     right: list[Tensor]  # P of (k_p, d_j)
     right_bias: list[Tensor]  # P of (k_p,)
-    whitener: list[Tensor]  # M of (r_m, d_m)
+    whitener: list[Tensor]  # M of (r_m, d_m); upper triangular where a check has fitted it
+
+
+class GateThresholds(NamedTuple):
+    """What a modality must reach to be effective."""
+
+    correlation: Tensor  # (P,) least ρ of a pair
+    energy_low: Tensor  # (M,) least energy
+    energy_high: Tensor  # (M,) greatest energy
+
+
+class GateDecision(NamedTuple):
+    """Which modalities are effective, and the statistics that say so."""
+
+    effective: Tensor  # (B, M) bool
+    correlation: Tensor  # (B, P)
+    energy: Tensor  # (B, M)
 
 
 def gate_statistics(features: Sequence[Tensor], projections: GateProjections) -> tuple[Tensor, Tensor]:
@@ -283,6 +299,29 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
     batch = centered[0].shape[0]
     stacked = torch.stack(correlation, dim=1) if correlation else centered[0].new_zeros((batch, 0))
     return stacked, torch.stack(energy, dim=1)
+
+
+def effective_modalities(
+    correlation: Tensor,
+    energy: Tensor,
+    thresholds: GateThresholds,
+    available: Tensor | None,
+    rule: Literal["all", "any"],
+) -> Tensor:
+    """(B, M) bool; :func:`m3er_fast.functional.effective_modalities` documents it."""
+    trusted = (energy >= thresholds.energy_low) & (energy <= thresholds.energy_high)
+    if available is not None:
+        trusted = trusted & available
+    # Exactly 0 means undefined, which passes no threshold.
+    passes = (correlation >= thresholds.correlation) & (correlation != 0)
+    compared = torch.zeros_like(energy, dtype=torch.int64)
+    passed = torch.zeros_like(compared)
+    for p, (i, j) in enumerate(modality_pairs(energy.shape[1])):
+        both = trusted[:, i] & trusted[:, j]
+        for m in (i, j):
+            compared[:, m] += both
+            passed[:, m] += both & passes[:, p]
+    return trusted & (((passed > 0) | (compared == 0)) if rule == "all" else passed == compared)
 
 
 # --- Proxy feature vectors (method step 2) ---

@@ -1,0 +1,143 @@
+"""The arithmetic of the multiplicative fusion loss inside a kernel, for one class against all others.
+
+A class y under softmax is a yes/no question of its own: with z = x_y - log Σ_{j≠y} exp(x_j),
+
+    log p = -log(1 + exp(-z)),  log(1 - p) = -log(1 + exp(z)),  dz/dx_y = 1,  dz/dx_j = -exp(x_j) / Σ_{i≠y} exp(x_i),
+
+so that softmax and sigmoid (z = x) share everything from z on, and one slope dc/dz per modality is all that the
+gradient of a sample's cost needs. Functions here work on tensors of any one shape; tuples hold one per modality.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Costs of up to eight modalities, of differences of up to twice this, must still add up to a finite float32.
+BOUND = tl.constexpr(3.4028234663852886e38 / 32)
+
+
+@triton.jit
+def bounded(x):
+    """``x`` in float32, held to ±BOUND, which half precision does not reach; NaN stays NaN."""
+    if x.dtype == tl.float16:
+        return x.to(tl.float32)
+    x = tl.maximum(x.to(tl.float32), -BOUND, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, BOUND, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp(x):
+    """e^x by the hardware's 2^x: tl.exp spends three instructions on subnormal results, which are nothing here."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def one_against_rest(lead, rest):
+    """Log p, log(1 - p), p and 1 - p, each to full relative precision as p tends to 0 or to 1.
+
+    ``lead`` is x_y - max_{j≠y} x_j, ``rest`` is Σ_{j≠y} exp(x_j - max) ≥ 1; for a sigmoid they are x and 1.
+    """
+    small = exp(-tl.abs(lead))
+    own = tl.where(lead >= 0, 1.0, small)
+    others = tl.where(lead >= 0, small, 1.0) * rest
+    # Where log p or log(1 - p) takes z, it is beyond log 2: the absolute error of a logarithm will do.
+    z = lead - 0.6931471805599453 * tl.log2(rest)
+    # log(1 + exp(-|z|)) = 2 artanh(s), to the last bits however small s is: it is at most 1/3, and the first term left
+    # out of the series is below 1e-8 of the sum.
+    less = tl.minimum(own, others)
+    s = less / (2.0 * tl.maximum(own, others) + less)
+    s2 = s * s
+    series = s2 * (1.0 / 15.0) + 1.0 / 13.0
+    series = series * s2 + 1.0 / 11.0
+    series = series * s2 + 1.0 / 9.0
+    series = series * s2 + 1.0 / 7.0
+    series = series * s2 + 1.0 / 5.0
+    series = series * s2 + 1.0 / 3.0
+    softplus = 2.0 * s * (s2 * series + 1.0)
+    share = 1.0 / (own + others)
+    return tl.minimum(z, 0.0) - softplus, -tl.maximum(z, 0.0) - softplus, own * share, others * share
+
+
+@triton.jit
+def cost_and_slopes(
+    log_p,
+    log_not_p,
+    p,
+    not_p,
+    present,
+    factor,
+    gamma,
+    M: tl.constexpr,
+    VARIANT: tl.constexpr,
+    DETACH: tl.constexpr,
+):
+    """Cost c = -Σ_m v_m w_m log p_m of a class, and the tuple of its slopes dc/dz_m."""
+    weighted = ()  # v_m w_m
+    terms = ()  # v_m w_m log p_m
+    cost = tl.zeros_like(log_p[0])
+    for m in tl.static_range(M):
+        if VARIANT == "m3er":
+            evidence = log_p[m]
+        else:
+            # Summed anew for each modality: total minus own would cancel where one of them dominates.
+            evidence = tl.zeros_like(log_p[m])
+            for j in tl.static_range(M):
+                if j != m:
+                    if VARIANT == "original":
+                        evidence += tl.where(present[j], log_not_p[j], 0.0)
+                    else:
+                        evidence += tl.where(present[j], log_p[j], 0.0)
+        weight = tl.where(present[m], factor[m] * exp(gamma * evidence), 0.0)
+        term = weight * log_p[m]
+        weighted = weighted + (weight,)
+        terms = terms + (term,)
+        cost -= term
+    slopes = ()
+    for m in tl.static_range(M):
+        slope = -weighted[m] * not_p[m]
+        if not DETACH:
+            if VARIANT == "m3er":
+                slope -= gamma * terms[m] * not_p[m]
+            else:
+                total = tl.zeros_like(log_p[m])  # what modality m's evidence does to the others' terms
+                for j in tl.static_range(M):
+                    if j != m:
+                        total += terms[j]
+                if VARIANT == "original":
+                    slope += tl.where(present[m], gamma * total * p[m], 0.0)
+                else:
+                    slope -= tl.where(present[m], gamma * total * not_p[m], 0.0)
+        slopes = slopes + (slope,)
+    return cost, slopes
+
+
+@triton.jit
+def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_COLUMNS: tl.constexpr):
+    """The columns of a (ROWS, COLUMNS) tile, as a tuple of (ROWS,) in which a thread owns whole rows."""
+    parts = (tile,)
+    for level in tl.static_range(LOG_COLUMNS):
+        halves = ()
+        for i in tl.static_range(2**level):
+            left, right = tl.split(tl.trans(tl.reshape(parts[i], [ROWS, 2, COLUMNS // 2**level // 2]), 0, 2, 1))
+            halves = halves + (left, right)
+        parts = halves
+    columns = ()
+    for i in tl.static_range(COLUMNS):
+        columns = columns + (tl.reshape(parts[i], [ROWS]),)
+    return columns
+
+
+@triton.jit
+def tile_of(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_COLUMNS: tl.constexpr):
+    """The (ROWS, COLUMNS) tile of a tuple of columns: the reverse of ``columns_of``."""
+    parts = ()
+    for i in tl.static_range(COLUMNS):
+        parts = parts + (tl.reshape(columns[i], [ROWS, 1]),)
+    for level in tl.static_range(LOG_COLUMNS):
+        pairs = ()
+        for i in tl.static_range(COLUMNS // 2 // 2**level):
+            joined = tl.trans(tl.join(parts[2 * i], parts[2 * i + 1]), 0, 2, 1)
+            pairs = pairs + (tl.reshape(joined, [ROWS, 2 * 2**level]),)
+        parts = pairs
+    return parts[0]
