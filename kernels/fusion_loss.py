@@ -849,7 +849,7 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
     held = modalities * columns
     if kind == "narrow":  # a sample a thread
         if not solo:
-            return Tile(128, columns, 4, 96 if held <= 24 else 128 if held <= 32 else 255)
+            return Tile(128, columns, 4, 96 if held <= 24 and classes % 2 == 0 else 128 if held <= 32 else 255)
         return Tile(512, columns, 16, 128) if held <= 32 else Tile(256, columns, 8, 255)
     if kind == "questions":
         return Tile(512, 1, 4, 168) if modalities <= 4 else Tile(256, 1, 4, 255)
@@ -1225,22 +1225,22 @@ def specializations() -> Iterator[Specialization]:
         yield _specialization("narrow", 3, 6, dtype, plain, "label")
     for modalities, classes in ((3, 6), (8, 8)):
         yield _specialization("narrow", modalities, classes, torch.float32, heavy, "label", full=True, solo=True)
-    for modalities, classes in ((3, 32), (3, 1024), (3, 4096), (3, 131072), (8, 12), (8, 131072)):
+    for modalities, classes in ((3, 32), (3, 131072), (8, 12), (8, 131072)):
         yield _specialization("wide", modalities, classes, torch.float32, heavy, "label", full=True)
-    for classes in (1024, 4096):
-        for dtype in both:
-            yield _specialization("wide", 3, classes, dtype, plain, "label")
+    for dtype in both:
+        yield _specialization("wide", 3, 1024, dtype, plain, "label")
     yield _specialization("wide", 3, 1024, torch.float32, heavy, "label", full=True, solo=True)
     margin = heavy._replace(margin=0.1)
-    for modalities, classes in ((1, 6), (3, 6), (4, 1024), (8, 8), (8, 131072)):
-        yield _specialization("classes", modalities, classes, torch.float32, heavy._replace(reduction="sum"), "none")
+    for modalities, classes in ((1, 6), (3, 6), (4, 1024), (8, 1024)):
         yield _specialization("classes", modalities, classes, torch.float32, margin, "label", full=True)
-        yield _specialization("classes", modalities, classes, torch.bfloat16, margin, "share", full=True)
+    yield _specialization("classes", 3, 6, torch.float32, heavy._replace(reduction="sum"), "none")
+    for modalities in (3, 4):
+        yield _specialization("classes", modalities, 1024, torch.bfloat16, margin, "share", full=True)
     questions = margin._replace(activation="sigmoid")
-    for modalities in (1, 3, 8):
-        for mode in ("label", "answer", "share"):
-            yield _specialization("questions", modalities, 6, torch.float32, questions, mode, full=True)
-    yield _specialization("questions", 3, 8, torch.bfloat16, questions, "share")
+    for mode in ("label", "answer", "share"):
+        yield _specialization("questions", 3, 6, torch.float32, questions, mode, full=True)
+    yield _specialization("questions", 8, 6, torch.float32, questions, "answer", full=True)
+    yield _specialization("questions", 3, 6, torch.bfloat16, questions, "share")
     yield Specialization(
         "labels",
         fusion_loss_weight_kernel,
@@ -1313,6 +1313,7 @@ def _specialization(
         ),
         frozenset({*pointers, "stride_m"}),
         _compile_options(tile),
-        # Rows of an odd number of classes start at any multiple of one element.
-        vectorized=kind == "questions" or classes % 2 == 0,
+        # Rows of an odd number of classes start at any multiple of one element; and of many modalities, with every
+        # class, a thread holds one logit each, for lack of registers.
+        vectorized=kind == "questions" or (classes % 2 == 0 and not (kind == "classes" and modalities > 4)),
     )

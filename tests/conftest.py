@@ -1,6 +1,45 @@
-"""Settings of every test run."""
+"""Settings of every test run, and the device that kernels are tested on."""
 
+import os
+
+import pytest
 import torch
 
 # The tests' tensors are tiny: on a busy machine a second thread mostly spins, and the suite takes ten times as long.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where kernels run: 'cpu' (Triton's interpreter, the default), 'cuda' or 'cuda:N'; "
+        "on a GPU only the tests that use it are run",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU, not the interpreter")
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cpu":
+        # Read when a kernel is defined: before any test imports one.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch finds no GPU here")
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.device(config.getoption("--device")).type == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --device cuda"))
+        return
+    kept = [item for item in items if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where kernels run in this session."""
+    return torch.device(request.config.getoption("--device"))

@@ -1,0 +1,411 @@
+"""The fast paths of the fusion loss, kernels and CPU alike, against the reference in float64 under autograd."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from m3er_fast import M3ERConfig, M3ERFusion, MultiplicativeFusionLoss, functional, reference
+from m3er_fast.functional import BackendUnavailableError, class_costs, fusion_loss
+
+pytest.importorskip("triton")
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+VARIANTS = ("original", "m3er", "m3er_cross")
+# Relative to the largest value; half precision rounds the gradient once.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(params=["triton", "auto"])
+def backend(request):
+    """The kernel, and on the CPU also the path that "auto" takes there."""
+    return request.param
+
+
+def problem(seed, modalities, batch, classes, activation, target_kind, *, weighted, masked, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    logits = (torch.randn(modalities, batch, classes, generator=generator) * scale).double()
+    if target_kind == "share":
+        target = draw(batch, classes)
+        if activation == "softmax":
+            target = target / target.sum(dim=1, keepdim=True)
+    elif target_kind == "answer":
+        target = torch.randint(0, 3, (batch, classes), generator=generator)
+        target[target == 2] = -100
+    else:
+        target = torch.randint(0, classes, (batch,), generator=generator)
+        target[draw(batch) < 0.2] = -100
+    options = {"activation": activation}
+    if weighted:
+        options |= {"class_weight": draw(classes) + 0.2, "modality_weight": draw(modalities) + 0.2}
+    if masked:
+        options["available"] = draw(batch, modalities) < 0.7
+    return logits, target, options
+
+
+def on(device, value, dtype=torch.float32):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def assert_equals_reference(device, logits, target, dtype=torch.float32, backend="triton", incoming=None, **options):
+    """Loss and gradient of the fast path beside those of float64, for logits as ``dtype`` holds them."""
+    x = logits.to(device, dtype).requires_grad_()
+    exact = x.detach().double().cpu().requires_grad_()
+    wanted = reference.fusion_loss(exact, target, **options)
+    moved = {name: on(device, value) for name, value in options.items()}
+    got = fusion_loss(x, on(device, target), backend=backend, **moved)
+    assert got.dtype == torch.float32
+    generator = torch.Generator().manual_seed(0)
+    incoming = torch.rand(wanted.shape, generator=generator).double() + 0.5 if incoming is None else incoming
+    (gradient,) = torch.autograd.grad(got, x, incoming.to(device, torch.float32))
+    (exact_gradient,) = torch.autograd.grad(wanted, exact, incoming)
+    assert gradient.dtype == dtype
+    largest = max(wanted.detach().abs().max().item() if wanted.numel() else 0.0, 1e-6)
+    torch.testing.assert_close(got.cpu().double(), wanted, rtol=3e-6, atol=3e-6 * largest)
+    largest = max(exact_gradient.abs().max().item() if gradient.numel() else 0.0, 1e-12)
+    torch.testing.assert_close(
+        gradient.cpu().double(), exact_gradient, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * largest
+    )
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    modalities=st.integers(1, 8),
+    batch=st.sampled_from([0, 1, 5, 130]),
+    classes=st.sampled_from([1, 2, 3, 6, 7, 16, 17, 50]),
+    kind=st.sampled_from(
+        [("softmax", "label"), ("softmax", "share")] + [("sigmoid", t) for t in ("label", "share", "answer")]
+    ),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    weighted=st.booleans(),
+    masked=st.booleans(),
+    solo=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "variant": st.sampled_from(VARIANTS),
+            "beta": st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+            "detach_weight": st.booleans(),
+            "margin": st.sampled_from([None, None, 0.3]),
+            "reduction": st.sampled_from(["none", "mean", "sum"]),
+        }
+    ),
+)
+def test_every_option_and_shape(device, seed, modalities, batch, classes, kind, dtype, weighted, masked, solo, options):
+    from m3er_fast.kernels import fusion_loss as kernels
+
+    logits, target, more = problem(seed, modalities, batch, classes, *kind, weighted=weighted, masked=masked)
+    limit = kernels._SOLO_SAMPLES
+    kernels._SOLO_SAMPLES = limit if solo else 0  # one program, or several and a first kernel for the weights
+    try:
+        for backend in ("triton", "auto"):
+            assert_equals_reference(device, logits, target, dtype, backend, **options, **more)
+    finally:
+        kernels._SOLO_SAMPLES = limit
+
+
+@pytest.mark.parametrize("target_kind", ["label", "share"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_of_many_classes(device, variant, target_kind):
+    logits, target, options = problem(1, 2, 3, 5000, "softmax", target_kind, weighted=True, masked=True)
+    assert_equals_reference(device, logits, target, variant=variant, detach_weight=False, **options)
+
+
+def test_memory_orders_need_no_copy(device, backend):
+    logits, target, options = problem(2, 3, 40, 6, "softmax", "label", weighted=False, masked=True)
+    for order in itertools.permutations(range(3)):
+        back = [order.index(d) for d in range(3)]
+        strided = logits.permute(order).contiguous().permute(back)
+        assert_equals_reference(device, strided, target, backend=backend, **options)
+    wide = torch.zeros(3, 40, 12, dtype=torch.float64)
+    wide[:, :, ::2] = logits
+    assert_equals_reference(device, wide[:, :, ::2], target, backend=backend, **options)
+    same = logits[:1].expand(3, -1, -1)
+    for activation in ("softmax", "sigmoid"):
+        assert_equals_reference(device, same, target, backend=backend, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("magnitude", [90.0, 1e4, 3e38])
+def test_finite_and_equal_at_extreme_logits(device, backend, variant, activation, magnitude):
+    signs = torch.tensor(list(itertools.product([-1.0, 0.0, 1.0], repeat=6)))
+    logits = (signs * magnitude).reshape(-1, 2, 3).transpose(0, 1)
+    target = torch.arange(logits.shape[1]) % 3
+    for detach_weight, margin in itertools.product([True, False], [None, 0.1]):
+        options = {"variant": variant, "activation": activation, "detach_weight": detach_weight, "margin": margin}
+        x, exact = (logits.to(where).requires_grad_() for where in (device, "cpu"))
+        got = fusion_loss(x, target.to(device), backend=backend, reduction="none", **options)
+        wanted = reference.fusion_loss(exact, target, reduction="none", **options)
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-30)
+        gradients = [torch.autograd.grad(loss.sum(), y)[0].cpu() for loss, y in ((got, x), (wanted, exact))]
+        assert torch.isfinite(gradients[0]).all()
+        torch.testing.assert_close(*gradients, rtol=3e-5, atol=1e-30)
+
+
+def test_nan_stays_with_its_sample(device, backend):
+    for activation, target_kind in (("softmax", "label"), ("softmax", "share"), ("sigmoid", "share")):
+        logits, target, _ = problem(3, 3, 6, 20, activation, target_kind, weighted=False, masked=False)
+        target = target.abs() if target_kind == "share" else target.clamp(min=0)
+        clean = fusion_loss(
+            on(device, logits), on(device, target), backend=backend, activation=activation, reduction="none"
+        )
+        logits[1, 2] = torch.nan
+        got = fusion_loss(
+            on(device, logits), on(device, target), backend=backend, activation=activation, reduction="none"
+        )
+        assert got[2].isnan().all()
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(got[others], clean[others])
+
+
+def test_what_an_unavailable_modality_holds_changes_nothing(device, backend):
+    for activation, target_kind in (("softmax", "label"), ("softmax", "share"), ("sigmoid", "share")):
+        logits, target, options = problem(4, 3, 9, 6, activation, target_kind, weighted=False, masked=True)
+        results = []
+        for held in (0.0, torch.nan, torch.inf, 3e38):
+            x = on(device, logits.masked_fill(~options["available"].T[:, :, None], held)).requires_grad_()
+            moved = {name: on(device, value) for name, value in options.items()}
+            loss = fusion_loss(x, on(device, target), backend=backend, **moved)
+            results.append((loss, torch.autograd.grad(loss, x)[0]))
+        for loss, gradient in results[1:]:
+            assert torch.equal(loss, results[0][0])
+            assert torch.equal(gradient, results[0][1])
+
+
+def test_every_element_of_the_outputs_is_written(device, monkeypatch):
+    plain = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        result = plain(self, *args, **kwargs)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for kind, classes in (("label", 6), ("label", 40), ("share", 6)):
+        for activation in ("softmax", "sigmoid"):
+            logits, target, options = problem(5, 3, 131, classes, activation, kind, weighted=True, masked=True)
+            for reduction in ("none", "mean"):
+                assert_equals_reference(device, logits, target, reduction=reduction, **options)
+    assert class_costs(on(device, logits), backend="triton").isfinite().all()
+
+
+def test_class_costs_and_their_gradient(device):
+    for seed, (modalities, batch, classes) in enumerate([(3, 20, 6), (1, 4, 1), (8, 5, 40), (2, 0, 5), (2, 3, 700)]):
+        logits, _, options = problem(seed, modalities, batch, classes, "softmax", "label", weighted=True, masked=True)
+        options = {"modality_weight": options["modality_weight"], "available": options["available"], "beta": 1.4}
+        x = on(device, logits).requires_grad_()
+        exact = x.detach().double().cpu().requires_grad_()
+        got = class_costs(x, backend="triton", **{name: on(device, value) for name, value in options.items()})
+        wanted = reference.class_costs(exact, **options)
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=3e-6, atol=1e-6)
+        direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed)).double()
+        (gradient,) = torch.autograd.grad(got, x, direction.to(device, torch.float32))
+        (exact_gradient,) = torch.autograd.grad(wanted, exact, direction)
+        torch.testing.assert_close(gradient.cpu().double(), exact_gradient, rtol=3e-6, atol=3e-6)
+
+
+def test_backward_twice_and_what_it_returned_before(device, backend):
+    logits, target, _ = problem(6, 3, 9, 6, "softmax", "label", weighted=False, masked=False)
+    x = on(device, logits).requires_grad_()
+    loss = fusion_loss(x, on(device, target), backend=backend)
+    (first,) = torch.autograd.grad(loss, x, torch.tensor(3.0, device=device), retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, x, torch.tensor(5.0, device=device))
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, kept * (5 / 3))
+    once = fusion_loss(x, on(device, target), backend=backend)
+    (last,) = torch.autograd.grad(once, x, torch.tensor(3.0, device=device))
+    torch.testing.assert_close(last, kept, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        loss = fusion_loss(x, on(device, target), backend=backend)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        gradient.sum().backward()
+
+
+def test_no_gradient_is_made_for_logits_that_want_none(device, backend):
+    logits, target, _ = problem(6, 3, 9, 6, "softmax", "label", weighted=False, masked=False)
+    loss = fusion_loss(on(device, logits), on(device, target), backend=backend)
+    assert not loss.requires_grad
+    with torch.no_grad():
+        quiet = fusion_loss(on(device, logits).requires_grad_(), on(device, target), backend=backend)
+    assert not quiet.requires_grad
+    assert torch.equal(loss, quiet)
+
+
+def test_func_grad(device, backend):
+    logits, target, _ = problem(7, 3, 5, 6, "softmax", "label", weighted=False, masked=False)
+    got = torch.func.grad(lambda x: fusion_loss(x, on(device, target), backend=backend))(on(device, logits))
+    exact = logits.requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.fusion_loss(exact, target), exact)
+    torch.testing.assert_close(got.cpu().double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_opcheck(device):
+    from m3er_fast.kernels import fusion_loss as kernels
+
+    settings = ("original", 1.0, False, "softmax", None, -100)
+    for reduction, dtype in (("mean", torch.float32), ("none", torch.float16)):
+        logits, target, options = problem(8, 3, 6, 5, "softmax", "label", weighted=True, masked=True)
+        x = logits.to(device, dtype).requires_grad_()
+        tensors = [on(device, options[name]) for name in ("class_weight", "modality_weight", "available")]
+        torch.library.opcheck(kernels.fusion_loss_op, (x, on(device, target), *tensors, *settings, reduction, True))
+        torch.library.opcheck(kernels.class_costs_op, (x, *tensors[1:], 1.0))
+        incoming = torch.rand(6, 5, device=device)
+        torch.library.opcheck(kernels.class_costs_backward_op, (incoming, x.detach(), *tensors[1:], 1.0))
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_whole_models_compile_in_one_graph(device, backend):
+    """With the kernel, and on the CPU with the reference that the compiler fuses itself."""
+    logits, target, _ = problem(9, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    target = on(device, target)
+    layer = torch.nn.Linear(6, 6).to(device)
+    loss = MultiplicativeFusionLoss(backend=backend, variant="original")
+
+    def model(x):
+        return loss(layer(x), target) + class_costs(layer(x), backend=backend).mean()
+
+    x = on(device, logits)
+    wanted = torch.autograd.grad(model(x), list(layer.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x), list(layer.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_export(device):
+    class Model(torch.nn.Module):
+        def forward(self, x, target):
+            return fusion_loss(x, target, backend="triton")
+
+    logits, target, _ = problem(10, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    inputs = (on(device, logits), on(device, target))
+    program = torch.export.export(Model(), inputs)
+    assert "m3er_fast.fusion_loss" in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(device, dtype):
+    logits, target, _ = problem(11, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    x, y = on(device, logits), on(device, target)
+    plain = fusion_loss(x, y, backend="triton")
+    with torch.autocast(device.type, dtype=dtype):
+        assert torch.equal(fusion_loss(x, y, backend="triton"), plain)
+
+
+def test_equal_inputs_give_equal_bits(device, backend):
+    logits, target, _ = problem(12, 3, 300, 6, "softmax", "label", weighted=False, masked=False)
+    x, y = on(device, logits).requires_grad_(), on(device, target)
+    runs = []
+    for _ in range(2):
+        loss = fusion_loss(x, y, backend=backend)
+        runs.append((loss, *torch.autograd.grad(loss, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_training_follows_the_same_curve(device):
+    """A hundred steps of a whole model, with the plain loss and with the fused one."""
+    curves = {}
+    generator = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(24, 3, dim, generator=generator).to(device) for name, dim in (("a", 5), ("b", 4))}
+    target = (features["a"].mean(dim=(1, 2)) > 0).long()
+    for backend in ("torch", "auto", "triton"):
+        torch.manual_seed(0)
+        model = M3ERFusion({"a": 5, "b": 4}, 2, M3ERConfig(check=None)).to(device)
+        loss_of = MultiplicativeFusionLoss(backend=backend)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        curve = []
+        for _ in range(100):
+            out = model(features)
+            loss = loss_of(out.modality_logits, target) + torch.nn.functional.cross_entropy(out.logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves[backend] = curve
+    assert curves["torch"][-1] < 0.5 * curves["torch"][0]
+    for backend in ("auto", "triton"):
+        assert max(abs(a - b) for a, b in zip(curves["torch"], curves[backend], strict=True)) < 1e-4
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(2, 3, 4, dtype=torch.float64), r"fusion_loss: backend 'triton'.*float32, got torch.float64"),
+        (torch.zeros(9, 3, 4), r"fusion_loss: backend 'triton'.*up to 8 modalities, got 9"),
+    ],
+)
+def test_what_the_kernel_does_not_take(device, logits, message):
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(BackendUnavailableError, match=message):
+        fusion_loss(logits.to(device), target, backend="triton")
+    assert fusion_loss(logits.to(device), target).isfinite()
+
+
+def test_tensors_on_another_device_are_named():
+    logits, target = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target is on meta, wanted cpu"):
+        fusion_loss(logits, target.to("meta"))
+    with pytest.raises(ValueError, match=r"class_weight is on meta, wanted cpu"):
+        fusion_loss(logits, target, class_weight=torch.ones(4, device="meta"))
+
+
+def test_labels_are_looked_at_where_asked_for(monkeypatch):
+    """A device that would have to be waited for is asked under M3ER_DEBUG only."""
+    looked = []
+    monkeypatch.setattr(functional, "_on_cpu", lambda tensor: False)
+    labels = torch.tensor([0, 7, 1])
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            looked.append(True)
+            return torch.device("cuda")
+
+    elsewhere = labels.as_subclass(Elsewhere)
+    assert functional._checked_target(elsewhere, 3, 4, "softmax", -100) is not None
+    monkeypatch.setenv("M3ER_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"target must lie in 0\.\.3 or -100, got values from 0 to 7"):
+        functional._checked_target(elsewhere, 3, 4, "softmax", -100)
+    assert looked
+
+
+def test_an_unseen_label_out_of_range_shows(device):
+    from m3er_fast.kernels import fusion_loss as kernels
+
+    settings = {"variant": "m3er", "beta": 1.0, "detach_weight": True, "margin": None, "ignore_index": -100}
+    weights = {"class_weight": torch.ones(4, device=device), "modality_weight": None, "available": None}
+    logits, target = torch.zeros(2, 3, 4, device=device), torch.tensor([0, 7, -3], device=device)
+    for activation in ("softmax", "sigmoid"):
+        loss = kernels.fusion_loss(logits, target, **settings, **weights, activation=activation, reduction="none")
+        assert loss[0].isfinite().all()
+        assert loss[1:].isnan().all()
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused_and_triton_is_not_imported():
+    code = (
+        "import sys, torch, m3er_fast\n"
+        "from m3er_fast.functional import BackendUnavailableError, fusion_loss\n"
+        "x, y = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)\n"
+        "fusion_loss(x, y)\n"
+        "assert 'triton' not in sys.modules and 'm3er_fast.kernels' not in sys.modules\n"
+        "try:\n    fusion_loss(x, y, backend='triton')\n"
+        "except BackendUnavailableError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False
+    )
+    assert "fusion_loss: backend 'triton' does not work here: Triton kernels need CUDA tensors" in done.stdout, done
