@@ -14,13 +14,12 @@ modalities, k_p components of a pair, r_m whitened directions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3er_fast import reference
 from m3er_fast.reference import GateProjections, Reduction, Variant, modality_pairs, upcast
@@ -45,69 +44,27 @@ class _Settings(NamedTuple):
     reduction: Reduction
 
 
-def fusion_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    variant: Variant,
-    beta: float,
-    detach_weight: bool,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-) -> Tensor:
-    """:func:`m3er_fast.functional.fusion_loss` of checked arguments: labels (B,) under softmax, without a margin."""
-    settings = _Settings(variant, beta, detach_weight, ignore_index, reduction)
-    tensors = (logits, target, class_weight, modality_weight, available)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = _FusionLoss.apply(*tensors, settings)[0]  # type: ignore[no-untyped-call]
-        return loss
-    return _loss_and_gradient(*tensors, settings, with_gradient=False)[0]
-
-
-class _FusionLoss(torch.autograd.Function):
-    """The loss, whose gradient is made on the way forward and only scaled on the way back."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _loss_and_gradient(*inputs, with_gradient=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        if incoming is None:
-            return (None,) * 6
-        # Out of place, for a backward may run again, and what it has returned belongs to the caller.
-        return ((gradient * (incoming[:, None] if incoming.ndim else incoming)).to(ctx.dtype), *[None] * 5)
-
-
-def _loss_and_gradient(
+def loss_and_gradient(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
     modality_weight: Tensor | None,
     available: Tensor | None,
-    settings: _Settings,
+    settings: Mapping[str, Any],
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and the gradient of the logits, in at least float32; the gradient is empty if it is not wanted."""
+    """Loss of labels (B,) under softmax, without a margin, and the gradient of the logits; in at least float32.
+
+    Arguments are checked, and those of :func:`m3er_fast.functional.fusion_loss`; the gradient is empty if not wanted.
+    """
+    chosen = _Settings(**{name: settings[name] for name in _Settings._fields})
     modalities, batch, classes = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    kept = target != settings.ignore_index
+    kept = target != chosen.ignore_index
     label = torch.where(kept, target, 0)
     rate = kept.to(dtype) if class_weight is None else kept * class_weight.to(dtype)[label]
-    if settings.reduction == "mean":
+    if chosen.reduction == "mean":
         total = rate.sum()
         rate /= torch.where(total > 0, total, 1.0)
     factor = logits.new_ones(modalities, dtype=dtype) if modality_weight is None else modality_weight.to(dtype)
@@ -123,10 +80,15 @@ def _loss_and_gradient(
             rate[rows],
             factor,
             None if available is None else available[rows],
-            settings,
+            chosen,
             gradient[:, rows] if with_gradient else None,
         )
-    return loss if settings.reduction == "none" else loss.sum(), gradient
+    return loss if chosen.reduction == "none" else loss.sum(), gradient
+
+
+def scale_(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """The gradient times a number (), in place; where that is 1, as it is for the last loss, nothing is moved."""
+    return gradient if incoming == 1 else gradient.mul_(incoming)
 
 
 def _label_block(

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from m3er_fast import cpu, neighbors, reference
+from m3er_fast import autograd, cpu, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -135,16 +135,19 @@ def fusion_loss(
         "class_weight": class_weight,
         "modality_weight": modality_weight,
         "available": available,
+        "activation": activation,
+        "margin": margin,
         "ignore_index": ignore_index,
         "reduction": reduction,
     }
     if backend == "auto" and _on_cpu(logits) and margin is None and activation == "softmax" and target.ndim == 1:
-        return cpu.fusion_loss(logits, target, **settings)
-    settings |= {"activation": activation, "margin": margin}
+        return autograd.fusion_loss(cpu, logits, target, **settings)
     if _uses_triton("fusion_loss", backend, logits, modalities):
         from m3er_fast.kernels import fusion_loss as kernel
 
-        return kernel.fusion_loss(logits, target, **settings)
+        if torch.compiler.is_compiling():
+            return kernel.fusion_loss(logits, target, **settings)
+        return autograd.fusion_loss(kernel, logits, target, **settings)
     return reference.fusion_loss(logits, target, **settings)
 
 
