@@ -231,7 +231,7 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
     correlation = torch.empty((batch, len(pairs)), dtype=dtype)
     energy = torch.empty((batch, len(features)), dtype=dtype)
     stacked = [_pair_matrices(projections, m, pairs, dtype) for m in range(len(features))]
-    whiteners = [_bands(whitener.to(dtype)) for whitener in projections.whitener]
+    whiteners = [_bands(whitener.to(dtype), triangular=projections.triangular) for whitener in projections.whitener]
     for start in range(0, batch, _GATE_BLOCK):
         rows = slice(start, start + _GATE_BLOCK)
         projected: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
@@ -278,11 +278,11 @@ def _pair_matrices(
     return torch.cat(matrices).T, torch.cat(biases), [matrix.shape[0] for matrix in matrices]
 
 
-def _bands(whitener: Tensor) -> list[tuple[int, Tensor]]:
+def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
     """A whitener as bands of rows without their leading zero columns: (first column, (d - first, rows)) each."""
     rows = whitener.shape[0]
     bands = rows // _BAND_ROWS
-    if bands < 2 or torch.count_nonzero(whitener.tril(-1)):
+    if bands < 2 or not triangular:
         return [(0, whitener.T)]
     edges = [rows * band // bands for band in range(bands + 1)]
     return [(first, whitener[first:last, first:].T) for first, last in itertools.pairwise(edges)]

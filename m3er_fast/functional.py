@@ -295,7 +295,7 @@ def _gate(
 
             correlation, energy, effective = correlation_gate(
                 features,
-                projections,
+                *projections,
                 thresholds=None if thresholds is None else torch.cat(thresholds),
                 available=available,
                 any_rule=rule == "any",
