@@ -125,7 +125,7 @@ def fusion_loss(
     _check_number("beta", beta)
     if margin is not None:
         _check_number("margin", margin)
-    _check_device(logits, target=target)
+    _check_device("the logits", logits, target=target)
     target = _checked_target(target, batch, classes, activation, ignore_index)
     _check_loss_weights(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
     settings: dict[str, Any] = {
@@ -273,6 +273,8 @@ def _gate(
     """Mask, correlation and energy; the mask means nothing without thresholds."""
     if len(features) != len(projections.center):
         raise ValueError(f"features: got {len(features)} modalities, wanted {len(projections.center)}")
+    if not features:
+        raise ValueError("features is empty: wanted at least one modality")
     first = features[0]
     for m, (x, center) in enumerate(zip(features, projections.center, strict=True)):
         if x.ndim != 2 or x.shape[1] != center.shape[0] or x.shape[0] != first.shape[0]:
@@ -282,6 +284,9 @@ def _gate(
         if x.device != center.device or x.device != first.device:
             raise ValueError(f"features[{m}] is on {x.device}, wanted {center.device}, where the projections are")
     _check_mask(available, first.shape[0], len(features))
+    _check_device("the features", first, available=available)
+    if thresholds is not None:
+        _check_device("the features", first, **{f"thresholds.{name}": x for name, x in thresholds._asdict().items()})
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in features)
     if backend == "auto" and differentiable:
         backend = "torch"  # the only one with a gradient
@@ -524,13 +529,14 @@ def _check_loss_weights(
     _check_vector("class_weight", class_weight, classes)
     _check_vector("modality_weight", modality_weight, modalities)
     _check_mask(available, batch, modalities)
-    _check_device(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
+    others = {"class_weight": class_weight, "modality_weight": modality_weight, "available": available}
+    _check_device("the logits", logits, **others)
 
 
-def _check_device(logits: Tensor, **others: Tensor | None) -> None:
+def _check_device(whose: str, tensor: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
-        if value is not None and value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, wanted {logits.device}, where the logits are")
+        if value is not None and value.device != tensor.device:
+            raise ValueError(f"{name} is on {value.device}, wanted {tensor.device}, where {whose} are")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
