@@ -24,8 +24,8 @@ from torch import Tensor
 from m3er_fast import reference
 from m3er_fast.reference import GateProjections, Reduction, Variant, modality_pairs, upcast
 
-# Logits of a block of the loss, and samples of a block of the check; measured in docs/performance.md.
-_LOSS_BLOCK = 2**20
+# Logits of a block of the loss, and samples of a block of the check; docs/performance.md has the times of others.
+_LOSS_BLOCK = 2**21
 _GATE_BLOCK = 4096
 # Products of two lengths between which neither they nor the squares in them can have left float32.
 _SAFE_LENGTHS = (1e-15, 1e15)
