@@ -250,7 +250,7 @@ class Tile(NamedTuple):
 
 # More modalities than this are launched one by one, and pair by pair.
 _MOST_AT_ONCE = 4
-_MASK_ROWS = 256
+_MASK_ROWS = 128
 
 
 def tile_for(part: Part, capability: int) -> Tile:

@@ -858,7 +858,9 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
         if classes > 1024:
             size, warps, registers = (2048, 8, 128) if modalities <= 4 else (1024, 4, 168)
     else:  # "classes": four numbers for every logit of the tile are alive at once
-        size, warps, registers = (1024 if modalities <= 2 else 512, 4, 255) if modalities <= 4 else (256, 8, 255)
+        size, warps, registers = (
+            (1024, 4, 255) if modalities <= 2 else (512, 8, 255) if modalities <= 4 else (256, 8, 255)
+        )
     columns = min(columns, size)
     return Tile(size // columns, columns, warps, registers)
 
