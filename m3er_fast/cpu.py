@@ -260,7 +260,8 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
 
 
 def _length(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1)
+    length: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return length
 
 
 def _cosine(u: Tensor, v: Tensor) -> Tensor:
