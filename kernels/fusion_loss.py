@@ -853,14 +853,14 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
     held = modalities * columns
     if kind == "narrow":  # a sample a thread
         if not solo:
-            return Tile(128, columns, 4, 96 if held <= 24 and classes % 2 == 0 else 128 if held <= 32 else 255)
+            return Tile(128, columns, 4, 104 if held <= 24 and classes % 2 == 0 else 128 if held <= 32 else 255)
         return Tile(512, columns, 16, 128) if held <= 32 else Tile(256, columns, 8, 255)
     if kind == "questions":
         return Tile(512, 1, 4, 168) if modalities <= 4 else Tile(256, 1, 4, 255)
     if kind == "wide":
         size, warps, registers = (1024, 4, 128) if modalities <= 4 else (512, 4, 168)
-        if columns <= 128:  # several samples a program: their own numbers are many beside a row's
-            registers = 168 if modalities <= 4 else 255
+        if columns <= 128:  # several samples a program, whose own numbers are many beside a row's
+            size, registers = size // 2, 168 if modalities <= 4 else 255
         if classes > 1024:
             size, warps, registers = (2048, 8, 128) if modalities <= 4 else (1024, 4, 168)
     else:  # "classes": four numbers for every logit of the tile are alive at once
