@@ -15,7 +15,7 @@ Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["neighbours", "basis"]
-Engine = Literal["auto", "torch", "faiss"]
+Engine = Literal["auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw"]
 
 
 @dataclass(frozen=True)

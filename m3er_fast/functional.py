@@ -313,10 +313,14 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
         query: (Q, d). A query that is not finite has no neighbours: distances inf, indices 0..k-1.
         bank: (n, d), n ≥ 1, finite.
         k: how many; more than n gives n.
-        engine: "torch" (exact, tiled), "faiss" (exact, on the CPU), or "auto", which is "torch" on every device.
+        engine: "torch" (exact, bounded memory), "faiss" (exact, float32), "faiss-ivf" or "faiss-hnsw" (approximate, on
+            an index that this call builds), or "auto", which is "torch" for every size and device. On CUDA tensors
+            "faiss" and "faiss-ivf" need a FAISS with GPU support; "faiss-hnsw" computes on the CPU.
 
     Returns:
         Squared distances (Q, min(k, n)), ascending, in at least float32, and row indices of the same shape, int64.
+        "torch" is exact up to the rounding of the distances themselves, on the CPU; on other devices rows whose
+        distances agree to float32's precision of ‖q - c‖², c the bank's middle, may stand in for each other.
 
     Raises:
         ValueError: naming the argument and its shape.
@@ -328,18 +332,27 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
         raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
     if not bank.shape[0]:
         raise ValueError("bank is empty: wanted at least one row")
-    if bank.device.type == "cpu" and not bool(bank.isfinite().all()):
+    if bank.device.type == "cpu" and not _all_finite(bank):
         raise ValueError("bank must be finite, got NaN or inf in it")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive int, got {k!r}")
-    if engine not in ("auto", "torch", "faiss"):
-        raise ValueError(f"engine must be 'auto', 'torch' or 'faiss', got {engine!r}")
-    if engine == "faiss":
-        try:
-            return neighbors.search_faiss(query, bank, min(k, bank.shape[0]))
-        except neighbors.FaissUnavailableError as error:
-            raise BackendUnavailableError(f"nearest_neighbors: engine 'faiss' does not work here: {error}") from error
-    return neighbors.search_torch(query, bank, min(k, bank.shape[0]))
+    if engine not in neighbors.ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, neighbors.ENGINES))}, got {engine!r}")
+    return neighbor_index(bank, engine).search(query, min(k, bank.shape[0]))
+
+
+def neighbor_index(
+    bank: Tensor, engine: str, *, allowed: Tensor | None = None, memory_budget: int = neighbors.MEMORY_BUDGET
+) -> neighbors.NeighborIndex:
+    """A bank prepared for many searches, of checked arguments; see :func:`m3er_fast.neighbors.build_index`.
+
+    Raises:
+        BackendUnavailableError: if faiss is asked for and does not work here.
+    """
+    try:
+        return neighbors.build_index(bank, engine, allowed=allowed, memory_budget=memory_budget)
+    except neighbors.FaissUnavailableError as error:
+        raise BackendUnavailableError(f"nearest_neighbors: engine {engine!r} does not work here: {error}") from error
 
 
 def local_least_squares(
@@ -440,6 +453,12 @@ def memory_scan(
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     _check_backend("memory_scan", backend)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
+
+
+def _all_finite(matrix: Tensor) -> bool:
+    """Whether a matrix holds no NaN or inf, in one pass: ``isfinite`` would write a mask as well."""
+    low, high = matrix.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

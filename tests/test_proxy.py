@@ -420,7 +420,7 @@ def test_an_unfitted_generator_says_so(bank):
         ({"ridge": float("nan")}, "ridge must be a finite number in [0.0, inf], got nan"),
         ({"max_bank": 0}, "max_bank must be a positive int, got 0"),
         ({"max_basis": 1.5}, "max_basis must be a positive int, got 1.5"),
-        ({"engine": "annoy"}, "engine must be one of 'auto', 'torch', 'faiss', got 'annoy'"),
+        ({"engine": "annoy"}, "engine must be one of 'auto', 'torch', 'faiss', 'faiss-ivf', 'faiss-hnsw', got 'annoy'"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
