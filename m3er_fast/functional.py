@@ -15,12 +15,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from m3er_fast import cpu, neighbors, reference
+from m3er_fast import cpu, cpu_lstsq, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -29,6 +29,7 @@ from m3er_fast.reference import (
     MemoryScanWeights,
     Reduction,
     Variant,
+    upcast,
 )
 
 __all__ = [
@@ -355,55 +356,152 @@ def neighbor_index(
         raise BackendUnavailableError(f"nearest_neighbors: engine {engine!r} does not work here: {error}") from error
 
 
+@overload
 def local_least_squares(
     query: Tensor,
     bank: Tensor,
     targets: Tensor,
     neighbors: Tensor,
     *,
+    ridge: float = ...,
+    affine: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Sequence[Tensor],
+    neighbors: Tensor,
+    *,
+    ridge: float = ...,
+    affine: bool = ...,
+    backend: str = ...,
+) -> tuple[list[Tensor], Tensor]: ...
+
+
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Tensor | Sequence[Tensor],
+    neighbors: Tensor,
+    *,
     ridge: float = 1e-3,
     affine: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | list[Tensor], Tensor]:
     """Proxies: each query rebuilt from its neighbours, and the same combination of their partners' rows.
 
     a = argmin_a ‖f - Σ_r a_r v_r‖² + λ·tr(G)/K·‖a‖², G = (v_r · v_s) over the K neighbours; proxy = Σ_r a_r w_r
     (the relaxed linear map of Mittal et al. 2020, arXiv 1911.05659; ``affine=True`` adds Σ_r a_r = 1, the weights of
-    locally linear embedding). Solved in float64.
+    locally linear embedding). Solved in float64, by the kernel in float32.
 
     Args:
         query: (Q, d), the vectors f. One that is not finite gets coefficients of zero.
         bank: (n, d), the rows v_r.
-        targets: (n, e), the rows w_r paired with them.
+        targets: (n, e), the rows w_r paired with them; or several such tensors, to which the same coefficients go.
         neighbors: (Q, K) int64 rows of the bank, K ≥ 1, as :func:`nearest_neighbors` gives them.
         ridge: λ ≥ 0. A ridge of 0 gives the minimum of least norm, so that collinear or repeated neighbours are safe.
         affine: whether the coefficients of a query sum to 1.
-        backend: "auto", "torch", "triton" or "cupy".
+        backend: "auto", "torch", "triton" or "cupy". The Triton kernel takes up to 64 neighbours and a ridge of at
+            least 1e-4; "auto" goes to plain PyTorch for the rest. CuPy, for CUDA tensors, takes any of both.
 
     Returns:
-        proxies (Q, e) and coefficients (Q, K), in at least float32.
+        proxies (Q, e), a list of them for several targets, and coefficients (Q, K), in at least float32.
 
     Raises:
         ValueError: naming the argument and its shape.
         BackendUnavailableError: if the backend asked for does not work here.
     """
-    for name, value in (("query", query), ("bank", bank), ("targets", targets)):
+    several = not isinstance(targets, Tensor)
+    paired: list[Tensor] = [targets] if isinstance(targets, Tensor) else list(targets)
+    _check_local_least_squares(query, bank, paired, neighbors)
+    _check_number("ridge", ridge)
+    if backend not in ("auto", "torch", "triton", "cupy"):
+        raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', 'cupy', got {backend!r}")
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, bank, *paired))
+    if backend in ("triton", "cupy") and differentiable:
+        raise BackendUnavailableError(
+            f"local_least_squares: backend {backend!r} has no gradient: detach the tensors or use 'torch'"
+        )
+    if backend == "cupy":
+        proxies, coefficients = _by_cupy(query, bank, paired, neighbors, ridge, affine)
+    elif not differentiable and _solves_by_triton(backend, query, bank, paired, neighbors, ridge):
+        from m3er_fast.kernels.local_lstsq import local_lstsq
+
+        proxies, coefficients = local_lstsq(query, bank, paired, neighbors, ridge=ridge, affine=affine)
+    elif backend == "auto" and not differentiable and _on_cpu(query):
+        proxies, coefficients = cpu_lstsq.local_least_squares(
+            query, bank, paired, neighbors, ridge=ridge, affine=affine
+        )
+    else:
+        joined = paired[0] if len(paired) == 1 else torch.cat([upcast(target) for target in paired], dim=1)
+        together, coefficients = reference.local_least_squares(
+            query, bank, joined, neighbors, ridge=ridge, affine=affine
+        )
+        proxies = list(torch.split(together, [target.shape[1] for target in paired], dim=1))
+    return (proxies if several else proxies[0]), coefficients
+
+
+def _check_local_least_squares(query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor) -> None:
+    if not targets:
+        raise ValueError("targets is empty: wanted a tensor, or one or more of them")
+    names = ["targets"] if len(targets) == 1 else [f"targets[{t}]" for t in range(len(targets))]
+    for name, value in (("query", query), ("bank", bank), *zip(names, targets, strict=True)):
         _check_matrix(name, value)
     if query.shape[1] != bank.shape[1]:
         raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
-    if targets.shape[0] != bank.shape[0]:
-        raise ValueError(f"targets has {targets.shape[0]} rows, but bank has {bank.shape[0]}: they must be paired")
+    for name, target in zip(names, targets, strict=True):
+        if target.shape[0] != bank.shape[0]:
+            raise ValueError(f"{name} has {target.shape[0]} rows, but bank has {bank.shape[0]}: they must be paired")
     if neighbors.ndim != 2 or neighbors.shape[0] != query.shape[0] or not neighbors.shape[1]:
         raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}, wanted ({query.shape[0]}, K) with K ≥ 1")
     if neighbors.dtype != torch.int64:
         raise ValueError(f"neighbors must be int64, got {neighbors.dtype}")
     if neighbors.numel() and neighbors.device.type == "cpu":
-        low, high = int(neighbors.min()), int(neighbors.max())
+        low, high = map(int, neighbors.aminmax())
         if low < 0 or high >= bank.shape[0]:
             raise ValueError(f"neighbors must lie in 0..{bank.shape[0] - 1}, got values from {low} to {high}")
-    _check_number("ridge", ridge)
-    _check_backend("local_least_squares", backend, ("auto", "torch", "triton", "cupy"))
-    return reference.local_least_squares(query, bank, targets, neighbors, ridge=ridge, affine=affine)
+
+
+def _solves_by_triton(
+    backend: str, query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float
+) -> bool:
+    """Whether the Triton kernel solves; asked for by name, it does or this raises."""
+    if not _uses_triton("local_least_squares", backend, query, 1):
+        return False
+    from m3er_fast.kernels.local_lstsq import MOST_NEIGHBORS, SMALLEST_RIDGE
+
+    reason = None
+    if bank.dtype not in _KERNEL_DTYPES or any(target.dtype not in _KERNEL_DTYPES for target in targets):
+        reason = f"it takes banks in float16, bfloat16 and float32, got {[x.dtype for x in (bank, *targets)]}"
+    elif len({target.dtype for target in targets}) > 1:
+        reason = f"it takes targets of one dtype, got {[target.dtype for target in targets]}"
+    elif neighbors.shape[1] > MOST_NEIGHBORS:
+        reason = f"it takes up to {MOST_NEIGHBORS} neighbours, got {neighbors.shape[1]}"
+    elif ridge < SMALLEST_RIDGE:
+        reason = f"in float32 it needs a ridge of at least {SMALLEST_RIDGE}, got {ridge}"
+    if reason is not None and backend == "triton":
+        raise BackendUnavailableError(f"local_least_squares: backend 'triton' does not work here: {reason}")
+    return reason is None
+
+
+def _by_cupy(
+    query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float, affine: bool
+) -> tuple[list[Tensor], Tensor]:
+    prefix = "local_least_squares: backend 'cupy' does not work here: "
+    if importlib.util.find_spec("cupy") is None:
+        raise BackendUnavailableError(f"{prefix}cupy is not installed: pip install 'm3er-fast[gpu]'")
+    if not query.is_cuda:
+        raise BackendUnavailableError(f"{prefix}it computes on CUDA tensors, got one on {query.device}")
+    try:
+        from m3er_fast.kernels.cupy_lstsq import cupy_lstsq
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailableError(f"{prefix}cupy is installed but does not load: {error}") from error
+    result: tuple[list[Tensor], Tensor] = cupy_lstsq(query, bank, targets, neighbors, ridge=ridge, affine=affine)
+    return result
 
 
 def memory_scan(
