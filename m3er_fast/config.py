@@ -58,9 +58,13 @@ class ProxyConfig:
     max_bank: int | None = None
     max_basis: int | None = None
     engine: Engine = "auto"
+    memory_budget: int = 256 * 2**20
+    bank_on_host: bool = False
 
     def __post_init__(self) -> None:
         _one_of("bank", self.bank, Bank)
+        _positive_int("memory_budget", self.memory_budget)
+        _boolean("bank_on_host", self.bank_on_host)
         _one_of("engine", self.engine, Engine)
         _positive_int("k", self.k)
         _in_range("ridge", self.ridge, 0.0, math.inf)
