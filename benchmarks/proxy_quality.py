@@ -5,7 +5,7 @@ in $M3ER_DATA or shared/data, on CMU-MOSI and YouTube (split anew), with five se
 paper's protocol; and fills the modalities that were hit (the true mask is given) in every way that is compared.
 It writes OUT/proxy_quality.json, .md and .png.
 
-Errors are ‖filled - original‖ / ‖original‖ over all frames that were hit, standardised. Dimension legend as in proxy.py.
+Errors are ‖filled - original‖ / ‖original‖ over all frames that were hit, standardised; dimensions as in proxy.py.
 """
 
 import argparse

@@ -18,12 +18,22 @@ BOUND = tl.constexpr(3.4028234663852886e38 / 32)
 
 
 @triton.jit
+def _smaller(x, y):
+    """Minimum that is NaN where one of them is, which the hardware's is not by itself."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def bounded(x):
     """``x`` in float32, held to ±BOUND, which half precision does not reach; NaN stays NaN."""
     if x.dtype == tl.float16:
         return x.to(tl.float32)
-    x = tl.maximum(x.to(tl.float32), -BOUND, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, BOUND, propagate_nan=tl.PropagateNan.ALL)
+    return _smaller(_larger(x.to(tl.float32), -BOUND), BOUND)
 
 
 @triton.jit
@@ -45,8 +55,8 @@ def one_against_rest(lead, rest):
     z = lead - 0.6931471805599453 * tl.log2(rest)
     # log(1 + exp(-|z|)) = 2 artanh(s), to the last bits however small s is: it is at most 1/3, and the first term left
     # out of the series is below 1e-8 of the sum.
-    less = tl.minimum(own, others)
-    s = less / (2.0 * tl.maximum(own, others) + less)
+    less = _smaller(own, others)
+    s = less / (2.0 * _larger(own, others) + less)
     s2 = s * s
     series = s2 * (1.0 / 15.0) + 1.0 / 13.0
     series = series * s2 + 1.0 / 11.0
@@ -56,7 +66,7 @@ def one_against_rest(lead, rest):
     series = series * s2 + 1.0 / 3.0
     softplus = 2.0 * s * (s2 * series + 1.0)
     share = 1.0 / (own + others)
-    return tl.minimum(z, 0.0) - softplus, -tl.maximum(z, 0.0) - softplus, own * share, others * share
+    return _smaller(z, 0.0) - softplus, -_larger(z, 0.0) - softplus, own * share, others * share
 
 
 @triton.jit

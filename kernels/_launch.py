@@ -41,6 +41,15 @@ class Specialization:
     aligned: frozenset[str] = frozenset()  # pointers and integers that are multiples of 16
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
     vectorized: bool = True  # whether its bulk loads can be wider than one element
+    targets: tuple[int, ...] = (80, 90, 100)  # generations of GPU that are given this one
+
+
+def capability(tensor: Tensor) -> int:
+    """Generation of the tensor's GPU: 80 for compute capability 8.0; under the interpreter 90."""
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def unavailable_reason(tensor: Tensor) -> str | None:

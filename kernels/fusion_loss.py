@@ -16,14 +16,13 @@ Dimension legend: M modalities, B samples, C classes, ROWS samples and COLUMNS c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3er_fast.kernels._fusion_math import (
     BOUND,
@@ -428,7 +427,8 @@ def _class_block(
         is_top = c[None, :] == top_classes[m][:, None]
         shifted = tl.where(mask, x - tops[m][:, None], 0.0)
         total = 1.0 + rests[m] * exp(seconds[m] - tops[m])
-        left = total[:, None] - exp(shifted)
+        # 1 where it is not used, so that nothing is divided by the 0 that it would be.
+        left = tl.where(is_top | ~mask, 1.0, total[:, None] - exp(shifted))
         lead = tl.where(is_top, (tops[m] - seconds[m])[:, None], shifted)
         of_m = one_against_rest(lead, tl.where(is_top, rests[m][:, None], left))
         log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
@@ -858,7 +858,9 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
         if classes > 1024:
             size, warps, registers = (2048, 8, 128) if modalities <= 4 else (1024, 4, 168)
     else:  # "classes": four numbers for every logit of the tile are alive at once
-        size, warps, registers = (1024 if modalities <= 2 else 512, 4, 255) if modalities <= 4 else (256, 8, 255)
+        size, warps, registers = (
+            (1024, 4, 255) if modalities <= 2 else (512, 8, 255) if modalities <= 4 else (256, 8, 255)
+        )
     columns = min(columns, size)
     return Tile(size // columns, columns, warps, registers)
 
@@ -1080,51 +1082,44 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.logits_dtype = inputs[0].dtype
 
 
-def _scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
-    """The saved gradient (M, B, C) times that of the loss: (), (B,) or (B, C)."""
-    return (gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)).to(dtype)
-
-
 def _fusion_loss_backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (None if incoming is None else _scaled(gradient, incoming, ctx.logits_dtype), *[None] * 12)
+    if incoming is None:
+        return (None,) * 13
+    (gradient,) = ctx.saved_tensors  # (M, B, C), while the loss is (), (B,) or (B, C)
+    scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
+    return (scaled.to(ctx.logits_dtype), *[None] * 12)
 
 
 fusion_loss_op.register_autograd(_fusion_loss_backward, setup_context=_save_gradient)
 
 
-class _FusionLoss(torch.autograd.Function):
-    """The op without the dispatcher, which takes longer than the kernel on a small batch."""
+def loss_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    modality_weight: Tensor | None,
+    available: Tensor | None,
+    settings: Mapping[str, Any],
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op without the dispatcher, which takes longer than the kernel on a small batch: loss, and gradient or (0,).
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*inputs, with_gradient=True)
+    Arguments are checked, and those of :func:`m3er_fast.functional.fusion_loss`; logits float16, bfloat16 or float32.
+    """
+    options = Options(**settings)
+    return _forward(logits, target, class_weight, modality_weight, available, options, with_gradient=with_gradient)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save_gradient(ctx, inputs, output)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        if incoming is None:
-            return (None,) * 6
-        # The last use of a gradient that nobody else has seen: it may be scaled where it lies.
-        if incoming.ndim or gradient.dtype != ctx.logits_dtype or _backward_may_repeat():
-            return (_scaled(gradient, incoming, ctx.logits_dtype), *[None] * 5)
-        number = gradient.numel()
+def scale_(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """The gradient times a number (), in place; where that is 1, as it is for the last loss, nothing is moved."""
+    number = gradient.numel()
+    if number:
         with torch.cuda.device_of(gradient):
             fusion_loss_bwd_kernel[(triton.cdiv(number, _FLAT.rows),)](
                 gradient, incoming, number, EVEN=number % 16 == 0, ROWS=_FLAT.rows, **_compile_options(_FLAT)
             )
-        return (gradient, *[None] * 5)
-
-
-def _backward_may_repeat() -> bool:
-    """Whether the running backward keeps its graph; if torch does not tell, it may."""
-    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return tell is None or bool(tell())
+    return gradient
 
 
 def fusion_loss(
@@ -1136,16 +1131,11 @@ def fusion_loss(
     available: Tensor | None,
     **settings: Any,
 ) -> Tensor:
-    """:func:`m3er_fast.functional.fusion_loss` of checked arguments, float16, bfloat16 or float32 logits."""
-    options = Options(**settings)
+    """The same by the op, for the compiler's graph."""
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
-    tensors = (logits, target, class_weight, modality_weight, available)
-    if torch.compiler.is_compiling():
-        loss: Tensor = fusion_loss_op(*tensors, *options, with_gradient)[0]
-        return loss
-    if with_gradient:
-        return _FusionLoss.apply(*tensors, options)[0]  # type: ignore[no-any-return]
-    return _forward(*tensors, options, with_gradient=False)[0]
+    options = Options(**settings)
+    loss: Tensor = fusion_loss_op(logits, target, class_weight, modality_weight, available, *options, with_gradient)[0]
+    return loss
 
 
 @torch.library.custom_op("m3er_fast::class_costs", mutates_args=())

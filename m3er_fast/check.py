@@ -163,6 +163,7 @@ class ModalityCheck(FittedModule):
             right=[self.learned(f"right_{p}") for p in pairs],
             right_bias=[self.learned(f"right_bias_{p}") for p in pairs],
             whitener=[self.learned(f"whitener_{m}") for m in modalities],
+            triangular=True,
         )
 
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
@@ -218,7 +219,7 @@ class ModalityCheck(FittedModule):
 
         projections = self._solve(_PairedMoments(widths, folds))
         self.register_learned(
-            **{f"{name}_{n}": value for name, values in projections._asdict().items() for n, value in enumerate(values)}
+            **{f"{name}_{n}": value for name in _MATRICES for n, value in enumerate(getattr(projections, name))}
         )
         statistics, swapped = [], []
         for f in range(_FOLDS):
@@ -286,7 +287,7 @@ class ModalityCheck(FittedModule):
 
     def _solve(self, moments: _PairedMoments) -> GateProjections:
         config = self.config
-        folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in GateProjections._fields}
+        folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _MATRICES}
         for own in moments.own:
             folded["center"].append(own.mean)
             # Energy is a sum of squares, the same after any rotation: a triangular matrix has half the work in it.
@@ -311,7 +312,8 @@ class ModalityCheck(FittedModule):
         dtype = self.learned("center_0").dtype
         # Contiguous, as a loaded state is: another layout makes a matrix product round differently.
         return GateProjections(
-            **{n: [torch.tensor(value, dtype=dtype).contiguous() for value in values] for n, values in folded.items()}
+            **{n: [torch.tensor(value, dtype=dtype).contiguous() for value in values] for n, values in folded.items()},
+            triangular=True,
         )
 
     def _calibrate(self, correlation: Tensor, energy: Tensor, available: Tensor) -> None:
@@ -493,6 +495,7 @@ class _PairedMoments:
 
 
 _PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")
+_MATRICES = ("center", *_PAIR_BUFFERS, "whitener")
 
 
 def _swap_each(vectors: list[Tensor], available: Tensor, projections: GateProjections) -> list[tuple[Tensor, Tensor]]:

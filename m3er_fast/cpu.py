@@ -14,19 +14,18 @@ modalities, k_p components of a pair, r_m whitened directions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3er_fast import reference
 from m3er_fast.reference import GateProjections, Reduction, Variant, modality_pairs, upcast
 
-# Logits of a block of the loss, and samples of a block of the check; measured in docs/performance.md.
-_LOSS_BLOCK = 2**20
+# Logits of a block of the loss, and samples of a block of the check; docs/performance.md has the times of others.
+_LOSS_BLOCK = 2**21
 _GATE_BLOCK = 4096
 # Products of two lengths between which neither they nor the squares in them can have left float32.
 _SAFE_LENGTHS = (1e-15, 1e15)
@@ -45,69 +44,27 @@ class _Settings(NamedTuple):
     reduction: Reduction
 
 
-def fusion_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    variant: Variant,
-    beta: float,
-    detach_weight: bool,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-) -> Tensor:
-    """:func:`m3er_fast.functional.fusion_loss` of checked arguments: labels (B,) under softmax, without a margin."""
-    settings = _Settings(variant, beta, detach_weight, ignore_index, reduction)
-    tensors = (logits, target, class_weight, modality_weight, available)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = _FusionLoss.apply(*tensors, settings)[0]  # type: ignore[no-untyped-call]
-        return loss
-    return _loss_and_gradient(*tensors, settings, with_gradient=False)[0]
-
-
-class _FusionLoss(torch.autograd.Function):
-    """The loss, whose gradient is made on the way forward and only scaled on the way back."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _loss_and_gradient(*inputs, with_gradient=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        if incoming is None:
-            return (None,) * 6
-        # Out of place, for a backward may run again, and what it has returned belongs to the caller.
-        return ((gradient * (incoming[:, None] if incoming.ndim else incoming)).to(ctx.dtype), *[None] * 5)
-
-
-def _loss_and_gradient(
+def loss_and_gradient(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
     modality_weight: Tensor | None,
     available: Tensor | None,
-    settings: _Settings,
+    settings: Mapping[str, Any],
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and the gradient of the logits, in at least float32; the gradient is empty if it is not wanted."""
+    """Loss of labels (B,) under softmax, without a margin, and the gradient of the logits; in at least float32.
+
+    Arguments are checked, and those of :func:`m3er_fast.functional.fusion_loss`; the gradient is empty if not wanted.
+    """
+    chosen = _Settings(**{name: settings[name] for name in _Settings._fields})
     modalities, batch, classes = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    kept = target != settings.ignore_index
+    kept = target != chosen.ignore_index
     label = torch.where(kept, target, 0)
     rate = kept.to(dtype) if class_weight is None else kept * class_weight.to(dtype)[label]
-    if settings.reduction == "mean":
+    if chosen.reduction == "mean":
         total = rate.sum()
         rate /= torch.where(total > 0, total, 1.0)
     factor = logits.new_ones(modalities, dtype=dtype) if modality_weight is None else modality_weight.to(dtype)
@@ -123,10 +80,15 @@ def _loss_and_gradient(
             rate[rows],
             factor,
             None if available is None else available[rows],
-            settings,
+            chosen,
             gradient[:, rows] if with_gradient else None,
         )
-    return loss if settings.reduction == "none" else loss.sum(), gradient
+    return loss if chosen.reduction == "none" else loss.sum(), gradient
+
+
+def scale_(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """The gradient times a number (), in place; where that is 1, as it is for the last loss, nothing is moved."""
+    return gradient if incoming == 1 else gradient.mul_(incoming)
 
 
 def _label_block(
@@ -255,11 +217,20 @@ def _reference_block(
 # --- Modality check ---
 
 
+class _Factors(NamedTuple):
+    """All that a modality's centred vectors are multiplied by."""
+
+    matrix: Tensor  # (d_m, Σ k_p + rows of the first band): of its pairs one after the other, then of its whitener
+    bias: Tensor  # (Σ k_p + rows,)
+    sizes: list[int]  # the k_p, then those rows
+    bands: list[tuple[int, Tensor]]  # the rest of the whitener: first column, (d_m - first, rows)
+
+
 def gate_statistics(features: Sequence[Tensor], projections: GateProjections) -> tuple[Tensor, Tensor]:
     """:func:`m3er_fast.functional.gate_statistics` of checked arguments, none of which needs a gradient.
 
-    The pairs' matrices of a modality are stacked into one. A whitener is by far the largest matrix; fitted ones are
-    triangular, and their zeros are left out.
+    A whitener is by far the largest matrix; fitted ones are triangular, and most of their zeros are left out. The
+    other matrices of a modality are stacked upon its first band: wide products are the fast ones.
     """
     batch = features[0].shape[0]
     if batch < _GATE_BLOCK:  # stacking the matrices would take longer than it saves
@@ -268,22 +239,19 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
     pairs = modality_pairs(len(features))
     correlation = torch.empty((batch, len(pairs)), dtype=dtype)
     energy = torch.empty((batch, len(features)), dtype=dtype)
-    stacked = [_pair_matrices(projections, m, pairs, dtype) for m in range(len(features))]
-    whiteners = [_bands(whitener.to(dtype)) for whitener in projections.whitener]
+    factors = [_factors(projections, m, pairs, dtype) for m in range(len(features))]
     for start in range(0, batch, _GATE_BLOCK):
         rows = slice(start, start + _GATE_BLOCK)
         projected: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
         for m, x in enumerate(features):
             centered = x[rows].to(dtype) - projections.center[m].to(dtype)
-            matrix, bias, sizes = stacked[m]
-            vectors = iter(torch.split(torch.addmm(bias, centered, matrix), sizes, dim=1))
-            for p, pair in enumerate(pairs):
-                if m in pair:
-                    projected[p].append(next(vectors))
-            square = sum(
-                ((centered[:, first:] @ band).norm(dim=1).square_() for first, band in whiteners[m]),
-                start=energy.new_zeros(centered.shape[0]),
-            )
+            matrix, bias, sizes, bands = factors[m]
+            *vectors, whitened = torch.split(torch.addmm(bias, centered, matrix), sizes, dim=1)
+            for p, vector in zip((p for p, pair in enumerate(pairs) if m in pair), vectors, strict=True):
+                projected[p].append(vector)
+            square = _length(whitened).square_()
+            for first, band in bands:
+                square += _length(centered[:, first:] @ band).square_()
             energy[rows, m] = square / max(projections.whitener[m].shape[0], 1)
         for p, (u, v) in enumerate(projected):
             correlation[rows, p] = _cosine(u, v)
@@ -291,9 +259,14 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
     return correlation, energy.nan_to_num_(largest, largest)
 
 
+def _length(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return length
+
+
 def _cosine(u: Tensor, v: Tensor) -> Tensor:
     """Cosine of the rows of two (n, k_p) matrices; 0 where it is undefined or not finite."""
-    lengths = u.norm(dim=1).mul_(v.norm(dim=1))
+    lengths = _length(u).mul_(_length(v))
     smallest, largest = lengths.aminmax()
     if smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]:
         cosine = (u * v).sum(dim=1).div_(lengths)
@@ -302,25 +275,28 @@ def _cosine(u: Tensor, v: Tensor) -> Tensor:
     return cosine.clamp_(-1.0, 1.0).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _pair_matrices(
-    projections: GateProjections, m: int, pairs: list[tuple[int, int]], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[int]]:
-    """What modality m is projected with, pair by pair: one matrix (d_m, Σ k_p), its bias, and the sizes k_p."""
-    left, right = projections.left, projections.right
-    matrices = [(left if m == i else right)[p].to(dtype) for p, (i, j) in enumerate(pairs) if m in (i, j)]
-    left, right = projections.left_bias, projections.right_bias
-    biases = [(left if m == i else right)[p].to(dtype) for p, (i, j) in enumerate(pairs) if m in (i, j)]
-    if not matrices:
-        nothing = torch.zeros(0, dtype=dtype)
-        return nothing.new_zeros((projections.center[m].shape[0], 0)), nothing, []
-    return torch.cat(matrices).T, torch.cat(biases), [matrix.shape[0] for matrix in matrices]
+def _factors(projections: GateProjections, m: int, pairs: list[tuple[int, int]], dtype: torch.dtype) -> _Factors:
+    matrices, biases = [], []
+    for p, (i, j) in enumerate(pairs):
+        if m in (i, j):
+            left = m == i
+            matrices.append((projections.left if left else projections.right)[p].to(dtype))
+            biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
+    (_, first), *others = _bands(projections.whitener[m].to(dtype), triangular=projections.triangular)
+    matrices.append(first)
+    return _Factors(
+        torch.cat(matrices).T,
+        torch.cat([*biases, first.new_zeros(first.shape[0])]),
+        [matrix.shape[0] for matrix in matrices],
+        [(column, band.T) for column, band in others],
+    )
 
 
-def _bands(whitener: Tensor) -> list[tuple[int, Tensor]]:
-    """A whitener as bands of rows without their leading zero columns: (first column, (d - first, rows)) each."""
+def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
+    """A whitener as bands of rows without their leading zero columns: (first column, (rows, d - first)) each."""
     rows = whitener.shape[0]
     bands = rows // _BAND_ROWS
-    if bands < 2 or torch.count_nonzero(whitener.tril(-1)):
-        return [(0, whitener.T)]
+    if bands < 2 or not triangular:
+        return [(0, whitener)]
     edges = [rows * band // bands for band in range(bands + 1)]
-    return [(first, whitener[first:last, first:].T) for first, last in itertools.pairwise(edges)]
+    return [(first, whitener[first:last, first:]) for first, last in itertools.pairwise(edges)]

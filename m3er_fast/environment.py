@@ -110,6 +110,10 @@ def _fusion_loss(backend: str, device: str) -> Tensor:
     return functional.fusion_loss(torch.zeros(2, 1, 2, device=device), target, backend=backend)
 
 
+def _class_costs(backend: str, device: str) -> Tensor:
+    return functional.class_costs(torch.zeros(2, 1, 2, device=device), backend=backend)
+
+
 def _gate_statistics(backend: str, device: str) -> Any:
     vector, matrix = torch.zeros(1, device=device), torch.ones(1, 1, device=device)
     projections = GateProjections([vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2)
@@ -135,6 +139,7 @@ def _memory_scan(backend: str, device: str) -> Any:
 
 _OPERATIONS: dict[str, Callable[[str, str], Any]] = {
     "fusion_loss": _fusion_loss,
+    "class_costs": _class_costs,
     "gate_statistics": _gate_statistics,
     "nearest_neighbors": _nearest_neighbors,
     "local_least_squares": _local_least_squares,
@@ -142,6 +147,7 @@ _OPERATIONS: dict[str, Callable[[str, str], Any]] = {
 }
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "fusion_loss": ("torch", "triton"),
+    "class_costs": ("torch", "triton"),
     "gate_statistics": ("torch", "triton"),
     "nearest_neighbors": ("torch", "faiss"),
     "local_least_squares": ("torch", "triton", "cupy"),

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from m3er_fast import cpu, cpu_lstsq, neighbors, reference
+from m3er_fast import autograd, cpu, cpu_lstsq, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -126,7 +126,7 @@ def fusion_loss(
     _check_number("beta", beta)
     if margin is not None:
         _check_number("margin", margin)
-    _check_device(logits, target=target)
+    _check_device("the logits", logits, target=target)
     target = _checked_target(target, batch, classes, activation, ignore_index)
     _check_loss_weights(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
     settings: dict[str, Any] = {
@@ -136,16 +136,19 @@ def fusion_loss(
         "class_weight": class_weight,
         "modality_weight": modality_weight,
         "available": available,
+        "activation": activation,
+        "margin": margin,
         "ignore_index": ignore_index,
         "reduction": reduction,
     }
     if backend == "auto" and _on_cpu(logits) and margin is None and activation == "softmax" and target.ndim == 1:
-        return cpu.fusion_loss(logits, target, **settings)
-    settings |= {"activation": activation, "margin": margin}
+        return autograd.fusion_loss(cpu, logits, target, **settings)
     if _uses_triton("fusion_loss", backend, logits, modalities):
         from m3er_fast.kernels import fusion_loss as kernel
 
-        return kernel.fusion_loss(logits, target, **settings)
+        if torch.compiler.is_compiling():
+            return kernel.fusion_loss(logits, target, **settings)
+        return autograd.fusion_loss(kernel, logits, target, **settings)
     return reference.fusion_loss(logits, target, **settings)
 
 
@@ -271,6 +274,8 @@ def _gate(
     """Mask, correlation and energy; the mask means nothing without thresholds."""
     if len(features) != len(projections.center):
         raise ValueError(f"features: got {len(features)} modalities, wanted {len(projections.center)}")
+    if not features:
+        raise ValueError("features is empty: wanted at least one modality")
     first = features[0]
     for m, (x, center) in enumerate(zip(features, projections.center, strict=True)):
         if x.ndim != 2 or x.shape[1] != center.shape[0] or x.shape[0] != first.shape[0]:
@@ -280,6 +285,9 @@ def _gate(
         if x.device != center.device or x.device != first.device:
             raise ValueError(f"features[{m}] is on {x.device}, wanted {center.device}, where the projections are")
     _check_mask(available, first.shape[0], len(features))
+    _check_device("the features", first, available=available)
+    if thresholds is not None:
+        _check_device("the features", first, **{f"thresholds.{name}": x for name, x in thresholds._asdict().items()})
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in features)
     if backend == "auto" and differentiable:
         backend = "torch"  # the only one with a gradient
@@ -293,7 +301,7 @@ def _gate(
 
             correlation, energy, effective = correlation_gate(
                 features,
-                projections,
+                *projections,
                 thresholds=None if thresholds is None else torch.cat(thresholds),
                 available=available,
                 any_rule=rule == "any",
@@ -638,13 +646,14 @@ def _check_loss_weights(
     _check_vector("class_weight", class_weight, classes)
     _check_vector("modality_weight", modality_weight, modalities)
     _check_mask(available, batch, modalities)
-    _check_device(logits, class_weight=class_weight, modality_weight=modality_weight, available=available)
+    others = {"class_weight": class_weight, "modality_weight": modality_weight, "available": available}
+    _check_device("the logits", logits, **others)
 
 
-def _check_device(logits: Tensor, **others: Tensor | None) -> None:
+def _check_device(whose: str, tensor: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
-        if value is not None and value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, wanted {logits.device}, where the logits are")
+        if value is not None and value.device != tensor.device:
+            raise ValueError(f"{name} is on {value.device}, wanted {tensor.device}, where {whose} are")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -260,7 +260,8 @@ class GateProjections(NamedTuple):
     left_bias: list[Tensor]  # P of (k_p,)
     right: list[Tensor]  # P of (k_p, d_j)
     right_bias: list[Tensor]  # P of (k_p,)
-    whitener: list[Tensor]  # M of (r_m, d_m); upper triangular where a check has fitted it
+    whitener: list[Tensor]  # M of (r_m, d_m)
+    triangular: bool = False  # whether every whitener is upper triangular, as a check fits it: half the work
 
 
 class GateThresholds(NamedTuple):

@@ -20,6 +20,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, not the interpreter")
+    config.addinivalue_line("markers", "large: takes most of a GPU's memory")
     device = torch.device(config.getoption("--device"))
     if device.type == "cpu":
         # Read when a kernel is defined: before any test imports one.

@@ -498,9 +498,9 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises(BackendUnavailableError, match=r"fusion_loss.*triton"):
-        fusion_loss(torch.zeros(2, 3, 4), LABELS, backend="triton")
+        fusion_loss(torch.zeros(2, 3, 4, dtype=torch.float64), LABELS, backend="triton")
     with pytest.raises(BackendUnavailableError, match=r"class_costs.*triton"):
-        class_costs(torch.zeros(2, 3, 4), backend="triton")
+        class_costs(torch.zeros(2, 3, 4, dtype=torch.float64), backend="triton")
 
 
 # --- the module -------------------------------------------------------------------------------------------------------

@@ -225,10 +225,20 @@ def test_backward_twice_and_what_it_returned_before(device, backend):
     once = fusion_loss(x, on(device, target), backend=backend)
     (last,) = torch.autograd.grad(once, x, torch.tensor(3.0, device=device))
     torch.testing.assert_close(last, kept, rtol=1e-6, atol=0)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        loss = fusion_loss(x, on(device, target), backend=backend)
+
+
+def test_second_derivative(device, backend):
+    """A penalty on the gradient: the gradient itself is differentiated."""
+    logits, target, options = problem(13, 3, 9, 6, "softmax", "label", weighted=True, masked=True)
+    found = []
+    for x, where, chosen in ((on(device, logits), device, backend), (logits.clone(), "cpu", "torch")):
+        x.requires_grad_()
+        moved = {name: on(where, value, x.dtype) for name, value in options.items()}
+        loss = fusion_loss(x, target.to(where), backend=chosen, detach_weight=False, **moved)
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        gradient.sum().backward()
+        found.append(torch.autograd.grad(gradient.square().sum(), x)[0].cpu().double())
+    assert found[1].abs().max() > 1e-4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
 def test_no_gradient_is_made_for_logits_that_want_none(device, backend):
@@ -276,7 +286,7 @@ def test_whole_models_compile_in_one_graph(device, backend):
 
     x = on(device, logits)
     wanted = torch.autograd.grad(model(x), list(layer.parameters()))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     got = torch.autograd.grad(compiled(x), list(layer.parameters()))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

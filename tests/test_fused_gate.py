@@ -1,0 +1,363 @@
+"""The fast paths of the modality check's statistics, kernel and CPU alike, against NumPy in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from m3er_fast import ModalityCheck
+from m3er_fast.functional import (
+    BackendUnavailableError,
+    GateProjections,
+    GateThresholds,
+    effective_modalities,
+    gate_statistics,
+)
+
+pytest.importorskip("triton")
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+PAPER = (300, 74, 35)
+# Of ρ, and of an energy relative to it.
+CLOSE = 1e-5
+
+
+@pytest.fixture(params=["triton", "auto"])
+def backend(request):
+    """The kernel, and on the CPU also the path that "auto" takes there."""
+    return request.param
+
+
+def problem(seed, batch, dims, components, *, triangular=True, ranks=None, dtype=torch.float32):
+    """Features, and projections whose matrices are as float32 holds them."""
+    rng = np.random.default_rng(seed)
+    ranks = dims if ranks is None else ranks
+    pairs = list(itertools.combinations(range(len(dims)), 2))
+
+    def matrix(rows, columns):
+        return torch.from_numpy(rng.normal(size=(rows, columns)) / max(columns, 1) ** 0.5).float()
+
+    projections = GateProjections(
+        center=[matrix(1, d)[0] for d in dims],
+        left=[matrix(k, dims[i]) for (i, _), k in zip(pairs, components, strict=True)],
+        left_bias=[matrix(1, k)[0] for k in components],
+        right=[matrix(k, dims[j]) for (_, j), k in zip(pairs, components, strict=True)],
+        right_bias=[matrix(1, k)[0] for k in components],
+        whitener=[matrix(r, d).triu() if triangular else matrix(r, d) for r, d in zip(ranks, dims, strict=True)],
+        triangular=triangular,
+    )
+    return [torch.from_numpy(rng.normal(size=(batch, d))).to(dtype) for d in dims], projections
+
+
+def oracle(features, projections):
+    """ρ and energy in NumPy, float64."""
+    x = [f.double().cpu().numpy() - c.double().numpy() for f, c in zip(features, projections.center, strict=True)]
+    correlation = []
+    for p, (i, j) in enumerate(itertools.combinations(range(len(x)), 2)):
+        u = x[i] @ projections.left[p].double().numpy().T + projections.left_bias[p].double().numpy()
+        v = x[j] @ projections.right[p].double().numpy().T + projections.right_bias[p].double().numpy()
+        length = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+        correlation.append(np.divide((u * v).sum(axis=1), length, out=np.zeros(len(u)), where=length > 0))
+    energy = [
+        ((f @ w.double().numpy().T) ** 2).sum(axis=1) / max(len(w), 1)
+        for f, w in zip(x, projections.whitener, strict=True)
+    ]
+    return np.array(correlation).reshape(-1, len(x[0])).T, np.array(energy).T
+
+
+def oracle_mask(correlation, energy, thresholds, available, rule):
+    """Effective modalities, sample by sample as the definition reads."""
+    modalities = energy.shape[1]
+    pair = {}
+    for p, (i, j) in enumerate(itertools.combinations(range(modalities), 2)):
+        pair[i, j] = pair[j, i] = p
+    rows = []
+    for rho, e, here in zip(correlation, energy, available, strict=True):
+        trusted = [
+            bool(here[m] and thresholds.energy_low[m] <= e[m] <= thresholds.energy_high[m]) for m in range(modalities)
+        ]
+        row = []
+        for m in range(modalities):
+            others = [j for j in range(modalities) if j != m and trusted[j]] if trusted[m] else []
+            agreed = [rho[pair[m, j]] != 0 and rho[pair[m, j]] >= thresholds.correlation[pair[m, j]] for j in others]
+            row.append(trusted[m] and (not agreed or (any(agreed) if rule == "all" else all(agreed))))
+        rows.append(row)
+    return np.array(rows, dtype=bool).reshape(-1, modalities)
+
+
+def on(device, value):
+    return [x.to(device) for x in value] if isinstance(value, list) else value
+
+
+def moved(device, projections):
+    return GateProjections(*(on(device, value) for value in projections))
+
+
+def assert_equals_oracle(device, features, projections, backend="triton"):
+    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    assert correlation.dtype == energy.dtype == torch.float32
+    wanted_correlation, wanted_energy = oracle(features, projections)
+    np.testing.assert_allclose(correlation.cpu().numpy(), wanted_correlation, rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(energy.cpu().numpy(), wanted_energy, rtol=CLOSE, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("dims", "components"),
+    [
+        (PAPER, (30, 30, 30)),
+        ((1, 1), (1,)),
+        ((7,), ()),
+        ((33, 130), (128,)),
+        ((2048, 5), (5,)),
+        ((5, 6, 7, 8), (1, 2, 3, 4, 5, 6)),
+        ((3, 4, 5, 6, 7), (2, 1, 3, 2, 1, 3, 2, 1, 3, 2)),
+        ((3, 4, 5, 6, 7, 8, 9, 10), (2,) * 28),
+    ],
+)
+@pytest.mark.parametrize("triangular", [True, False])
+def test_every_number_and_size_of_modalities(device, dims, components, triangular):
+    features, projections = problem(0, 70, dims, components, triangular=triangular)
+    assert_equals_oracle(device, features, projections)
+
+
+@pytest.mark.parametrize("batch", [1, 63, 64, 65, 4096, 9001])
+def test_every_batch(device, backend, batch):
+    if backend == "triton" and device.type == "cpu":
+        batch = min(batch, 130)  # the interpreter is slow, and only the CPU's own path has blocks of thousands
+    features, projections = problem(1, batch, (40, 20, 9), (6, 5, 4))
+    assert_equals_oracle(device, features, projections, backend)
+
+
+@pytest.mark.parametrize("triangular", [True, False])
+def test_wide_whiteners_and_lower_ranks(device, backend, triangular):
+    features, projections = problem(
+        2, 4097 if backend == "auto" else 65, (260, 90), (17,), triangular=triangular, ranks=(201, 70)
+    )
+    assert_equals_oracle(device, features, projections, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_and_computed_in_float32(device, backend, dtype):
+    features, projections = problem(3, 5000 if backend == "auto" else 70, (40, 21, 9), (6, 5, 4), dtype=dtype)
+    assert_equals_oracle(device, features, projections, backend)
+
+
+def test_strided_features_need_no_copy(device, backend):
+    features, projections = problem(4, 5000 if backend == "auto" else 70, (40, 21), (6,))
+    wide = [torch.cat([x, torch.full_like(x, torch.nan)], dim=1).to(device)[:, : x.shape[1]] for x in features]
+    steps = [x.repeat_interleave(2, dim=1).to(device)[:, ::2] for x in features]
+    columns = [x.T.contiguous().to(device).T for x in features]
+    for strided in (wide, steps, columns):
+        assert_equals_oracle(device, strided, projections, backend)
+
+
+def test_what_cannot_be_measured(device, backend):
+    batch = 4100 if backend == "auto" else 70
+    features, projections = problem(5, batch, (12, 9, 6), (4, 0, 3), ranks=(12, 0, 6))
+    projections.left_bias[0].zero_()
+    features[0][1] = projections.center[0]
+    features[1][2] = torch.nan
+    features[2][3] = torch.inf
+    features[0][4] = 3e38
+    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    assert correlation.isfinite().all()
+    assert (correlation.abs() <= 1).all()
+    assert energy.isfinite().all()
+    assert correlation[1, 0] == 0  # a sample at the mean does not vary
+    assert not correlation[:, 1].any()  # nor does a pair without components
+    assert not correlation[2, 0]
+    assert not correlation[2:4, 2].any()
+    assert not energy[:, 1].any()
+    assert energy[3, 2] > 1e38
+    assert energy[4, 0] > 1e38
+    fine = [0, 5, 6, batch - 1]
+    wanted = oracle([x[fine] for x in features], projections)
+    np.testing.assert_allclose(correlation[fine].cpu().numpy(), wanted[0], rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(energy[fine].cpu().numpy(), wanted[1], rtol=CLOSE)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12, 1e18])
+def test_a_cosine_does_not_see_scale(device, backend, scale):
+    features, projections = problem(6, 4100 if backend == "auto" else 70, (12, 9), (4,))
+    projections = projections._replace(center=[c * scale for c in projections.center], left_bias=[torch.zeros(4)])
+    projections = projections._replace(right_bias=[torch.zeros(4)])
+    assert_equals_oracle(device, [x * scale for x in features], projections, backend)
+
+
+def test_an_empty_batch(device, backend):
+    features, projections = problem(7, 0, (12, 9), (4,))
+    thresholds = GateThresholds(torch.zeros(1), torch.zeros(2), torch.ones(2))
+    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    assert (correlation.shape, energy.shape) == ((0, 1), (0, 2))
+    thresholds = GateThresholds(*(x.to(device) for x in thresholds))
+    decision = effective_modalities(on(device, features), moved(device, projections), thresholds, backend=backend)
+    assert decision.effective.shape == (0, 2)
+    assert decision.effective.dtype == torch.bool
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    modalities=st.integers(1, 6),
+    rule=st.sampled_from(["all", "any"]),
+    masked=st.booleans(),
+    quantile=st.sampled_from([0.0, 0.2, 0.6]),
+)
+def test_masks_equal_the_definition(device, seed, modalities, rule, masked, quantile):
+    """Thresholds amid the statistics; only samples within 1e-5 of one may differ, and none of these does by chance."""
+    dims = (9, 7, 6, 5, 8, 4)[:modalities]
+    pairs = modalities * (modalities - 1) // 2
+    features, projections = problem(seed, 90, dims, (5,) * pairs)
+    correlation, energy = oracle(features, projections)
+    thresholds = GateThresholds(
+        torch.from_numpy(np.quantile(correlation, 1 - quantile, axis=0)).float().reshape(pairs),
+        torch.from_numpy(np.quantile(energy, quantile / 3, axis=0)).float(),
+        torch.from_numpy(np.quantile(energy, 1 - quantile / 3, axis=0)).float(),
+    )
+    available = torch.rand(90, modalities, generator=torch.Generator().manual_seed(seed)) < (0.8 if masked else 1.1)
+    wanted = oracle_mask(correlation, energy, thresholds, available, rule)
+    near = (np.abs(correlation - thresholds.correlation.numpy()) < CLOSE).any(axis=1)
+    for bound in (thresholds.energy_low.numpy(), thresholds.energy_high.numpy()):
+        near |= (np.abs(energy / bound - 1) < CLOSE).any(axis=1)
+    assert near.mean() < 0.5
+    for backend in ("triton", "auto"):
+        decision = effective_modalities(
+            on(device, features),
+            moved(device, projections),
+            GateThresholds(*(x.to(device) for x in thresholds)),
+            available=available.to(device) if masked else None,
+            rule=rule,
+            backend=backend,
+        )
+        assert np.array_equal(decision.effective.cpu().numpy()[~near], wanted[~near])
+
+
+def test_masks_of_a_fitted_check_near_collinear_features(device, backend):
+    """Where a whitener enlarges rounding most, the kernel's products must still keep float32's digits."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(600, 12, generator=generator)
+    features = {
+        name: shared @ torch.randn(12, d, generator=generator) + 0.05 * torch.randn(600, d, generator=generator)
+        for name, d in (("a", 48), ("b", 40))
+    }
+    check = ModalityCheck({"a": 48, "b": 40}, n_components=8).fit(features)
+    sample = [x[:200] for x in features.values()]
+    assert_equals_oracle(device, sample, check.projections_, backend)
+
+
+def test_every_element_of_the_outputs_is_written(device, monkeypatch):
+    plain = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        result = plain(self, *args, **kwargs)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for dims in ((9, 7, 5), (4, 3, 5, 6, 2)):
+        pairs = len(dims) * (len(dims) - 1) // 2
+        features, projections = problem(8, 67, dims, (3,) * pairs)
+        assert_equals_oracle(device, features, projections)
+
+
+def test_opcheck(device):
+    from m3er_fast.kernels import correlation_gate as kernels
+
+    for modalities in (1, 3):
+        pairs = modalities * (modalities - 1) // 2
+        features, projections = problem(9, 5, (7, 6, 5)[:modalities], (3,) * pairs)
+        tensors = (on(device, features), *moved(device, projections))
+        thresholds = torch.rand(pairs + 2 * modalities, device=device)
+        available = torch.rand(5, modalities, device=device) < 0.5
+        torch.library.opcheck(kernels.correlation_gate_op, (*tensors, None, None, False))
+        torch.library.opcheck(kernels.correlation_gate_op, (*tensors, thresholds, available, True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_compiles_in_one_graph_and_exports(device, backend):
+    features, projections = problem(10, 6, (7, 6, 5), (3, 3, 3))
+    projections = moved(device, projections)
+
+    class Gate(torch.nn.Module):
+        def forward(self, a, b, c):
+            correlation, energy = gate_statistics([a.sin(), b, c], projections, backend=backend)
+            return correlation.sum(dim=1) + energy.sum(dim=1)
+
+    inputs = on(device, features)
+    wanted = Gate()(*inputs)
+    compiled = torch.compile(Gate(), fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(*inputs), wanted, rtol=1e-5, atol=1e-6)
+    exported = torch.export.export(Gate(), tuple(inputs)).module()
+    torch.testing.assert_close(exported(*inputs), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(device, backend, dtype):
+    features, projections = problem(11, 5000 if backend == "auto" else 8, (7, 6), (3,))
+    features, projections = on(device, features), moved(device, projections)
+    plain = gate_statistics(features, projections, backend=backend)
+    with torch.autocast(device.type, dtype=dtype):
+        for got, wanted in zip(gate_statistics(features, projections, backend=backend), plain, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_a_gradient_is_the_torch_path(device):
+    features, projections = problem(12, 4100, (7, 6), (3,))
+    features = [x.to(device).requires_grad_() for x in features]
+    projections = moved(device, projections)
+    with pytest.raises(BackendUnavailableError, match=r"gate_statistics: backend 'triton' has no gradient: detach"):
+        gate_statistics(features, projections, backend="triton")
+    correlation, energy = gate_statistics(features, projections)
+    found = torch.autograd.grad(correlation.sum() + energy.sum(), features)
+    wanted = gate_statistics(features, projections, backend="torch")
+    for got, right in zip(found, torch.autograd.grad(wanted[0].sum() + wanted[1].sum(), features), strict=True):
+        torch.testing.assert_close(got, right)
+        assert got.any()
+    with torch.no_grad():
+        assert gate_statistics(features, projections, backend="triton")[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": []}, r"features: got 0 modalities, wanted 2"),
+        ({"features": [torch.zeros(3, 7), torch.zeros(3, 6).double()]}, r"features\[1\] is torch.float64, wanted"),
+        ({"features": [torch.zeros(3, 7), torch.zeros(3, 6, device="meta")]}, r"features\[1\] is on meta, wanted cpu"),
+        ({"available": torch.ones(3, 3, dtype=torch.bool)}, r"available must be bool of shape \(3, 2\)"),
+        ({"rule": "most"}, r"rule must be 'all' or 'any', got 'most'"),
+        ({"backend": "cuda"}, r"backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+        (
+            {"thresholds": GateThresholds(torch.zeros(1, device="meta"), torch.zeros(2), torch.ones(2))},
+            r"thresholds.correlation is on meta, wanted cpu, where the features are",
+        ),
+        (
+            {"thresholds": GateThresholds(torch.zeros(3), torch.zeros(2), torch.ones(2))},
+            r"thresholds.correlation has shape \(3,\), wanted \(1,\)",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    features, projections = problem(13, 3, (7, 6), (3,))
+    arguments = {
+        "features": features,
+        "projections": projections,
+        "thresholds": GateThresholds(torch.zeros(1), torch.zeros(2), torch.ones(2)),
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        effective_modalities(**arguments)
+
+
+def test_no_modality_at_all_is_refused():
+    nothing = GateProjections([], [], [], [], [], [])
+    with pytest.raises(ValueError, match="features is empty"):
+        gate_statistics([], nothing)
+
+
+def test_more_modalities_than_the_kernel_takes(device):
+    features, projections = problem(14, 4, (2,) * 9, (1,) * 36)
+    features, projections = on(device, features), moved(device, projections)
+    with pytest.raises(BackendUnavailableError, match="up to 8 modalities, got 9"):
+        gate_statistics(features, projections, backend="triton")
+    assert gate_statistics(features, projections)[0].shape == (4, 36)
