@@ -30,7 +30,6 @@ from m3er_fast.training import train
 NEIGHBOURS = (1, 4, 8, 16, 32, 64)
 RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 SHARES = (1 / 16, 1 / 4, 1.0)
-DEFAULT_K, DEFAULT_RIDGE = 16, 1e-2
 
 
 def corpora(root):
@@ -194,8 +193,7 @@ def ways(dims, training):
             "basis": Proxies(dims, training, bank="basis"),
         },
         "k": {str(k): Proxies(dims, training, k=k) for k in NEIGHBOURS},
-        "k, ridge 1": {str(k): Proxies(dims, training, k=k, ridge=1.0) for k in NEIGHBOURS},
-        "k, ridge 0.1": {str(k): Proxies(dims, training, k=k, ridge=0.1) for k in NEIGHBOURS},
+        "k, ridge 0.01": {str(k): Proxies(dims, training, k=k, ridge=0.01) for k in NEIGHBOURS},
         "ridge": {f"{ridge:g}": Proxies(dims, training, ridge=ridge) for ridge in RIDGES},
         "bank": {},
         "bank by k-means++": {},
@@ -296,7 +294,10 @@ def draw(results, path):
     axes[0, 0].set_ylabel("relative L2 error")
     axes[1, 0].set_ylabel("accuracy")
     axes[0, 0].legend(
-        title="proxies (solid)\\nmean filling (dotted)\\nridge regression (dashed)", fontsize=8, title_fontsize=8
+        title="proxies (solid)\nmean filling (dotted)\nridge regression (dashed)",
+        fontsize=8,
+        title_fontsize=8,
+        loc="upper left",
     )
     figure.savefig(path, dpi=110)
 

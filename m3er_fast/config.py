@@ -53,7 +53,7 @@ class ProxyConfig:
 
     bank: Bank = "neighbours"
     k: int = 16
-    ridge: float = 1e-2
+    ridge: float = 0.3
     affine: bool = False
     max_bank: int | None = None
     max_basis: int | None = None

@@ -52,7 +52,8 @@ class ProxyGenerator(FittedModule):
         input_dims: feature count d_m of each modality, in order; at least two.
         bank: "neighbours" or "basis".
         k: neighbours a frame; more than the bank has means all.
-        ridge: λ ≥ 0; 0 takes the solution of least norm.
+        ridge: λ ≥ 0; 0 takes the solution of least norm. The default is what served weakly related modalities best
+            (docs/proxies.md); where they are linear maps of each other take 1e-6 or less.
         affine: constrain the coefficients to sum to 1.
         max_bank: the most training frames to keep, a seeded uniform choice; None keeps all.
         max_basis: the most basis rows; None takes the numerical rank.
@@ -76,7 +77,7 @@ class ProxyGenerator(FittedModule):
         input_dims: Mapping[str, int],
         bank: Bank = "neighbours",
         k: int = 16,
-        ridge: float = 1e-2,
+        ridge: float = 0.3,
         affine: bool = False,
         max_bank: int | None = None,
         max_basis: int | None = None,
