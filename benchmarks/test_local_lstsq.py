@@ -18,7 +18,7 @@ CPU_SIZES = [(1000, 16, 300, 74, torch.float32), (1000, 16, 74, 300, torch.float
 GPU_SIZES = [
     (65536, 32, 300, 300, torch.bfloat16),
     (65536, 16, 300, 300, torch.float32),
-    (65536, 64, 300, 300, torch.bfloat16),
+    (16384, 64, 300, 300, torch.bfloat16),
 ]
 
 

@@ -4,8 +4,8 @@ Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors'
 is an order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. "torch" is the
 plain PyTorch of ``reference`` on any device; "triton" the fused kernel, for float16, bfloat16 and float32 on CUDA.
 Fused kernels exist for the fusion loss, the class costs, the modality check and local least squares: for these "auto"
-means the kernel on CUDA, ``cpu`` or ``cpu_lstsq`` on the CPU, and ``reference`` for whatever is left, such as float64 on
-CUDA.
+means the kernel on CUDA, ``cpu`` or ``cpu_lstsq`` on the CPU, and ``reference`` for whatever is left, such as float64
+on CUDA.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
 Q queries, n bank rows, K neighbours, h hidden size, u memory size.
