@@ -39,10 +39,14 @@ def contest(benchmark, device, request):
     """Measures one contestant of a group, beside the floor of the work if that is known."""
 
     def run(contestant, step, work=None):
-        row = {"group": benchmark.group, "contestant": contestant}
+        calls = 1
+        if contestant.endswith("graphed"):
+            calls = harness.GRAPHED_CALLS
+            step = harness.graphed(step, calls)
+        row = {"group": benchmark.group, "contestant": contestant, "calls": calls}
         if work is not None:
             row |= {"bytes": work.bytes, "flops": work.flops, "floor": _rates(request.config).floor(work)}
-        row["median"] = harness.measure(benchmark, device, step)
+        row["median"] = harness.measure(benchmark, device, step, calls)
         benchmark.extra_info.update(row)
         request.config.stash[_ROWS].append(row)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: every kernel's tests, then its benchmarks, and one JSON that holds both.
 #   benchmarks/gpu.sh OUT.json [pytest arguments for the benchmarks]
-# PYTHON names the interpreter (python3); M3ER_COMMIT the commit, where there is no git. Uses what is installed: PyTorch,
-# Triton and pytest are needed; without hypothesis, a peer or a library the tests and contestants that need it skip.
+# PYTHON names the interpreter (python3); M3ER_COMMIT the commit, where there is no git. Needs PyTorch, Triton, pytest and
+# pytest-benchmark; without hypothesis, a peer or a library the tests and contestants that need it skip.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT.json}")
 shift
@@ -19,13 +19,14 @@ if "$python" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8) # kernels are compiled side by side
 fi
 # The tests of large tensors take most of a GPU's memory each: they go one after the other, after the others.
-timeout 240 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m 'not large' "${workers[@]}" \
+timeout -s INT -k 20 240 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m 'not large' "${workers[@]}" \
   --junitxml="$work/tests.xml"
 tests=$?
-timeout 90 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m large --junitxml="$work/large.xml"
+timeout -s INT -k 20 90 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m large --junitxml="$work/large.xml"
 large=$?
-timeout 240 "$python" -m pytest benchmarks -q -p no:cacheprovider --device cuda --benchmark-only \
-  --benchmark-json="$work/benchmarks.json" "$@"
+# What is left in test_reference.py runs on the CPU.
+timeout -s INT -k 20 220 "$python" -m pytest benchmarks -q -p no:cacheprovider --device cuda --benchmark-only \
+  --ignore benchmarks/test_reference.py --benchmark-json="$work/benchmarks.json" "$@"
 benchmarks=$?
 
 "$python" - "$out" "$work" <<'PYTHON'

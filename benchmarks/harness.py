@@ -23,6 +23,8 @@ OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
 _ROTATED_BYTES = {"cpu": 2**27, "cuda": 2**28}
 _MOST_COPIES = 64
+GRAPHED_CALLS = 16
+"""Calls in one graph, each with inputs of its own."""
 # A round takes about this long, so that waiting for the device once a round costs nothing that shows.
 _ROUND_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 _ROUNDS = {"cpu": 15, "cuda": 20}
@@ -98,8 +100,8 @@ class Rotation:
         return next(self._inputs)
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """``step`` captured in a CUDA graph: what is left when launching costs nothing."""
+def graphed(step: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    """``calls`` of ``step`` captured in one CUDA graph: what is left when launching costs nothing."""
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a GPU")
     stream = torch.cuda.Stream()
@@ -110,7 +112,8 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        for _ in range(calls):
+            step()
     return graph.replay
 
 
@@ -120,8 +123,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def measure(benchmark: Any, device: torch.device, step: Callable[[], Any]) -> float:
-    """Median seconds of a call, in rounds of as many as fill a round."""
+def measure(benchmark: Any, device: torch.device, step: Callable[[], Any], calls: int = 1) -> float:
+    """Median seconds of a call, in rounds of as many as fill a round; ``step`` makes several ``calls``."""
     once = best_seconds(step, 3)
     iterations = max(1, math.ceil(_ROUND_SECONDS[device.type] / max(once, 1e-7)))
     if device.type == "cuda":
@@ -130,7 +133,7 @@ def measure(benchmark: Any, device: torch.device, step: Callable[[], Any]) -> fl
     benchmark.pedantic(step, rounds=_ROUNDS[device.type], iterations=min(iterations, 1000), warmup_rounds=1)
     if device.type == "cuda":
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held
-    return float(benchmark.stats.stats.median)
+    return float(benchmark.stats.stats.median) / calls
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:

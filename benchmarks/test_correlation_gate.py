@@ -91,4 +91,4 @@ def test_gate(benchmark, contest, device, fitted, batch, dtype, contestant):
     kernels = pytest.importorskip("m3er_fast.kernels.correlation_gate")
     ranks = [whitener.shape[0] for whitener in projections.whitener]
     work = kernels.work(batch, list(DIMS.values()), [COMPONENTS] * 3, ranks, dtype)
-    contest(contestant, harness.graphed(step) if contestant.endswith("graphed") else step, work)
+    contest(contestant, step, work)

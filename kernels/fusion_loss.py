@@ -156,9 +156,7 @@ def _slopes(slope, rate, kept, own, top, rest):
 
 @triton.jit
 def _zero_where_held(gradient, x):
-    """A logit beyond the bound is held there: it has no gradient. Half precision does not reach so far."""
-    if x.dtype == tl.float16:
-        return gradient
+    """A logit beyond the bound is held there: it has no gradient."""
     return tl.where(tl.abs(x.to(tl.float32)) > BOUND, 0.0, gradient)
 
 
@@ -267,7 +265,8 @@ def fusion_loss_narrow_fwd_kernel(
                 own_slope, other_slope = _slopes(slopes[m], rate, kept, owns[m], tops[m], rests[m])
                 gradient = ()
                 for j in tl.static_range(C):
-                    gradient = gradient + (tl.where(label == j, own_slope, -other_slope * powers[m][j]),)
+                    slope = tl.where(label == j, own_slope, -other_slope * powers[m][j])
+                    gradient = gradient + (tl.where(kept, slope, 0.0),)  # an ignored sample's powers may be NaN
                 for _ in tl.static_range(COLUMNS - C):
                     gradient = gradient + (own_slope,)  # masked
                 tile = tile_of(gradient, ROWS, COLUMNS, LOG_COLUMNS)
@@ -379,6 +378,7 @@ def fusion_loss_wide_fwd_kernel(
                     power = exp(x - tops[m][:, None])
                     is_own = c[None, :] == label[:, None]
                     tile = tl.where(is_own, own_slope[:, None], -other_slope[:, None] * power)
+                    tile = tl.where(kept[:, None], tile, 0.0)
                     offsets = tl.full([], m, tl.int64) * B * C + (b[:, None] * C + c[None, :])
                     tl.store(gradient_ptr + offsets, tile.to(gradient_ptr.dtype.element_ty), mask=mask)
     if REDUCTION != "none":
@@ -541,6 +541,7 @@ def fusion_loss_classes_fwd_kernel(
             top_class = tl.zeros([ROWS], tl.int32)
             second = tl.full([ROWS], -BOUND, tl.float32)
             rest = tl.zeros([ROWS], tl.float32)
+            broken = tl.zeros([ROWS], tl.int32)  # by a NaN, which a maximum with its place may or may not pass on
             for start in range(0, C, COLUMNS):
                 c = start + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (c < C)[None, :]
@@ -548,6 +549,7 @@ def fusion_loss_classes_fwd_kernel(
                 x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0))
                 if HAS_AVAILABLE:
                     x = tl.where(present[m][:, None], x, 0.0)
+                broken = tl.maximum(broken, tl.max((x != x).to(tl.int32), axis=1))
                 high, at = tl.max(tl.where((c < C)[None, :], x, -float("inf")), axis=1, return_indices=True)
                 others = (c < C)[None, :] & (tl.arange(0, COLUMNS)[None, :] != at[:, None])
                 loser = tl.minimum(top, high)
@@ -559,6 +561,7 @@ def fusion_loss_classes_fwd_kernel(
                 second = higher
             if C == 1:  # nothing to be told from: certain, but finite
                 rest += 1e-37
+            rest = tl.where(broken > 0, float("nan"), rest)
             tops, top_classes = tops + (top,), top_classes + (top_class,)
             seconds, rests = seconds + (second,), rests + (rest,)
 
@@ -601,7 +604,8 @@ def fusion_loss_classes_fwd_kernel(
         if TARGET != "none":
             rate = tl.where(kept, scale, 0.0)
             if HAS_MARGIN:
-                rate = tl.where(own + margin < best_other, 0.0, rate)
+                # A label out of range, whose weight is NaN, must show under a margin too.
+                rate = tl.where((own + margin < best_other) & (weight == weight), 0.0, rate)
             loss = tl.where(rate != 0, loss * rate, 0.0)
             if REDUCTION == "none":
                 tl.store(loss_ptr + b, loss, mask=inside)
@@ -740,7 +744,7 @@ def fusion_loss_questions_fwd_kernel(
         if HAS_MARGIN:
             right = tl.where(answer >= 0.5, yes, no)
             wrong = tl.where(answer >= 0.5, no, yes)
-            rate = tl.where(right + margin < wrong, 0.0, rate)
+            rate = tl.where((right + margin < wrong) & (weight == weight), 0.0, rate)
         loss = tl.where(rate != 0, (answer * yes + (1.0 - answer) * no) * rate, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + q, loss, mask=inside)
@@ -855,6 +859,8 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
         return Tile(512, 1, 4, 168) if modalities <= 4 else Tile(256, 1, 4, 255)
     if kind == "wide":
         size, warps, registers = (1024, 4, 128) if modalities <= 4 else (512, 4, 168)
+        if columns <= 128:  # several samples a program: their own numbers are many beside a row's
+            registers = 168 if modalities <= 4 else 255
         if classes > 1024:
             size, warps, registers = (2048, 8, 128) if modalities <= 4 else (1024, 4, 168)
     else:  # "classes": four numbers for every logit of the tile are alive at once
@@ -1085,6 +1091,8 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _fusion_loss_backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if incoming is None:
         return (None,) * 13
+    if torch.is_grad_enabled():
+        raise RuntimeError("the operator m3er_fast::fusion_loss has no second derivative: use backend 'torch'")
     (gradient,) = ctx.saved_tensors  # (M, B, C), while the loss is (), (B,) or (B, C)
     scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
     return (scaled.to(ctx.logits_dtype), *[None] * 12)
@@ -1215,7 +1223,8 @@ def specializations() -> Iterator[Specialization]:
         yield _specialization("narrow", 3, 6, dtype, plain, "label")
     for modalities, classes in ((3, 6), (8, 8)):
         yield _specialization("narrow", modalities, classes, torch.float32, heavy, "label", full=True, solo=True)
-    for modalities, classes in ((3, 32), (3, 131072), (8, 12), (8, 131072)):
+    few = [(modalities, classes) for modalities in (4, 8) for classes in (20, 30, 50, 100)]
+    for modalities, classes in (*few, (8, 12), (3, 131072), (8, 131072)):
         yield _specialization("wide", modalities, classes, torch.float32, heavy, "label", full=True)
     for dtype in both:
         yield _specialization("wide", 3, 1024, dtype, plain, "label")

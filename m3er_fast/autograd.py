@@ -75,7 +75,7 @@ class _FusionLoss(torch.autograd.Function):
             return (_reference_gradient(incoming, logits, others, ctx.settings), *[None] * 6)
         # A backward may run again, and what it has returned belongs to the caller: only the last is free to scale the
         # gradient where it lies.
-        if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat():
+        if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat() or _is_batched(incoming):
             scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
         else:
             scaled = ctx.computed_by.scale_(gradient, incoming)
@@ -88,6 +88,11 @@ def _reference_gradient(incoming: Tensor, logits: Tensor, others: Sequence[Any],
     _, pull_back, *_ = torch.func.vjp(lambda x: reference.fusion_loss(x, target, **weights, **settings), logits)
     gradient: Tensor = pull_back(incoming)[0]
     return gradient
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``x`` stands for several gradients, as under ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x))
 
 
 def _backward_may_repeat() -> bool:

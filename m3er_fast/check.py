@@ -166,6 +166,14 @@ class ModalityCheck(FittedModule):
             triangular=True,
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Whiteners of an earlier version's state are dense: triangular ones give the same energies."""
+        for m in range(len(self.input_dims)):
+            whitener = state_dict.get(f"{prefix}whitener_{m}")
+            if whitener is not None and whitener.ndim == 2 and bool(whitener.tril(-1).count_nonzero()):
+                state_dict[f"{prefix}whitener_{m}"] = torch.linalg.qr(whitener.double(), mode="r").R.to(whitener)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
         """Learn projections and calibration from clean training data.
 

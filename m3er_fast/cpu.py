@@ -140,6 +140,8 @@ def _label_block(
         slope.mul_(rate)
         x.mul_(torch.div(slope, rest, out=rest).neg_())
         x.scatter_(0, index, slope[None])
+        if not kept.all():  # what an ignored sample holds, NaN too, has no gradient
+            x.masked_fill_(~kept, 0.0)
         gradient.permute(2, 0, 1).copy_(x)
     return cost.mul_(rate).where(kept, 0.0)
 
@@ -210,7 +212,7 @@ def _reference_block(
             reduction="none",
         )
     if gradient is not None:
-        gradient.copy_(torch.autograd.grad(cost, x, rate)[0])
+        gradient.copy_(torch.autograd.grad(cost, x, rate)[0].where(kept[:, None], 0.0))
     return (cost.detach() * rate).where(kept, 0.0)
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from m3er_fast import autograd, cpu, cpu_lstsq, neighbors, reference
 from m3er_fast.reference import (
@@ -142,9 +143,11 @@ def fusion_loss(
         "ignore_index": ignore_index,
         "reduction": reduction,
     }
-    if backend == "auto" and _on_cpu(logits) and margin is None and activation == "softmax" and target.ndim == 1:
+    beyond = _beyond_fast_paths(logits, target, class_weight, modality_weight)
+    plain_labels = margin is None and activation == "softmax" and target.ndim == 1
+    if backend == "auto" and _on_cpu(logits) and plain_labels and beyond is None:
         return autograd.fusion_loss(cpu, logits, target, **settings)
-    if _uses_triton("fusion_loss", backend, logits, modalities):
+    if _uses_triton("fusion_loss", backend, logits, modalities, beyond):
         from m3er_fast.kernels import fusion_loss as kernel
 
         if torch.compiler.is_compiling():
@@ -183,7 +186,7 @@ def class_costs(
         )
     _check_number("beta", beta)
     _check_loss_weights(logits, class_weight=None, modality_weight=modality_weight, available=available)
-    if _uses_triton("class_costs", backend, logits, logits.shape[0]):
+    if _uses_triton("class_costs", backend, logits, logits.shape[0], _beyond_fast_paths(logits, modality_weight)):
         from m3er_fast.kernels import fusion_loss as kernel
 
         return kernel.class_costs(logits, beta=beta, modality_weight=modality_weight, available=available)
@@ -289,15 +292,13 @@ def _gate(
     _check_device("the features", first, available=available)
     if thresholds is not None:
         _check_device("the features", first, **{f"thresholds.{name}": x for name, x in thresholds._asdict().items()})
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in features)
-    if backend == "auto" and differentiable:
-        backend = "torch"  # the only one with a gradient
+    beyond = _beyond_fast_paths(*features)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+        beyond = "it has no gradient: detach the features or use 'torch'"
+    elif any(matrix.shape[0] > _MOST_KERNEL_COMPONENTS for matrix in projections.left):
+        beyond = f"it takes up to {_MOST_KERNEL_COMPONENTS} components"
     with torch.autocast(first.device.type, enabled=False):  # which would round the projections to 8 bits
-        if _uses_triton(op, backend, first, len(features)):
-            if differentiable:
-                raise BackendUnavailableError(
-                    f"{op}: backend 'triton' has no gradient: detach the features or use 'torch'"
-                )
+        if _uses_triton(op, backend, first, len(features), beyond):
             from m3er_fast.kernels.correlation_gate import correlation_gate
 
             correlation, energy, effective = correlation_gate(
@@ -308,7 +309,8 @@ def _gate(
                 any_rule=rule == "any",
             )
             return effective, correlation, energy
-        implementation = cpu if backend == "auto" and _on_cpu(first) else reference
+        on_cpu = backend == "auto" and _on_cpu(first) and beyond is None
+        implementation = cpu if on_cpu else reference
         correlation, energy = implementation.gate_statistics(features, projections)
         if thresholds is None:
             return correlation.new_empty(0, dtype=torch.bool), correlation, energy
@@ -570,16 +572,41 @@ def _all_finite(matrix: Tensor) -> bool:
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_KERNEL_MODALITIES = 8
+# Two projections wider than this do not fit into the registers of a program.
+_MOST_KERNEL_COMPONENTS = 128
 
 
-def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int) -> bool:
-    """Whether the Triton kernel computes; asked for by name, it does or this raises."""
+def _beyond_fast_paths(tensor: Tensor, *weights: Tensor | None) -> str | None:
+    """What is asked of these tensors that only the reference, made of torch's own operations, can do."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights):
+        return "it has a gradient of the logits only"
+    if torch.compiler.is_compiling():
+        return None
+    if _in_transform():
+        return "it knows no transforms of torch.func"
+    if any(x is not None and _has_tangent(x) for x in (tensor, *weights)):
+        return "it has no forward-mode derivative"
+    return None
+
+
+def _in_transform() -> bool:
+    """Whether this runs inside a transform of torch.func, such as vmap, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int, beyond: str | None) -> bool:
+    """Whether the Triton kernel computes; asked for by name, it does or this raises. ``beyond``: why it cannot."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', got {backend!r}")
     if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
         return False
-    reason = None
-    if tensor.dtype not in _KERNEL_DTYPES:
+    if beyond is not None:
+        reason: str | None = beyond
+    elif tensor.dtype not in _KERNEL_DTYPES:
         reason = f"it computes float16, bfloat16 and float32, got {tensor.dtype}"
     elif modalities > _MOST_KERNEL_MODALITIES:
         reason = f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
@@ -626,7 +653,7 @@ def _checked_target(target: Tensor, batch: int, classes: int, activation: str, i
         raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
     if integral:
         target = target.long()
-    if torch.compiler.is_compiling() or not target.numel():
+    if torch.compiler.is_compiling() or _in_transform() or not target.numel():
         return target
     if target.device.type != "cpu" and os.environ.get("M3ER_DEBUG", "0") in ("", "0"):
         return target  # looking would wait for the device

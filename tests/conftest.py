@@ -1,5 +1,6 @@
 """Settings of every test run, and the device that kernels are tested on."""
 
+import contextlib
 import os
 
 import pytest
@@ -25,8 +26,15 @@ def pytest_configure(config):
     if device.type == "cpu":
         # Read when a kernel is defined: before any test imports one.
         os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
+        return
+    if not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no GPU here")
+    with contextlib.suppress(ImportError):
+        import hypothesis
+
+        # There an example is compiled for seconds: none is worth making smaller.
+        hypothesis.settings.register_profile("gpu", phases=(hypothesis.Phase.generate,))
+        hypothesis.settings.load_profile("gpu")
 
 
 def pytest_collection_modifyitems(config, items):

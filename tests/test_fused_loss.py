@@ -77,15 +77,16 @@ def assert_equals_reference(device, logits, target, dtype=torch.float32, backend
     )
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    "kind",
+    [("softmax", "label"), ("softmax", "share"), ("sigmoid", "label"), ("sigmoid", "share"), ("sigmoid", "answer")],
+)
+@hypothesis.settings(max_examples=16, deadline=None, derandomize=True)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
     modalities=st.integers(1, 8),
     batch=st.sampled_from([0, 1, 5, 130]),
     classes=st.sampled_from([1, 2, 3, 6, 7, 16, 17, 50]),
-    kind=st.sampled_from(
-        [("softmax", "label"), ("softmax", "share")] + [("sigmoid", t) for t in ("label", "share", "answer")]
-    ),
     dtype=st.sampled_from(list(TOLERANCE)),
     weighted=st.booleans(),
     masked=st.booleans(),
@@ -166,6 +167,51 @@ def test_nan_stays_with_its_sample(device, backend):
         assert got[2].isnan().all()
         others = [0, 1, 3, 4, 5]
         assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("place", [0, 3, 6, 599])
+def test_one_nan_is_enough(device, place):
+    """In any block of classes, and whether or not the target has a share of its class."""
+    logits, target, _ = problem(15, 2, 3, 600, "softmax", "share", weighted=False, masked=False)
+    target[:, place] = 0.0
+    logits[1, 2, place] = torch.nan
+    x = on(device, logits)
+    for loss in (
+        fusion_loss(x, on(device, target), backend="triton", reduction="none"),
+        fusion_loss(x, torch.full((3,), 7, device=device), margin=1e3, backend="triton", reduction="none"),
+        fusion_loss(x, torch.full((3,), 7, device=device), backend="triton", reduction="none"),
+        class_costs(x, backend="triton").sum(dim=1),
+    ):
+        assert loss[:2].isfinite().all()
+        assert loss[2].isnan()
+
+
+def test_what_an_ignored_sample_holds_changes_nothing(device, backend):
+    logits, _, _ = problem(16, 3, 5, 6, "softmax", "label", weighted=False, masked=False)
+    target = torch.tensor([1, 2, -100, 3, -100], device=device)
+    logits[:, 2], logits[0, 4, 1] = torch.nan, torch.inf
+    for activation, margin in itertools.product(("softmax", "sigmoid"), (None, 0.1)):
+        x = on(device, logits).requires_grad_()
+        loss = fusion_loss(x, target, activation=activation, margin=margin, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        assert not gradient[:, [2, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_infinite_logits_are_held_at_the_bound(device, backend, dtype):
+    logits, _, _ = problem(17, 2, 6, 5, "softmax", "label", weighted=False, masked=False)
+    logits[0, 1, 2], logits[0, 2, 1], logits[1, 3, 4] = torch.inf, -torch.inf, -torch.inf
+    target = torch.tensor([0, 1, 1, 4, 2, 3])
+    for activation, reduction in itertools.product(("softmax", "sigmoid"), ("none", "mean")):
+        x, exact = (logits.to(where, dtype).requires_grad_() for where in (device, "cpu"))
+        options = {"activation": activation, "reduction": reduction}
+        got = fusion_loss(x, target.to(device), backend=backend, **options)
+        wanted = reference.fusion_loss(exact, target, **options)
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(loss.sum(), y)[0].cpu() for loss, y in ((got, x), (wanted, exact))]
+        torch.testing.assert_close(*gradients, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_what_an_unavailable_modality_holds_changes_nothing(device, backend):
@@ -251,12 +297,59 @@ def test_no_gradient_is_made_for_logits_that_want_none(device, backend):
     assert torch.equal(loss, quiet)
 
 
-def test_func_grad(device, backend):
-    logits, target, _ = problem(7, 3, 5, 6, "softmax", "label", weighted=False, masked=False)
-    got = torch.func.grad(lambda x: fusion_loss(x, on(device, target), backend=backend))(on(device, logits))
-    exact = logits.requires_grad_()
-    (wanted,) = torch.autograd.grad(reference.fusion_loss(exact, target), exact)
-    torch.testing.assert_close(got.cpu().double(), wanted, rtol=1e-5, atol=1e-7)
+def test_transforms_are_the_references(device):
+    """Gradients and Hessians of samples one by one, by torch.func, and forward-mode derivatives."""
+    logits, target, _ = problem(7, 3, 5, 4, "softmax", "label", weighted=False, masked=False)
+    x, y, exact = on(device, logits), on(device, target.clamp(min=0)), logits
+
+    def loss(x, y, ignored=-100):
+        return fusion_loss(x[:, None], y[None], detach_weight=False, ignore_index=ignored)
+
+    one_by_one = torch.func.vmap(torch.func.grad(loss), in_dims=(1, 0), out_dims=1)(x, y)
+    exact.requires_grad_()
+    wanted = torch.autograd.grad(reference.fusion_loss(exact, y.cpu(), detach_weight=False, reduction="sum"), exact)[0]
+    torch.testing.assert_close(one_by_one.cpu().double(), wanted, rtol=1e-5, atol=1e-6)
+    hessian = torch.func.hessian(lambda x: loss(x, y[0]))(x[:, 0])
+    assert hessian.shape == (3, 4, 3, 4)
+    assert hessian.abs().max() > 1e-3
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    _, slope = torch.func.jvp(lambda x: fusion_loss(x, y, detach_weight=False, reduction="sum"), (x,), (direction,))
+    torch.testing.assert_close(slope.cpu().double(), (wanted * direction.cpu()).sum(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(BackendUnavailableError, match=r"backend 'triton' does not work here.*torch\.func"):
+        torch.func.grad(lambda x: fusion_loss(x, y, backend="triton"))(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        moved = torch.autograd.forward_ad.unpack_dual(fusion_loss(dual, y, detach_weight=False, reduction="sum"))
+        torch.testing.assert_close(moved.tangent, slope, rtol=1e-5, atol=1e-6)
+        with pytest.raises(BackendUnavailableError, match="no forward-mode derivative"):
+            fusion_loss(dual, y, backend="triton")
+
+
+def test_batched_gradients(device, backend):
+    logits, target, _ = problem(7, 3, 5, 4, "softmax", "label", weighted=False, masked=False)
+    x = on(device, logits).requires_grad_()
+    loss = fusion_loss(x, on(device, target), backend=backend)
+    factors = torch.tensor([1.0, -2.0], device=device)
+    both = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)[0]
+    (once,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(both, torch.stack([once, -2 * once]))
+
+
+def test_gradients_of_weights_and_shares_are_the_references(device):
+    logits, target, options = problem(14, 3, 9, 6, "softmax", "share", weighted=True, masked=True)
+    given = {"target": target, **{name: options[name] for name in ("class_weight", "modality_weight")}}
+    found = []
+    for where, chosen, dtype in ((device, "auto", torch.float32), ("cpu", "torch", torch.float64)):
+        tensors = {name: value.to(where, dtype).requires_grad_() for name, value in given.items()}
+        loss = fusion_loss(logits.to(where, dtype), available=options["available"].to(where), backend=chosen, **tensors)
+        found.append([g.cpu().double() for g in torch.autograd.grad(loss, list(tensors.values()))])
+    for got, wanted in zip(*found, strict=True):
+        assert wanted.abs().max() > 1e-4
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(BackendUnavailableError, match="gradient of the logits only"):
+        fusion_loss(on(device, logits), on(device, target).requires_grad_(), backend="triton")
+    weight = torch.ones(3, device=device, requires_grad=True)
+    assert torch.autograd.grad(class_costs(on(device, logits), modality_weight=weight).sum(), weight)[0].all()
 
 
 def test_opcheck(device):
@@ -402,6 +495,17 @@ def test_an_unseen_label_out_of_range_shows(device):
     for activation in ("softmax", "sigmoid"):
         loss = kernels.fusion_loss(logits, target, **settings, **weights, activation=activation, reduction="none")
         assert loss[0].isfinite().all()
+        assert loss[1:].isnan().all()
+    ahead = torch.tensor([90.0, 0.0, 0.0, 0.0], device=device).expand(2, 3, 4)
+    for activation in ("softmax", "sigmoid"):  # a margin forgives no such label
+        margin = settings | {"margin": 0.0}
+        loss = kernels.loss_and_gradient(
+            ahead,
+            target,
+            *weights.values(),
+            margin | {"activation": activation, "reduction": "none"},
+            with_gradient=False,
+        )[0]
         assert loss[1:].isnan().all()
 
 

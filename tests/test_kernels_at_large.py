@@ -55,7 +55,7 @@ def test_losses_of_any_number_of_elements(device, modalities, batch, classes, ac
     assert_ends_equal_reference(logits, activation=activation)
 
 
-@pytest.mark.parametrize("batch", [260, pytest.param(TWO_GIGA // 12 + 1000, marks=LARGE)])
+@pytest.mark.parametrize("batch", [260, pytest.param(TWO_GIGA // 6 + 1000, marks=LARGE)])
 def test_costs_of_any_number_of_elements(device, batch):
     logits = random_logits(device, 2, batch, 6)
     samples = at_the_ends(batch)
