@@ -24,10 +24,6 @@ from torch import Tensor
 
 from m3er_fast.kernels._launch import TRITON_TYPE, Specialization, Work
 
-MOST_NEIGHBORS = 64
-# What float32 loses of a Gram matrix of 64 neighbours is some 1e-6 of its trace: a smaller ridge would not stand out.
-SMALLEST_RIDGE = 1e-4
-
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -253,8 +249,8 @@ def local_lstsq(
         query: (Q, d), float16, bfloat16 or float32.
         bank: (n, d), likewise.
         targets: one or more of (n, e_t), likewise, all of one dtype.
-        neighbors: (Q, K) int64, K ≤ MOST_NEIGHBORS.
-        ridge: at least SMALLEST_RIDGE.
+        neighbors: (Q, K) int64, K ≤ 64.
+        ridge: large enough to stand out of float32's rounding: at least 1e-4.
         affine: whether the coefficients of a query sum to 1.
     """
     # Outside the compiler without the dispatcher, which takes longer than a small batch.

@@ -433,17 +433,19 @@ def local_least_squares(
     if backend not in ("auto", "torch", "triton", "cupy"):
         raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', 'cupy', got {backend!r}")
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, bank, *paired))
-    if backend in ("triton", "cupy") and differentiable:
+    unsupported = None if differentiable else _beyond_fast_paths(query, bank, *paired)
+    beyond = _beyond_local_lstsq(bank, paired, neighbors, ridge, differentiable) or unsupported
+    if backend == "cupy" and differentiable:
         raise BackendUnavailableError(
-            f"local_least_squares: backend {backend!r} has no gradient: detach the tensors or use 'torch'"
+            "local_least_squares: backend 'cupy' has no gradient: detach the tensors or use 'torch'"
         )
     if backend == "cupy":
         proxies, coefficients = _by_cupy(query, bank, paired, neighbors, ridge, affine)
-    elif not differentiable and _solves_by_triton(backend, query, bank, paired, neighbors, ridge):
+    elif _uses_triton("local_least_squares", backend, query, 1, beyond):
         from m3er_fast.kernels.local_lstsq import local_lstsq
 
         proxies, coefficients = local_lstsq(query, bank, paired, neighbors, ridge=ridge, affine=affine)
-    elif backend == "auto" and not differentiable and _on_cpu(query):
+    elif backend == "auto" and not differentiable and unsupported is None and _on_cpu(query):
         proxies, coefficients = cpu_lstsq.local_least_squares(
             query, bank, paired, neighbors, ridge=ridge, affine=affine
         )
@@ -477,26 +479,21 @@ def _check_local_least_squares(query: Tensor, bank: Tensor, targets: Sequence[Te
             raise ValueError(f"neighbors must lie in 0..{bank.shape[0] - 1}, got values from {low} to {high}")
 
 
-def _solves_by_triton(
-    backend: str, query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float
-) -> bool:
-    """Whether the Triton kernel solves; asked for by name, it does or this raises."""
-    if not _uses_triton("local_least_squares", backend, query, 1):
-        return False
-    from m3er_fast.kernels.local_lstsq import MOST_NEIGHBORS, SMALLEST_RIDGE
-
-    reason = None
-    if bank.dtype not in _KERNEL_DTYPES or any(target.dtype not in _KERNEL_DTYPES for target in targets):
-        reason = f"it takes banks in float16, bfloat16 and float32, got {[x.dtype for x in (bank, *targets)]}"
-    elif len({target.dtype for target in targets}) > 1:
-        reason = f"it takes targets of one dtype, got {[target.dtype for target in targets]}"
-    elif neighbors.shape[1] > MOST_NEIGHBORS:
-        reason = f"it takes up to {MOST_NEIGHBORS} neighbours, got {neighbors.shape[1]}"
-    elif ridge < SMALLEST_RIDGE:
-        reason = f"in float32 it needs a ridge of at least {SMALLEST_RIDGE}, got {ridge}"
-    if reason is not None and backend == "triton":
-        raise BackendUnavailableError(f"local_least_squares: backend 'triton' does not work here: {reason}")
-    return reason is None
+def _beyond_local_lstsq(
+    bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float, differentiable: bool
+) -> str | None:
+    """Why the Triton kernel cannot solve, or None if nothing speaks against it but where it is to run."""
+    if differentiable:
+        return "it has no gradient: detach the tensors or use 'torch'"
+    if any(x.dtype not in _KERNEL_DTYPES for x in (bank, *targets)):
+        return f"it takes banks in float16, bfloat16 and float32, got {[x.dtype for x in (bank, *targets)]}"
+    if len({target.dtype for target in targets}) > 1:
+        return f"it takes targets of one dtype, got {[target.dtype for target in targets]}"
+    if neighbors.shape[1] > _MOST_KERNEL_NEIGHBORS:
+        return f"it takes up to {_MOST_KERNEL_NEIGHBORS} neighbours, got {neighbors.shape[1]}"
+    if ridge < _SMALLEST_KERNEL_RIDGE:
+        return f"in float32 it needs a ridge of at least {_SMALLEST_KERNEL_RIDGE}, got {ridge}"
+    return None
 
 
 def _by_cupy(
@@ -571,6 +568,9 @@ def _all_finite(matrix: Tensor) -> bool:
 
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_KERNEL_NEIGHBORS = 64
+# What float32 loses of a Gram matrix of 64 neighbours is some 1e-6 of its trace: a smaller ridge would not stand out.
+_SMALLEST_KERNEL_RIDGE = 1e-4
 _MOST_KERNEL_MODALITIES = 8
 # Two projections wider than this do not fit into the registers of a program.
 _MOST_KERNEL_COMPONENTS = 128

@@ -77,23 +77,23 @@ def search_exact(
 
 
 class _Candidates(NamedTuple):
-    """Rows that may be neighbours: pairs of a query and a row, ordered by query."""
+    """Rows that may be neighbours: pairs of a query and a row."""
 
     query: Tensor  # (P,) int64
     row: Tensor  # (P,) int64
+    place: Tensor  # (P,) int64, numbers of a query's rows
+    most: int  # of any query's rows
 
 
 def _nearest_of(
     candidates: _Candidates, query: Tensor, bank: Tensor, k: int, memory_budget: int
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of each query's candidates, by differences."""
-    count = torch.bincount(candidates.query, minlength=query.shape[0])
-    place = torch.arange(candidates.query.shape[0], device=query.device) - (count.cumsum(0) - count)[candidates.query]
-    distances = query.new_full((query.shape[0], int(count.max())), torch.inf)
+    distances = query.new_full((query.shape[0], candidates.most), torch.inf)
     rows = torch.zeros(distances.shape, dtype=torch.int64, device=query.device)
     chunk = max(1, memory_budget // (8 * query.itemsize * query.shape[1]))
-    for begin in range(0, place.shape[0], chunk):
-        q, row, at = (x[begin : begin + chunk] for x in (*candidates, place))
+    for begin in range(0, candidates.row.shape[0], chunk):
+        q, row, at = (x[begin : begin + chunk] for x in candidates[:3])
         difference = bank[row.to(bank.device)].to(query).sub_(query[q])
         distances[q, at] = difference.square_().sum(dim=1)
         rows[q, at] = row
@@ -181,7 +181,9 @@ def _search_by_bounds(
     kept = together.lower <= least[:, -1][together.query]
     q, row = together.query[kept], together.row[kept]
     order = q.argsort(stable=True)
-    return _Candidates(q[order], row[order])
+    q, count = q[order], torch.bincount(q, minlength=query.shape[0])
+    place = torch.arange(q.shape[0]) - (count.cumsum(0) - count)[q]
+    return _Candidates(q, row[order], place, int(count.max()))
 
 
 @cache
@@ -194,7 +196,7 @@ def _product_precisions() -> tuple[torch.dtype, ...]:
 
 def _tile(bank: Tensor, center: Tensor, allowed: Tensor | None, start: int, width: int) -> _Tile:
     rows = bank[start : start + width].to(center) - center
-    kept = torch.ones(rows.shape[0], dtype=torch.bool)
+    kept = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     if allowed is not None:
         kept = allowed[start : start + width].to(rows.device)
         rows = torch.where(kept[:, None], rows, 0.0)
@@ -280,5 +282,6 @@ def _search_by_topk(
         together = torch.cat([best, new.values], dim=1)
         best, place = together.topk(candidates, dim=1, largest=False, sorted=False)
         rows = torch.cat([rows, new.indices + start], dim=1).gather(1, place)
-    q = torch.arange(query.shape[0], device=query.device).repeat_interleave(candidates)
-    return _Candidates(q, rows.flatten())
+    q = torch.arange(query.shape[0], device=query.device)[:, None].expand(rows.shape)
+    place = torch.arange(candidates, device=query.device).expand(rows.shape)
+    return _Candidates(q.flatten(), rows.flatten(), place.flatten(), candidates)

@@ -232,6 +232,19 @@ def test_gradients_are_those_of_the_reference():
     assert torch.equal(got, wanted)
 
 
+def test_transforms_and_forward_mode_go_by_the_reference():
+    query, bank, targets, neighbors = problem()
+
+    def solve(f):
+        return local_least_squares(f, bank, targets[0], neighbors, ridge=1e-2)[0]
+
+    wanted = reference.local_least_squares(query, bank, targets[0], neighbors, ridge=1e-2)[0]
+    both = torch.vmap(solve)(torch.stack([query, 2 * query]))
+    torch.testing.assert_close(both[0], wanted)
+    _, slope = torch.func.jvp(solve, (query,), (query,))
+    torch.testing.assert_close(slope, wanted, rtol=1e-5, atol=1e-6)  # linear in the query
+
+
 @needs_triton
 def test_the_op_passes_torchs_own_checks(device):
     from m3er_fast.kernels.local_lstsq import local_lstsq_op

@@ -165,6 +165,14 @@ def test_the_search_for_other_devices_is_exact_too():
         np.testing.assert_allclose(distances.numpy(), oracle(query, bank, 5, mask), rtol=2e-6)
 
 
+def test_the_search_for_other_devices_neither_waits_for_one_nor_mixes_in_another():
+    """Meta tensors have no values: whoever looks at one, or brings in a tensor of the CPU, fails."""
+    query, bank = torch.empty(3000, 12, device="meta"), torch.empty(9000, 12, device="meta")
+    distances, rows = search_exact(query, bank, 7)
+    assert distances.shape == rows.shape == (3000, 7)
+    assert distances.device == rows.device == query.device
+
+
 @pytest.mark.parametrize("budget", [1, 2**16, 2**20])
 def test_the_memory_budget_does_not_change_the_result(budget):
     query, bank = draw(30, 12, seed=1), draw(3000, 12)
