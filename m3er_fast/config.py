@@ -15,7 +15,7 @@ Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["neighbours", "basis"]
-Engine = Literal["auto", "torch", "faiss"]
+Engine = Literal["auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ class ProxyConfig:
 
     bank: Bank = "neighbours"
     k: int = 16
-    ridge: float = 1e-2
+    ridge: float = 0.3
     affine: bool = False
     max_bank: int | None = None
     max_basis: int | None = None
     engine: Engine = "auto"
+    memory_budget: int = 256 * 2**20
+    bank_on_host: bool = False
 
     def __post_init__(self) -> None:
         _one_of("bank", self.bank, Bank)
+        _positive_int("memory_budget", self.memory_budget)
+        _boolean("bank_on_host", self.bank_on_host)
         _one_of("engine", self.engine, Engine)
         _positive_int("k", self.k)
         _in_range("ridge", self.ridge, 0.0, math.inf)

@@ -149,7 +149,7 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
     "fusion_loss": ("torch", "triton"),
     "class_costs": ("torch", "triton"),
     "gate_statistics": ("torch", "triton"),
-    "nearest_neighbors": ("torch", "faiss"),
+    "nearest_neighbors": ("torch", "faiss", "faiss-ivf", "faiss-hnsw"),
     "local_least_squares": ("torch", "triton", "cupy"),
     "memory_scan": ("torch", "triton"),
 }

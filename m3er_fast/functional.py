@@ -3,8 +3,9 @@
 Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors' device and type, and an explicit name
 is an order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. "torch" is the
 plain PyTorch of ``reference`` on any device; "triton" the fused kernel, for float16, bfloat16 and float32 on CUDA.
-Fused kernels exist for the fusion loss, the class costs and the modality check: for these "auto" means the kernel on
-CUDA, ``cpu`` on the CPU, and ``reference`` for whatever is left, such as float64 on CUDA.
+Fused kernels exist for the fusion loss, the class costs, the modality check and local least squares: for these "auto"
+means the kernel on CUDA, ``cpu`` or ``cpu_lstsq`` on the CPU, and ``reference`` for whatever is left, such as float64
+on CUDA.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
 Q queries, n bank rows, K neighbours, h hidden size, u memory size.
@@ -15,13 +16,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from m3er_fast import autograd, cpu, neighbors, reference
+from m3er_fast import autograd, cpu, cpu_lstsq, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -30,6 +31,7 @@ from m3er_fast.reference import (
     MemoryScanWeights,
     Reduction,
     Variant,
+    upcast,
 )
 
 __all__ = [
@@ -323,10 +325,14 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
         query: (Q, d). A query that is not finite has no neighbours: distances inf, indices 0..k-1.
         bank: (n, d), n ≥ 1, finite.
         k: how many; more than n gives n.
-        engine: "torch" (exact, tiled), "faiss" (exact, on the CPU), or "auto", which is "torch" on every device.
+        engine: "torch" (exact, bounded memory), "faiss" (exact, float32), "faiss-ivf" or "faiss-hnsw" (approximate, on
+            an index that this call builds), or "auto", which is "torch" for every size and device. On CUDA tensors
+            "faiss" and "faiss-ivf" need a FAISS with GPU support; "faiss-hnsw" computes on the CPU.
 
     Returns:
         Squared distances (Q, min(k, n)), ascending, in at least float32, and row indices of the same shape, int64.
+        "torch" is exact up to the rounding of the distances themselves, on the CPU; on other devices rows whose
+        distances agree to float32's precision of ‖q - c‖², c the bank's middle, may stand in for each other.
 
     Raises:
         ValueError: naming the argument and its shape.
@@ -338,69 +344,172 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
         raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
     if not bank.shape[0]:
         raise ValueError("bank is empty: wanted at least one row")
-    if bank.device.type == "cpu" and not bool(bank.isfinite().all()):
+    if bank.device.type == "cpu" and not _all_finite(bank):
         raise ValueError("bank must be finite, got NaN or inf in it")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive int, got {k!r}")
-    if engine not in ("auto", "torch", "faiss"):
-        raise ValueError(f"engine must be 'auto', 'torch' or 'faiss', got {engine!r}")
-    if engine == "faiss":
-        try:
-            return neighbors.search_faiss(query, bank, min(k, bank.shape[0]))
-        except neighbors.FaissUnavailableError as error:
-            raise BackendUnavailableError(f"nearest_neighbors: engine 'faiss' does not work here: {error}") from error
-    return neighbors.search_torch(query, bank, min(k, bank.shape[0]))
+    if engine not in neighbors.ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, neighbors.ENGINES))}, got {engine!r}")
+    return neighbor_index(bank, engine).search(query, min(k, bank.shape[0]))
 
 
+def neighbor_index(
+    bank: Tensor, engine: str, *, allowed: Tensor | None = None, memory_budget: int = neighbors.MEMORY_BUDGET
+) -> neighbors.NeighborIndex:
+    """A bank prepared for many searches, of checked arguments; see :func:`m3er_fast.neighbors.build_index`.
+
+    Raises:
+        BackendUnavailableError: if faiss is asked for and does not work here.
+    """
+    try:
+        return neighbors.build_index(bank, engine, allowed=allowed, memory_budget=memory_budget)
+    except neighbors.FaissUnavailableError as error:
+        raise BackendUnavailableError(f"nearest_neighbors: engine {engine!r} does not work here: {error}") from error
+
+
+@overload
 def local_least_squares(
     query: Tensor,
     bank: Tensor,
     targets: Tensor,
     neighbors: Tensor,
     *,
+    ridge: float = ...,
+    affine: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Sequence[Tensor],
+    neighbors: Tensor,
+    *,
+    ridge: float = ...,
+    affine: bool = ...,
+    backend: str = ...,
+) -> tuple[list[Tensor], Tensor]: ...
+
+
+def local_least_squares(
+    query: Tensor,
+    bank: Tensor,
+    targets: Tensor | Sequence[Tensor],
+    neighbors: Tensor,
+    *,
     ridge: float = 1e-3,
     affine: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | list[Tensor], Tensor]:
     """Proxies: each query rebuilt from its neighbours, and the same combination of their partners' rows.
 
     a = argmin_a ‖f - Σ_r a_r v_r‖² + λ·tr(G)/K·‖a‖², G = (v_r · v_s) over the K neighbours; proxy = Σ_r a_r w_r
     (the relaxed linear map of Mittal et al. 2020, arXiv 1911.05659; ``affine=True`` adds Σ_r a_r = 1, the weights of
-    locally linear embedding). Solved in float64.
+    locally linear embedding). Solved in float64, by the kernel in float32.
 
     Args:
         query: (Q, d), the vectors f. One that is not finite gets coefficients of zero.
         bank: (n, d), the rows v_r.
-        targets: (n, e), the rows w_r paired with them.
+        targets: (n, e), the rows w_r paired with them; or several such tensors, to which the same coefficients go.
         neighbors: (Q, K) int64 rows of the bank, K ≥ 1, as :func:`nearest_neighbors` gives them.
         ridge: λ ≥ 0. A ridge of 0 gives the minimum of least norm, so that collinear or repeated neighbours are safe.
         affine: whether the coefficients of a query sum to 1.
-        backend: "auto", "torch", "triton" or "cupy".
+        backend: "auto", "torch", "triton" or "cupy". The Triton kernel takes up to 64 neighbours and a ridge of at
+            least 1e-4; "auto" goes to plain PyTorch for the rest. CuPy, for CUDA tensors, takes any of both.
 
     Returns:
-        proxies (Q, e) and coefficients (Q, K), in at least float32.
+        proxies (Q, e), a list of them for several targets, and coefficients (Q, K), in at least float32.
 
     Raises:
         ValueError: naming the argument and its shape.
         BackendUnavailableError: if the backend asked for does not work here.
     """
-    for name, value in (("query", query), ("bank", bank), ("targets", targets)):
+    several = not isinstance(targets, Tensor)
+    paired: list[Tensor] = [targets] if isinstance(targets, Tensor) else list(targets)
+    _check_local_least_squares(query, bank, paired, neighbors)
+    _check_number("ridge", ridge)
+    if backend not in ("auto", "torch", "triton", "cupy"):
+        raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', 'cupy', got {backend!r}")
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, bank, *paired))
+    unsupported = None if differentiable else _beyond_fast_paths(query, bank, *paired)
+    beyond = _beyond_local_lstsq(bank, paired, neighbors, ridge, differentiable) or unsupported
+    if backend == "cupy" and differentiable:
+        raise BackendUnavailableError(
+            "local_least_squares: backend 'cupy' has no gradient: detach the tensors or use 'torch'"
+        )
+    if backend == "cupy":
+        proxies, coefficients = _by_cupy(query, bank, paired, neighbors, ridge, affine)
+    elif _uses_triton("local_least_squares", backend, query, 1, beyond):
+        from m3er_fast.kernels.local_lstsq import local_lstsq
+
+        proxies, coefficients = local_lstsq(query, bank, paired, neighbors, ridge=ridge, affine=affine)
+    elif backend == "auto" and not differentiable and unsupported is None and _on_cpu(query):
+        proxies, coefficients = cpu_lstsq.local_least_squares(
+            query, bank, paired, neighbors, ridge=ridge, affine=affine
+        )
+    else:
+        joined = paired[0] if len(paired) == 1 else torch.cat([upcast(target) for target in paired], dim=1)
+        together, coefficients = reference.local_least_squares(
+            query, bank, joined, neighbors, ridge=ridge, affine=affine
+        )
+        proxies = list(torch.split(together, [target.shape[1] for target in paired], dim=1))
+    return (proxies if several else proxies[0]), coefficients
+
+
+def _check_local_least_squares(query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor) -> None:
+    if not targets:
+        raise ValueError("targets is empty: wanted a tensor, or one or more of them")
+    names = ["targets"] if len(targets) == 1 else [f"targets[{t}]" for t in range(len(targets))]
+    for name, value in (("query", query), ("bank", bank), *zip(names, targets, strict=True)):
         _check_matrix(name, value)
     if query.shape[1] != bank.shape[1]:
         raise ValueError(f"query has {query.shape[1]} features, but bank has {bank.shape[1]}")
-    if targets.shape[0] != bank.shape[0]:
-        raise ValueError(f"targets has {targets.shape[0]} rows, but bank has {bank.shape[0]}: they must be paired")
+    for name, target in zip(names, targets, strict=True):
+        if target.shape[0] != bank.shape[0]:
+            raise ValueError(f"{name} has {target.shape[0]} rows, but bank has {bank.shape[0]}: they must be paired")
     if neighbors.ndim != 2 or neighbors.shape[0] != query.shape[0] or not neighbors.shape[1]:
         raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}, wanted ({query.shape[0]}, K) with K ≥ 1")
     if neighbors.dtype != torch.int64:
         raise ValueError(f"neighbors must be int64, got {neighbors.dtype}")
     if neighbors.numel() and neighbors.device.type == "cpu":
-        low, high = int(neighbors.min()), int(neighbors.max())
+        low, high = map(int, neighbors.aminmax())
         if low < 0 or high >= bank.shape[0]:
             raise ValueError(f"neighbors must lie in 0..{bank.shape[0] - 1}, got values from {low} to {high}")
-    _check_number("ridge", ridge)
-    _check_backend("local_least_squares", backend, ("auto", "torch", "triton", "cupy"))
-    return reference.local_least_squares(query, bank, targets, neighbors, ridge=ridge, affine=affine)
+
+
+def _beyond_local_lstsq(
+    bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float, differentiable: bool
+) -> str | None:
+    """Why the Triton kernel cannot solve, or None if nothing speaks against it but where it is to run."""
+    if differentiable:
+        return "it has no gradient: detach the tensors or use 'torch'"
+    if any(x.dtype not in _KERNEL_DTYPES for x in (bank, *targets)):
+        return f"it takes banks in float16, bfloat16 and float32, got {[x.dtype for x in (bank, *targets)]}"
+    if len({target.dtype for target in targets}) > 1:
+        return f"it takes targets of one dtype, got {[target.dtype for target in targets]}"
+    if neighbors.shape[1] > _MOST_KERNEL_NEIGHBORS:
+        return f"it takes up to {_MOST_KERNEL_NEIGHBORS} neighbours, got {neighbors.shape[1]}"
+    if ridge < _SMALLEST_KERNEL_RIDGE:
+        return f"in float32 it needs a ridge of at least {_SMALLEST_KERNEL_RIDGE}, got {ridge}"
+    return None
+
+
+def _by_cupy(
+    query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float, affine: bool
+) -> tuple[list[Tensor], Tensor]:
+    prefix = "local_least_squares: backend 'cupy' does not work here: "
+    if importlib.util.find_spec("cupy") is None:
+        raise BackendUnavailableError(f"{prefix}cupy is not installed: pip install 'm3er-fast[gpu]'")
+    if not query.is_cuda:
+        raise BackendUnavailableError(f"{prefix}it computes on CUDA tensors, got one on {query.device}")
+    try:
+        from m3er_fast.kernels.cupy_lstsq import cupy_lstsq
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailableError(f"{prefix}cupy is installed but does not load: {error}") from error
+    result: tuple[list[Tensor], Tensor] = cupy_lstsq(query, bank, targets, neighbors, ridge=ridge, affine=affine)
+    return result
 
 
 def memory_scan(
@@ -452,7 +561,16 @@ def memory_scan(
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
 
+def _all_finite(matrix: Tensor) -> bool:
+    """Whether a matrix holds no NaN or inf, in one pass: ``isfinite`` would write a mask as well."""
+    low, high = matrix.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_KERNEL_NEIGHBORS = 64
+# What float32 loses of a Gram matrix of 64 neighbours is some 1e-6 of its trace: a smaller ridge would not stand out.
+_SMALLEST_KERNEL_RIDGE = 1e-4
 _MOST_KERNEL_MODALITIES = 8
 # Two projections wider than this do not fit into the registers of a program.
 _MOST_KERNEL_COMPONENTS = 128

@@ -1,70 +1,229 @@
-"""Exact nearest neighbours in the L2 norm; the only file that imports FAISS.
+"""Nearest neighbours in the L2 norm by one of several engines; the only file that imports FAISS.
+
+An engine makes an index of a bank, which is then searched as often as one likes. All of them promise that squared
+distances ascend, that every row number is one of the bank's, and that a query that is not finite gets distances of inf.
 
 Dimension legend: Q queries, n bank rows, d features, k neighbours.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from m3er_fast.reference import upcast
+from m3er_fast.search import MEMORY_BUDGET as MEMORY_BUDGET
+from m3er_fast.search import search_exact
 
-# Distances and candidates of one tile each stay below this many bytes: enough for large products, little beside a bank.
-_TILE_BYTES = 32 * 2**20
-# Candidates beyond k whose distances are computed again by differences: the products' rounding may reorder near ties.
-_SPARE_CANDIDATES = 8
-# About so many rows of the bank, evenly spread, say where its middle is.
-_CENTER_ROWS = 256
+ENGINES = ("auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw")
+EXACT_ENGINES = ("auto", "torch", "faiss")
+
+# FAISS's own advice on inverted lists: some 4·√n of them, and 39 rows or more to train each.
+_LISTS_PER_ROOT = 4
+_ROWS_PER_LIST = 39
+# The share of the lists that is probed, and the least; what that finds on a bank is measured, not promised.
+_PROBED_SHARE = 8
+_LEAST_PROBED = 16
+# Edges a node of the HNSW graph, and candidates of its construction and of its search beyond k.
+_GRAPH_EDGES = 32
+_GRAPH_BUILD = 128
+_GRAPH_SEARCH = 256
+# Rows of the bank that are searched for twice to see what an approximate engine finds.
+_RECALL_QUERIES = 256
 
 
 class FaissUnavailableError(RuntimeError):
     """FAISS is not installed or does not load."""
 
 
-def search_torch(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact search by tiles of matrix products, memory bounded; see ``functional.nearest_neighbors``.
+class NeighborIndex(Protocol):
+    """A bank prepared for searches."""
 
-    ‖q - b‖² = ‖q‖² - 2q·b + ‖b‖² cancels where neighbours are close and far from the origin, so the products are taken
-    about the middle of the bank, and the best candidates are measured again by their differences.
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Squared distances (Q, k), ascending, and rows of the bank (Q, k), int64; k at most the rows allowed."""
+        ...
+
+
+def build_index(
+    bank: Tensor, engine: str, *, allowed: Tensor | None = None, memory_budget: int = MEMORY_BUDGET
+) -> NeighborIndex:
+    """The bank (n, d), n ≥ 1, prepared for ``engine``, one of ENGINES.
+
+    Args:
+        bank: finite rows.
+        engine: "auto" is :func:`automatic_engine`.
+        allowed: (n,) bool, the rows that may be neighbours, at least one; None for all.
+        memory_budget: bytes a search may take beside arguments and results; only "torch" keeps to it.
+
+    Raises:
+        FaissUnavailableError: if FAISS is asked for and does not work here.
     """
-    dtype = torch.promote_types(upcast(query[:0]).dtype, bank.dtype)
-    query, bank = query.to(dtype), bank.to(dtype)
-    # The median of some rows: unlike the mean it neither overflows nor follows a single row that lies far out.
-    center = bank[:: max(1, bank.shape[0] // _CENTER_ROWS)].median(dim=0).values
-    rows = bank - center
-    half_norms = 0.5 * rows.square().sum(dim=1)
-    candidates = min(k + _SPARE_CANDIDATES, bank.shape[0])
-    finite = torch.isfinite(query).all(dim=1)
-    query = torch.where(finite[:, None], query, 0.0)
-    tile = max(1, _TILE_BYTES // (max(bank.shape[0], candidates * bank.shape[1]) * dtype.itemsize))
-    distances, indices = [], []
-    for start in range(0, query.shape[0], tile):
-        part = query[start : start + tile]
-        scores = torch.addmm(half_norms, part - center, rows.mT, alpha=-1.0)  # half the squared distance, up to ‖q‖²/2
-        nearest = scores.topk(candidates, dim=1, largest=False, sorted=False).indices
-        exact = (bank[nearest] - part[:, None, :]).square().sum(dim=2)
-        best = exact.topk(k, dim=1, largest=False, sorted=True)
-        distances.append(best.values)
-        indices.append(nearest.gather(1, best.indices))
-    if not distances:
-        return query.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=query.device)
-    return _without_strays(torch.cat(distances), torch.cat(indices), finite)
+    if engine == "auto":
+        engine = automatic_engine(bank.shape[0], bank.shape[1], bank.device)
+    if engine == "torch":
+        return _TorchIndex(bank, allowed, memory_budget)
+    if bank.is_cuda and engine != "faiss-hnsw":
+        return _FaissGpuIndex(bank, engine, allowed, memory_budget)
+    return _FaissIndex(bank, engine, allowed)
 
 
-def search_faiss(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact search by FAISS's flat index on the CPU, in float32; see ``functional.nearest_neighbors``."""
-    faiss = import_faiss()
-    index = faiss.IndexFlatL2(bank.shape[1])
-    index.add(bank.detach().to("cpu", torch.float32).contiguous().numpy())
-    finite = torch.isfinite(query).all(dim=1)
-    points = torch.where(finite[:, None], query, 0.0).detach().to("cpu", torch.float32).contiguous()
-    distances, indices = index.search(points.numpy(), k)
-    found = torch.from_numpy(distances).to(query.device), torch.from_numpy(indices).to(query.device)
-    # Where the distance overflows FAISS gives no neighbour, by the index -1.
-    return _without_strays(*found, finite & (found[1] >= 0).all(dim=1))
+def automatic_engine(rows: int, features: int, device: torch.device) -> str:
+    """The engine of "auto": "torch", for every size and device.
+
+    On a CPU that multiplies bfloat16 in hardware it is faster than FAISS's flat index for banks of 100,000 rows, and
+    slower, by some 10 to 25 ms a thousand queries, for 10,000 rows and fewer (docs/proxies.md). On a GPU it needs no
+    other package, keeps to torch's stream and holds no second copy of the bank; FAISS may well be faster there, but
+    nothing was measured yet that would say from which size on.
+    """
+    del rows, features, device
+    return "torch"
+
+
+def measure_recall(index: NeighborIndex, bank: Tensor, k: int, *, allowed: Tensor | None = None) -> float:
+    """Share of the k nearest neighbours that ``index`` finds, of up to 256 rows of its bank, each without itself.
+
+    A row that is as near as the k-th nearest counts as found: which of several equal ones is named does not matter.
+    """
+    rows = torch.arange(bank.shape[0]) if allowed is None else allowed.nonzero()[:, 0].cpu()
+    k = min(k, len(rows) - 1)
+    if k < 1:
+        return 1.0
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    chosen = rows[order[:_RECALL_QUERIES]].to(bank.device)
+    query = bank[chosen]
+    # The nearest of all is the row itself, or one that equals it.
+    farthest = search_exact(query, bank, k + 1, allowed=allowed)[0][:, -1:]
+    _, found = index.search(query, k + 1)
+    distances = (bank[found] - query[:, None, :]).square().sum(dim=2)
+    hits = (distances <= farthest * (1 + 1e-5)).sum(dim=1) - 1
+    return float(hits.clamp(min=0).double().mean()) / k
+
+
+class _TorchIndex:
+    """The bank itself."""
+
+    def __init__(self, bank: Tensor, allowed: Tensor | None, memory_budget: int) -> None:
+        self._bank, self._allowed, self._memory_budget = bank, allowed, memory_budget
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return search_exact(query, self._bank, k, allowed=self._allowed, memory_budget=self._memory_budget)
+
+
+class _FaissIndex:
+    """FAISS on the CPU, in float32: flat (exact), inverted lists, or a graph."""
+
+    def __init__(self, bank: Tensor, engine: str, allowed: Tensor | None) -> None:
+        faiss = import_faiss()
+        self._bank, self._allowed = bank, allowed
+        self._names = None if allowed is None else allowed.nonzero()[:, 0].to("cpu")
+        rows = bank if self._names is None else bank[self._names.to(bank.device)]
+        self._index = _faiss_index(faiss, engine, *rows.shape)
+        vectors = rows.detach().to("cpu", torch.float32).contiguous().numpy()
+        if not self._index.is_trained:
+            self._index.train(vectors)
+        self._index.add(vectors)
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        finite = torch.isfinite(query).all(dim=1)
+        points = torch.where(finite[:, None], query, 0.0).detach().to("cpu", torch.float32).contiguous()
+        distances, rows = map(torch.from_numpy, self._index.search(points.numpy(), k))
+        if self._names is not None:
+            rows = torch.where(rows >= 0, self._names[rows.clamp(min=0)], rows)
+        return _complete(query, distances.to(query.device), rows.to(query.device), self._bank, self._allowed)
+
+
+class _FaissGpuIndex:
+    """FAISS on the bank's GPU, on torch's current stream: flat on the tensor as it lies there, or inverted lists.
+
+    Inverted lists, in float32, are spread over all GPUs that FAISS sees. A flat bank in half precision is searched so.
+    """
+
+    def __init__(self, bank: Tensor, engine: str, allowed: Tensor | None, memory_budget: int) -> None:
+        faiss = import_faiss()
+        if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+            raise FaissUnavailableError("the faiss installed here has no GPU support: pip install 'm3er-fast[gpu]'")
+        self._bank, self._allowed = bank, allowed
+        self._names = None if allowed is None else allowed.nonzero()[:, 0]
+        self._rows = (bank if self._names is None else bank[self._names]).contiguous()
+        self._lists = None
+        self._resources = faiss.StandardGpuResources()
+        self._resources.setTempMemory(memory_budget)
+        if engine == "faiss-ivf":
+            index = _faiss_index(faiss, engine, *self._rows.shape)
+            vectors = self._rows.detach().to("cpu", torch.float32).numpy()
+            index.train(vectors)
+            index.add(vectors)
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard = True
+            self._lists = faiss.index_cpu_to_all_gpus(index, co=options)
+            self._rows = self._rows[:0]
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        finite = torch.isfinite(query).all(dim=1)
+        points = torch.where(finite[:, None], query, 0.0).detach()
+        if self._lists is None:
+            distances, rows = self._search_flat(points, k)
+        else:
+            found = self._lists.search(points.to("cpu", torch.float32).contiguous().numpy(), k)
+            distances, rows = (torch.from_numpy(x).to(query.device) for x in found)
+        if self._names is not None:
+            rows = torch.where(rows >= 0, self._names[rows.clamp(min=0)], rows)
+        return _complete(query, distances, rows, self._bank, self._allowed)
+
+    def _search_flat(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        faiss = import_faiss()
+        types = {
+            torch.float32: (faiss.DistanceDataType_F32, faiss.cast_integer_to_float_ptr),
+            torch.float16: (faiss.DistanceDataType_F16, faiss.cast_integer_to_void_ptr),
+            torch.bfloat16: (faiss.DistanceDataType_BF16, faiss.cast_integer_to_void_ptr),
+        }
+        vectors = self._rows if self._rows.dtype in types else self._rows.float()
+        query = query.to(vectors.dtype).contiguous()
+        distances = torch.empty((query.shape[0], k), device=query.device)
+        rows = torch.empty((query.shape[0], k), dtype=torch.int64, device=query.device)
+        if not query.shape[0]:
+            return distances, rows
+        kind, pointer = types[vectors.dtype]
+        arguments = faiss.GpuDistanceParams()
+        arguments.metric = faiss.METRIC_L2
+        arguments.k, arguments.dims = k, query.shape[1]
+        arguments.vectors, arguments.vectorType, arguments.numVectors = pointer(vectors.data_ptr()), kind, len(vectors)
+        arguments.queries, arguments.queryType, arguments.numQueries = pointer(query.data_ptr()), kind, len(query)
+        arguments.outDistances = faiss.cast_integer_to_float_ptr(distances.data_ptr())
+        arguments.outIndices = faiss.cast_integer_to_idx_t_ptr(rows.data_ptr())
+        arguments.outIndicesType = faiss.IndicesDataType_I64
+        arguments.device = query.device.index
+        # FAISS has a stream of its own, on which it would read what torch has not written yet.
+        stream = torch.cuda.current_stream(query.device).cuda_stream
+        self._resources.setDefaultStream(query.device.index, faiss.cast_integer_to_cudastream_t(stream))
+        faiss.bfKnn(self._resources, arguments)
+        return distances, rows
+
+
+def _faiss_index(faiss: Any, engine: str, rows: int, features: int) -> Any:
+    if engine == "faiss-ivf":
+        lists = max(1, min(round(_LISTS_PER_ROOT * rows**0.5), rows // _ROWS_PER_LIST))
+        index = faiss.index_factory(features, f"IVF{lists},Flat")
+        index.nprobe = min(lists, max(_LEAST_PROBED, lists // _PROBED_SHARE))
+        return index
+    if engine == "faiss-hnsw":
+        index = faiss.IndexHNSWFlat(features, _GRAPH_EDGES)
+        index.hnsw.efConstruction, index.hnsw.efSearch = _GRAPH_BUILD, _GRAPH_SEARCH
+        return index
+    return faiss.IndexFlatL2(features)
+
+
+def _complete(
+    query: Tensor, distances: Tensor, rows: Tensor, bank: Tensor, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What FAISS found. Queries for which it named fewer than k rows (the others are −1) are searched for exactly."""
+    distances = distances.to(torch.promote_types(torch.promote_types(query.dtype, bank.dtype), torch.float32))
+    short = ((rows < 0).any(dim=1) | ~torch.isfinite(query).all(dim=1)).nonzero()[:, 0]
+    if short.numel():
+        exact = search_exact(query[short], bank, rows.shape[1], allowed=allowed)
+        distances[short], rows[short] = exact
+    return distances, rows
 
 
 def import_faiss() -> Any:
@@ -81,9 +240,3 @@ def import_faiss() -> Any:
     except (RuntimeError, OSError) as error:
         raise FaissUnavailableError(f"faiss is installed but does not load: {error}") from error
     return faiss
-
-
-def _without_strays(distances: Tensor, indices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries that are not finite get distances of inf to the first rows."""
-    first = torch.arange(indices.shape[1], device=indices.device)
-    return distances.where(finite[:, None], torch.inf), indices.where(finite[:, None], first)

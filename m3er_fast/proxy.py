@@ -1,11 +1,12 @@
 """Proxy feature vectors (step 2 of the method): a lost modality regenerated from the good ones.
 
-Dimension legend: M modalities, B samples, T time steps, d_m features of modality m, n bank rows, Q lost frames.
+Dimension legend: M modalities, B samples, T time steps, d_m features of modality m, n bank rows, Q lost frames, k
+neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor
 from m3er_fast import functional
 from m3er_fast.config import Bank, Engine, ProxyConfig
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.neighbors import EXACT_ENGINES, NeighborIndex, measure_recall
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 from m3er_fast.state import FittedModule
 
-# Frames solved at a time: their gathered neighbours (16 of 300 features in float64) then take some 80 MB.
-_CHUNK_FRAMES = 2048
+# Rows of the span of which a basis is chosen at a time; the winners meet in the next round.
+_BASIS_ROUND = 2**14
 
 
 class ProxyResult(NamedTuple):
@@ -50,39 +52,57 @@ class ProxyGenerator(FittedModule):
         input_dims: feature count d_m of each modality, in order; at least two.
         bank: "neighbours" or "basis".
         k: neighbours a frame; more than the bank has means all.
-        ridge: λ ≥ 0; 0 takes the solution of least norm.
+        ridge: λ ≥ 0; 0 takes the solution of least norm. The default is what served weakly related modalities best
+            (docs/proxies.md); where they are linear maps of each other take 1e-6 or less.
         affine: constrain the coefficients to sum to 1.
         max_bank: the most training frames to keep, a seeded uniform choice; None keeps all.
         max_basis: the most basis rows; None takes the numerical rank.
-        engine: of :func:`m3er_fast.functional.nearest_neighbors`.
+        engine: of :func:`m3er_fast.functional.nearest_neighbors`. What an approximate one finds is measured at ``fit``.
+        memory_budget: bytes to be taken at a time beside bank, features and results.
+        bank_on_host: keep the bank in host memory wherever the module goes: for banks larger than the device's. Tiles
+            of it are brought over for the search, and the neighbours' rows for the solution.
+
+    Attributes:
+        recall: (M,) buffer, the share of a modality's nearest frames that the engine finds; 1 for exact engines.
 
     Raises:
         ValueError: naming the argument that is out of range.
     """
+
+    recall: Tensor
+    frames_seen: Tensor
 
     def __init__(
         self,
         input_dims: Mapping[str, int],
         bank: Bank = "neighbours",
         k: int = 16,
-        ridge: float = 1e-2,
+        ridge: float = 0.3,
         affine: bool = False,
         max_bank: int | None = None,
         max_basis: int | None = None,
         engine: Engine = "auto",
+        memory_budget: int = 256 * 2**20,
+        bank_on_host: bool = False,
     ) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
         if len(self.input_dims) < 2:
             raise ValueError(f"input_dims: proxies need two modalities or more, got {self.input_dims}")
-        self.config = ProxyConfig(bank, k, ridge, affine, max_bank, max_basis, engine)
+        self.config = ProxyConfig(
+            bank, k, ridge, affine, max_bank, max_basis, engine, memory_budget=memory_budget, bank_on_host=bank_on_host
+        )
         modalities = range(len(self.input_dims))
         nothing = torch.zeros(0)
+        self._prepared: _Prepared | None = None
         if bank == "neighbours":
             self.register_learned(**{f"bank_{m}": nothing for m in modalities}, bank_valid=nothing.bool())
+            self.register_learned(recall=torch.ones(len(modalities), dtype=torch.float64))
+            # Frames of the training data, of which the bank is a uniform choice.
+            self.register_learned(frames_seen=torch.zeros((), dtype=torch.int64))
         else:
             for i, m in self._directions():
-                self.register_learned(**{f"map_{i}_{m}": nothing, f"bias_{i}_{m}": nothing})
+                self.register_learned(**{f"{name}_{i}_{m}": nothing for name in ("map", "bias", "basis", "image")})
 
     @property
     def is_fitted(self) -> bool:
@@ -109,15 +129,60 @@ class ProxyGenerator(FittedModule):
         )
 
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
-        """:meth:`fit` from standardised batches."""
-        rows, valid = self._collect(batches())
-        if self.config.bank == "neighbours":
-            self.register_learned(**{f"bank_{m}": bank for m, bank in enumerate(rows)}, bank_valid=valid)
+        """:meth:`fit` from standardised batches, held one at a time; for a bank of all frames they are read twice."""
+        if self.config.bank == "basis":
+            self._fit_basis(batches())
+        elif self.config.max_bank is None:
+            self._learn_bank(*self._collect(batches))
+        else:
+            self._learn_bank(*self._sample(batches(), self.config.max_bank))
+        return self
+
+    def partial_fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+        """Add clean training data to what was learned; arguments as in :meth:`fit`."""
+        if not self.is_fitted:
+            return self.fit(features, lengths, available)
+        more = ProxyGenerator(self.input_dims, **vars(self.config)).to(self._first_buffer.dtype)
+        return self.merge(more.fit(features, lengths, available))
+
+    def merge(self, other: ProxyGenerator) -> Self:
+        """Add what another generator with the same settings learned from other data, such as another worker's.
+
+        Beyond ``max_bank`` the frames that stay are a seeded uniform choice from all data that either has seen. A basis
+        is chosen anew among the rows of both.
+
+        Raises:
+            NotFittedError: if either is not fitted.
+            ValueError: if their settings differ.
+        """
+        for generator in (self, other):
+            generator._check_fitted()
+        if (other.config, other.input_dims) != (self.config, self.input_dims):
+            raise ValueError(f"merge: other has {other.extra_repr()}, wanted {self.extra_repr()}")
+        if self.config.bank == "basis":
+            for i, m in self._directions():
+                source, target = (
+                    torch.cat([self.learned(name).cpu(), other.learned(name).cpu()]).double().numpy()
+                    for name in (f"basis_{i}_{m}", f"image_{i}_{m}")
+                )
+                self._learn_basis(i, m, source, target)
             return self
-        for i, m in self._directions():
-            both = valid[:, i] & valid[:, m]
-            matrix, bias = self._fold(rows[i][both].double().numpy(), rows[m][both].double().numpy())
-            self.register_learned(**{f"map_{i}_{m}": torch.from_numpy(matrix), f"bias_{i}_{m}": torch.from_numpy(bias)})
+        columns = [f"bank_{m}" for m in range(len(self.input_dims))] + ["bank_valid"]
+        sizes = [self.learned("bank_valid").shape[0], other.learned("bank_valid").shape[0]]
+        chosen = [torch.arange(size) for size in sizes]
+        seen = [int(self.frames_seen), int(other.frames_seen)]
+        if self.config.max_bank is not None and sum(sizes) > self.config.max_bank:
+            # How many of a uniform choice from all data come from each: hypergeometric. Which: uniform.
+            draw = np.random.default_rng(seen)
+            ours = int(draw.hypergeometric(seen[0], seen[1], self.config.max_bank))
+            chosen = [
+                torch.from_numpy(np.sort(draw.choice(size, take, replace=False)))
+                for size, take in zip(sizes, (ours, self.config.max_bank - ours), strict=True)
+            ]
+        joined = [
+            torch.cat([self.learned(name).cpu()[chosen[0]], other.learned(name).cpu()[chosen[1]]]) for name in columns
+        ]
+        self._learn_bank(joined[:-1], joined[-1], sum(seen))
         return self
 
     def proxy(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
@@ -153,15 +218,19 @@ class ProxyGenerator(FittedModule):
 
     def proxy_batch(self, batch: StandardizedBatch, effective: Tensor) -> tuple[list[Tensor], Tensor]:
         """:meth:`proxy` on a batch that is cleaned already: M features and ``abstained``."""
+        self._check_fitted()
+        abstained = ~effective.any(dim=1)
+        lost = ~effective & ~abstained[:, None]
+        proxies = self._regenerate(batch, effective, lost)
+        replaced = [
+            torch.where(lost[:, m, None, None], proxy, x)
+            for m, (proxy, x) in enumerate(zip(proxies, batch.features, strict=True))
+        ]
+        return replaced, abstained
+
+    def _check_fitted(self) -> None:
         if not self.is_fitted:
             raise NotFittedError("this ProxyGenerator is not fitted: call fit with clean training data first")
-        abstained = ~effective.any(dim=1)
-        replaced = []
-        for m, x in enumerate(batch.features):
-            lost = ~effective[:, m] & ~abstained
-            proxies = self._regenerate(batch, effective, lost, m)
-            replaced.append(torch.where(lost[:, None, None], proxies, x))
-        return replaced, abstained
 
     # --- fitting ---
 
@@ -170,41 +239,102 @@ class ProxyGenerator(FittedModule):
         modalities = range(len(self.input_dims))
         return [(i, m) for i in modalities for m in modalities if i != m]
 
-    def _collect(self, batches: Iterable[StandardizedBatch]) -> tuple[list[Tensor], Tensor]:
+    def _paired(self, batches: Iterable[StandardizedBatch]) -> Iterator[list[Tensor]]:
         """Frames with two valid modalities or more: M tensors (n, d_m) and the (n, M) mask of what is valid."""
-        generator = torch.Generator().manual_seed(0)
         dtype = self._first_buffer.dtype
-        limit = self.config.max_bank
-        empty = [torch.zeros((0, dim), dtype=dtype) for dim in self.input_dims.values()]
-        empty += [torch.zeros((0, len(self.input_dims)), dtype=torch.bool), torch.zeros(0, dtype=torch.float64)]
-        parts = [empty]
         for batch in batches:
             paired = batch.frame_valid.sum(dim=2) >= 2
-            frames = [x[paired].to("cpu", dtype) for x in batch.features]
-            # Each frame draws a number, and the smallest stay: a uniform choice, however the data is cut into batches.
-            draws = torch.rand(frames[0].shape[0], dtype=torch.float64, generator=generator)
-            parts.append([*frames, batch.frame_valid[paired].cpu(), draws])
-            if limit is not None and sum(part[-1].shape[0] for part in parts) > 2 * limit:
-                parts = [_smallest_draws(parts, limit)]
-        kept = _smallest_draws(parts, limit)
-        return kept[:-2], kept[-2]
+            yield [x[paired].to("cpu", dtype) for x in batch.features] + [batch.frame_valid[paired].cpu()]
 
-    def _fold(self, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        """The basis solve as one affine map: proxy = matrix @ f + bias; without paired frames it has no rows."""
-        if not len(source):
-            return np.zeros((0, source.shape[1])), np.zeros(0)
-        matrix, bias = np.zeros((target.shape[1], source.shape[1])), np.zeros(target.shape[1])
-        triangle, order = scipy.linalg.qr(source.T, mode="r", pivoting=True)
-        diagonal = np.abs(np.diagonal(triangle))
-        # The frames are float32: what QR leaves below their precision is rounding, not another direction. It does not
-        # grow with the number of frames, since the diagonal measures single ones.
-        rank = int((diagonal > source.shape[1] * np.finfo(np.float32).eps * diagonal[0]).sum())
-        chosen = order[: min(rank, self.config.max_basis or rank)]
-        if not len(chosen):
+    def _empty_bank(self, size: int) -> list[Tensor]:
+        bank = [torch.empty((size, dim), dtype=self._first_buffer.dtype) for dim in self.input_dims.values()]
+        return [*bank, torch.empty((size, len(self.input_dims)), dtype=torch.bool)]
+
+    def _collect(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> tuple[list[Tensor], Tensor, int]:
+        """All frames: M tensors (n, d_m), the (n, M) mask of what is valid, and n.
+
+        Counted first, so that the bank is written in its place: joined from batches it would take twice its size.
+        """
+        size = sum(int((batch.frame_valid.sum(dim=2) >= 2).sum()) for batch in batches())
+        bank = self._empty_bank(size)
+        end = 0
+        for rows in self._paired(batches()):
+            begin, end = end, end + rows[0].shape[0]
+            if end <= size:
+                for whole, part in zip(bank, rows, strict=True):
+                    whole[begin:end] = part
+        if end != size:
+            raise ValueError(f"features gave {size} frames when read first, {end} when read again")
+        return bank[:-1], bank[-1], size
+
+    def _sample(self, batches: Iterable[StandardizedBatch], limit: int) -> tuple[list[Tensor], Tensor, int]:
+        """At most ``limit`` frames, as :meth:`_collect` gives them, and how many they were chosen from."""
+        generator = torch.Generator().manual_seed(0)
+        parts = [[*self._empty_bank(0), torch.zeros(0, dtype=torch.float64)]]
+        seen = 0
+        for rows in self._paired(batches):
+            # Each frame draws a number, and the smallest stay: a uniform choice, however the data is cut into batches.
+            draws = torch.rand(rows[0].shape[0], dtype=torch.float64, generator=generator)
+            parts.append([*rows, draws])
+            seen += rows[0].shape[0]
+            if sum(part[-1].shape[0] for part in parts) > 2 * limit:
+                parts = [_smallest_draws(parts, limit)]
+        *bank, valid, _ = _smallest_draws(parts, limit)
+        return bank, valid, seen
+
+    def _learn_bank(self, rows: list[Tensor], valid: Tensor, seen: int) -> None:
+        self.register_learned(**{f"bank_{m}": bank for m, bank in enumerate(rows)}, bank_valid=valid)
+        self.register_learned(frames_seen=torch.tensor(seen), recall=torch.ones(len(rows), dtype=torch.float64))
+        if self.config.engine not in EXACT_ENGINES:
+            found = [
+                min((self._recall_of(i, part) for part in parts), default=1.0)
+                for i, parts in enumerate(self._prepare().parts)
+            ]
+            self.register_learned(recall=torch.tensor(found, dtype=torch.float64))
+
+    def _recall_of(self, i: int, part: _BankPart) -> float:
+        return measure_recall(part.lookup, self.learned(f"bank_{i}"), part.k, allowed=part.allowed)
+
+    def _fit_basis(self, batches: Iterable[StandardizedBatch]) -> None:
+        """Choose each direction's basis in rounds, so that no more than a round of frames is held at a time.
+
+        The rows that column-pivoted QR chooses from one round meet those of the next: tournament pivoting
+        (Demmel, Grigori, Gu and Xiang 2015).
+        """
+        pools: dict[tuple[int, int], list[Any]] = {
+            (i, m): [np.zeros((0, dim)) for dim in (self._dim(i), self._dim(m))] for i, m in self._directions()
+        }
+        for rows in self._paired(batches):
+            for (i, m), pool in pools.items():
+                both = rows[-1][:, i] & rows[-1][:, m]
+                for begin in range(0, rows[0].shape[0], _BASIS_ROUND):
+                    part = slice(begin, begin + _BASIS_ROUND)
+                    new = [rows[x][part][both[part]].double().numpy() for x in (i, m)]
+                    pool[:] = [np.concatenate(x) for x in zip(pool, new, strict=True)]
+                    if len(pool[0]) > _BASIS_ROUND:
+                        chosen = _pivots(pool[0])
+                        pool[:] = [x[chosen] for x in pool]
+        for (i, m), (source, target) in pools.items():
+            self._learn_basis(i, m, source, target)
+
+    def _dim(self, m: int) -> int:
+        return list(self.input_dims.values())[m]
+
+    def _learn_basis(self, i: int, m: int, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
+        chosen = _pivots(source)[: self.config.max_basis]
+        matrix, bias = self._fold(source[chosen], target[chosen], seen=len(source) > 0)
+        learned = {"map": matrix, "bias": bias, "basis": source[chosen], "image": target[chosen]}
+        self.register_learned(**{f"{name}_{i}_{m}": torch.from_numpy(value) for name, value in learned.items()})
+
+    def _fold(self, basis: np.ndarray[Any, Any], images: np.ndarray[Any, Any], *, seen: bool) -> tuple[Any, Any]:
+        """The basis solve as one affine map: proxy = matrix @ f + bias; if nothing was ever seen it has no rows."""
+        if not seen:
+            return np.zeros((0, basis.shape[1])), np.zeros(0)
+        matrix, bias = np.zeros((images.shape[1], basis.shape[1])), np.zeros(images.shape[1])
+        if not len(basis):  # nothing but zeros was seen
             return matrix, bias
-        basis, images = source[chosen], target[chosen]
         gram = basis @ basis.T
-        gram[np.diag_indices_from(gram)] += self.config.ridge * gram.trace() / len(chosen)
+        gram[np.diag_indices_from(gram)] += self.config.ridge * gram.trace() / len(basis)
         inverse = np.linalg.pinv(gram, hermitian=True)
         solve = inverse @ basis  # coefficients of f
         if self.config.affine:  # the multiplier of Σ a = 1 adds its share along the inverse's row sums
@@ -213,58 +343,180 @@ class ProxyGenerator(FittedModule):
             bias = images.T @ along
         return images.T @ solve, bias
 
+    # --- the bank, prepared for searches ---
+
+    def _prepare(self) -> _Prepared:
+        """Every modality's indices, made anew only when a buffer was replaced or written to."""
+        valid = self.learned("bank_valid")
+        banks = [self.learned(f"bank_{m}") for m in range(len(self.input_dims))]
+        state = [(buffer, buffer._version) for buffer in (valid, *banks)]
+        if self._prepared is None or not self._prepared.holds(state):
+            self._prepared = _Prepared(state, [self._parts(i, bank, valid) for i, bank in enumerate(banks)])
+        return self._prepared
+
+    def _parts(self, i: int, bank: Tensor, valid: Tensor) -> list[_BankPart]:
+        """The bank of modality i, once for each set of rows that some of the others are paired with."""
+        found: list[tuple[Tensor, list[int]]] = []
+        for m in range(len(self.input_dims)):
+            if m == i:
+                continue
+            both = valid[:, i] & valid[:, m]
+            same = next((targets for rows, targets in found if torch.equal(rows, both)), None)
+            if same is None:
+                found.append((both, [m]))
+            else:
+                same.append(m)
+        parts = []
+        for both, targets in found:
+            size = int(both.sum())
+            if size:
+                allowed = None if size == both.shape[0] else both
+                index = functional.neighbor_index(
+                    bank, self.config.engine, allowed=allowed, memory_budget=self.config.memory_budget // 2
+                )
+                parts.append(_BankPart(index, allowed, min(self.config.k, size), tuple(targets)))
+        return parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a copy makes its own: FAISS's cannot be copied
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self.config.bank_on_host:
+            return super()._apply(fn, recurse)
+        # Only the dtype of what fn gives counts for the bank; not even for a moment may it be on the device.
+        banks = {name: self._buffers.pop(name) for name in list(self._buffers) if name.startswith("bank_")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(banks)
+        for name, bank in banks.items():
+            if bank is not None and bank.is_floating_point():
+                dtype = torch.promote_types(fn(bank[:0]).dtype, torch.float32)
+                self._buffers[name] = bank.to("cpu", dtype)
+        return self
+
     # --- regenerating ---
 
-    def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor, m: int) -> Tensor:
-        """(B, T, d_m): the proxies of modality m where it is lost, zeros elsewhere."""
-        x = batch.features[m]
-        total = torch.zeros_like(x)
-        sources = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-        for i in range(len(self.input_dims)):
-            if i == m:
+    def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:
+        """M tensors (B, T, d_m): the proxies where a modality is lost, and what is not to be looked at elsewhere."""
+        frames = [x.flatten(0, 1) for x in batch.features]
+        # (M, B·T): the frames that each modality is a source for, and those that each is lost in.
+        usable = (effective[:, None] & batch.frame_valid).flatten(0, 1).T
+        missing = lost[:, None].expand(batch.frame_valid.shape).flatten(0, 1).T
+        # How many frames every modality is asked for, by each other one: all that the host has to know.
+        pairs = (usable[:, None] & missing[None]).sum(dim=2)
+        asked, any_asked = self._counts(pairs, (usable & missing.any(dim=0)).sum(dim=1))
+        totals = [torch.zeros_like(x) for x in frames]
+        sources = torch.zeros(missing.shape, dtype=frames[0].dtype, device=frames[0].device)
+        for i, count in enumerate(any_asked):
+            targets = [m for m, number in enumerate(asked[i]) if number]
+            if not targets:
                 continue
-            wanted = (lost & effective[:, i])[:, None] & batch.frame_valid[:, :, i]
-            proxies = self._map(batch.features[i][wanted], i, m)
-            if proxies is None:  # never seen together in training
-                continue
-            total[wanted] += proxies.to(x.dtype)
-            sources += wanted
-        return total / sources.clamp(min=1)[:, :, None]
+            rows = torch.nonzero_static(usable[i] & missing.any(dim=0), size=count)[:, 0]
+            for m, part, proxies in self._proxies(frames[i], rows, i, targets):
+                here = missing[m][part]
+                totals[m].index_add_(0, part, torch.where(here[:, None], proxies, 0.0).to(totals[m].dtype))
+                sources[m].index_add_(0, part, here.to(sources.dtype))
+        return [
+            (total / sources[m].clamp(min=1)[:, None]).view_as(x)
+            for m, (total, x) in enumerate(zip(totals, batch.features, strict=True))
+        ]
 
-    def _map(self, frames: Tensor, i: int, m: int) -> Tensor | None:
-        """Proxies (Q, d_m) of modality m for frames (Q, d_i) of modality i, or None without any paired frame."""
+    @staticmethod
+    def _counts(pairs: Tensor, rows: Tensor) -> tuple[list[list[int]], list[int]]:
+        """Both on the host, at the price of waiting for the device once."""
+        *asked, counts = torch.cat([pairs, rows[None]]).tolist()
+        return asked, counts
+
+    def _proxies(
+        self, frames: Tensor, rows: Tensor, i: int, targets: list[int]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Proxies (Q, d_m) of some frames of modality i, as (m, rows, proxies), no more at a time than the budget."""
         if self.config.bank == "basis":
-            matrix, bias = self.learned(f"map_{i}_{m}"), self.learned(f"bias_{i}_{m}")
-            if not matrix.shape[0]:
-                return None
-            return torch.addmm(bias, frames.to(matrix.dtype), matrix.mT)
-        both = self.learned("bank_valid")[:, i] & self.learned("bank_valid")[:, m]
-        source, target = self.learned(f"bank_{i}"), self.learned(f"bank_{m}")
-        if not bool(both.all()):
-            source, target = source[both], target[both]
-        if not source.shape[0]:
-            return None
-        frames = frames.to(source.dtype)
-        proxies = [frames.new_zeros((0, target.shape[1]))]
-        for start in range(0, frames.shape[0], _CHUNK_FRAMES):
-            part = frames[start : start + _CHUNK_FRAMES]
-            _, neighbors = functional.nearest_neighbors(part, source, self.config.k, engine=self.config.engine)
-            proxies.append(
-                functional.local_least_squares(
-                    part, source, target, neighbors, ridge=self.config.ridge, affine=self.config.affine
-                )[0]
-            )
-        return torch.cat(proxies)
+            for m in targets:
+                matrix, bias = self.learned(f"map_{i}_{m}"), self.learned(f"bias_{i}_{m}")
+                if matrix.shape[0]:
+                    size = self._chunk(2 * 8 * sum(matrix.shape))
+                    for part in torch.split(rows, size):
+                        yield m, part, torch.addmm(bias, frames[part].to(matrix.dtype), matrix.mT)
+            return
+        bank = self.learned(f"bank_{i}")
+        for searched in self._prepare().parts[i]:
+            wanted = [m for m in searched.targets if m in targets]
+            if not wanted:
+                continue
+            partners = [self.learned(f"bank_{m}") for m in wanted]
+            # What the solution in plain PyTorch gathers and copies: neighbours in float64, partners in float32.
+            gathered = searched.k * (24 * bank.shape[1] + 8 * sum(partner.shape[1] for partner in partners))
+            for several in torch.split(rows, self._chunk(16 * (bank.shape[1] + 2 * searched.k))):
+                neighbors = searched.lookup.search(frames[several].to(bank.dtype), searched.k)[1]
+                size = self._chunk(gathered)
+                for part, near in zip(torch.split(several, size), torch.split(neighbors, size), strict=True):
+                    query = frames[part].to(bank.dtype)
+                    solved, _ = functional.local_least_squares(
+                        query,
+                        *_on_device(query.device, bank, partners, near),
+                        ridge=self.config.ridge,
+                        affine=self.config.affine,
+                    )
+                    for m, proxies in zip(wanted, solved, strict=True):
+                        yield m, part, proxies
+
+    def _chunk(self, bytes_per_frame: int) -> int:
+        return max(1, self.config.memory_budget // 4 // bytes_per_frame)
 
     def extra_repr(self) -> str:
         """The settings, for ``print(module)``."""
         return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
 
 
-def _smallest_draws(parts: list[list[Tensor]], limit: int | None) -> list[Tensor]:
+class _BankPart(NamedTuple):
+    """A modality's bank, cut down to the rows in which some other modalities are valid too."""
+
+    lookup: NeighborIndex
+    allowed: Tensor | None  # (n,) bool, the rows; None for all
+    k: int
+    targets: tuple[int, ...]  # those other modalities
+
+
+class _Prepared(NamedTuple):
+    """Indices of every modality's bank, and the buffers that they were made from."""
+
+    state: list[tuple[Tensor, int]]
+    parts: list[list[_BankPart]]
+
+    def holds(self, state: list[tuple[Tensor, int]]) -> bool:
+        """Whether these are still the same buffers, and unwritten."""
+        return all(a is b and x == y for (a, x), (b, y) in zip(self.state, state, strict=True))
+
+
+def _on_device(
+    device: torch.device, bank: Tensor, partners: list[Tensor], neighbors: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Bank, partners and neighbours for a solution on ``device``: of a bank elsewhere only the rows that are named."""
+    if bank.device == device:
+        return bank, partners, neighbors
+    named, places = torch.unique(neighbors.to(bank.device), return_inverse=True)
+    return bank[named].to(device), [partner[named].to(device) for partner in partners], places.to(device)
+
+
+def _pivots(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Rows that span all of them, as many as the numerical rank, the most telling first: column-pivoted QR."""
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    triangle, order = scipy.linalg.qr(rows.T, mode="r", pivoting=True)
+    diagonal = np.abs(np.diagonal(triangle))
+    # The frames are float32: what QR leaves below their precision is rounding, not another direction. It does not
+    # grow with the number of frames, since the diagonal measures single ones.
+    rank = int((diagonal > rows.shape[1] * np.finfo(np.float32).eps * diagonal[0]).sum())
+    chosen: np.ndarray[Any, Any] = order[:rank]
+    return chosen
+
+
+def _smallest_draws(parts: list[list[Tensor]], limit: int) -> list[Tensor]:
     """The parts joined, cut down to the ``limit`` rows whose last column is smallest, in their order."""
     joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    if limit is None or joined[-1].shape[0] <= limit:
+    if joined[-1].shape[0] <= limit:
         return joined
     chosen = joined[-1].argsort()[:limit].sort().values
     return [column[chosen] for column in joined]

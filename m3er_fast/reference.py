@@ -23,7 +23,7 @@ Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["none", "mean", "sum"]
 
 # Below this ridge the normal equations lose the small singular values, even in float64; the SVD keeps them.
-_SMALLEST_CHOLESKY_RIDGE = 1e-8
+SMALLEST_CHOLESKY_RIDGE = 1e-8
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ def local_least_squares(
         # holds by itself, since a centred Gram matrix sends (1, ..., 1) to zero.
         center = rows64.mean(dim=1)
         rows64, wanted64 = rows64 - center[:, None, :], wanted64 - center
-    if ridge < _SMALLEST_CHOLESKY_RIDGE:
+    if ridge < SMALLEST_CHOLESKY_RIDGE:
         coefficients = _svd_solution(rows64, wanted64, penalty, torch.finfo(rows.dtype).eps, size.sqrt())
     else:
         coefficients = _cholesky_solution(rows64, wanted64, penalty)

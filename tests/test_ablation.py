@@ -27,6 +27,7 @@ TEST = CORPUS.subset("test")
 # Seeds from 5 on, so that a seed counted from 0 shows.
 CONFIG = M3ERConfig(
     check=CheckConfig(alpha=0.3),
+    proxy=ProxyConfig(ridge=1e-2),
     network=NETWORK,
     training=TrainingConfig(epochs=3, batch_size=16, learning_rate=0.02, seed=5),
 )

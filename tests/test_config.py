@@ -91,6 +91,8 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (ProxyConfig, "affine", NOT_BOOLEANS),
         (ProxyConfig, "max_bank", NOT_POSITIVE_INTS),
         (ProxyConfig, "max_basis", NOT_POSITIVE_INTS),
+        (ProxyConfig, "memory_budget", NOT_POSITIVE_INTS),
+        (ProxyConfig, "bank_on_host", NOT_BOOLEANS),
         (NetworkConfig, "hidden", NOT_POSITIVE_INTS),
         (NetworkConfig, "memory", NOT_POSITIVE_INTS),
         (NetworkConfig, "fusion", NOT_POSITIVE_INTS),

@@ -137,7 +137,7 @@ def test_signatures_begin_as_documented(function, wanted):
         ),
         (
             m3er_fast.ProxyGenerator,
-            {"bank": "neighbours", "k": 16, "ridge": 1e-2, "affine": False, "max_bank": None, "max_basis": None},
+            {"bank": "neighbours", "k": 16, "ridge": 0.3, "affine": False, "max_bank": None, "max_basis": None},
         ),
         (
             m3er_fast.MemoryFusionNetwork,

@@ -1,0 +1,327 @@
+"""How good proxies are, and what they do for accuracy: neighbours, ridge, bank, and what they are measured against.
+
+``python benchmarks/proxy_quality.py OUT`` trains the default network on the generated corpus and, where they are found
+in $M3ER_DATA or shared/data, on CMU-MOSI and YouTube (split anew), with five seeds; corrupts the test split by the
+paper's protocol; and fills the modalities that were hit (the true mask is given) in every way that is compared.
+It writes OUT/proxy_quality.json, .md and .png.
+
+Errors are ‖filled - original‖ / ‖original‖ over all frames that were hit, standardised; dimensions as in proxy.py.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import kmeans_plusplus
+from sklearn.linear_model import RidgeCV
+
+from m3er_fast import M3ERConfig, ProxyGenerator, functional
+from m3er_fast.corpus.convert import read
+from m3er_fast.corpus.splits import split_by_group
+from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.corruption import paper_protocol
+from m3er_fast.training import train
+
+NEIGHBOURS = (1, 4, 8, 16, 32, 64)
+RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
+SHARES = (1 / 16, 1 / 4, 1.0)
+
+
+def corpora(root):
+    """Name -> (corpus, settings of its network)."""
+    config = M3ERConfig()
+
+    def settings(epochs, dropout=0.0):
+        return config.replace(
+            training=replace(config.training, epochs=epochs), network=replace(config.network, dropout=dropout)
+        )
+
+    found = {"generated": (make_synthetic(), settings(20, 0.5))}
+    if (root / "mosi_utterance").is_dir():
+        found["CMU-MOSI"] = (read(root / "mosi_utterance", "utterance-csv"), settings(10))
+    if (root / "youtube_sequences").is_dir():
+        found["YouTube"] = (split_by_group(read(root / "youtube_sequences", "mfn-h5")), settings(100))
+    return found
+
+
+# --- ways to fill a lost modality: standardised batch and effective mask in, M features out ---
+
+
+def zeros_of_raw_features(model, batch, effective):
+    """What a pipeline that writes 0 into missing raw features gives the network."""
+    lost = ~effective & effective.any(dim=1, keepdim=True)
+    inside = torch.arange(batch.features[0].shape[1]) < batch.lengths[:, None]
+    filled = []
+    for m, x in enumerate(batch.features):
+        zero = -getattr(model.standardizer, f"mean_{m}") / getattr(model.standardizer, f"scale_{m}")
+        here = (lost[:, m, None] & inside)[:, :, None]
+        filled.append(torch.where(here, zero.to(x).clamp(-1e4, 1e4), torch.where(lost[:, m, None, None], 0.0, x)))
+    return filled
+
+
+def means(_model, batch, effective):
+    """The training mean: zeros in standardised features."""
+    lost = ~effective & effective.any(dim=1, keepdim=True)
+    return [torch.where(lost[:, m, None, None], 0.0, x) for m, x in enumerate(batch.features)]
+
+
+class Regression:
+    """One ridge regression a direction, its penalty chosen by leave-one-out; sources are averaged as proxies are."""
+
+    def __init__(self, training):
+        self.maps = {}
+        for i, source in enumerate(training.features):
+            for m, target in enumerate(training.features):
+                both = training.frame_valid[:, :, i] & training.frame_valid[:, :, m]
+                if i != m and bool(both.any()):
+                    fitted = RidgeCV(alphas=10.0 ** np.arange(-1, 7)).fit(source[both].numpy(), target[both].numpy())
+                    self.maps[i, m] = fitted.predict
+
+    def __call__(self, _model, batch, effective):
+        filled = []
+        lost = ~effective & effective.any(dim=1, keepdim=True)
+        for m, x in enumerate(batch.features):
+            total, sources = torch.zeros_like(x), torch.zeros(x.shape[:2])
+            for i, source in enumerate(batch.features):
+                here = (lost[:, m] & effective[:, i])[:, None] & batch.frame_valid[:, :, i]
+                if i != m and (i, m) in self.maps and bool(here.any()):
+                    total[here] += torch.from_numpy(self.maps[i, m](source[here].numpy())).float()
+                    sources += here
+            filled.append(torch.where(lost[:, m, None, None], total / sources.clamp(min=1)[:, :, None], x))
+        return filled
+
+
+class Proxies:
+    """A proxy generator; with ``weigh`` each proxy is shrunk towards the mean by what held-out frames say is best.
+
+    The factor of a proxy p is α = c0 + c1·r + c2·d, held to 0..1, r the relative residual of the fit and d the
+    distance to the nearest frame beside the frame's norm; c minimises Σ ‖w - α p‖² over held-out training frames.
+    "constant" has c0 alone.
+    """
+
+    def __init__(self, dims, training, weigh=None, **settings):
+        self.generator = ProxyGenerator(dims, **settings).fit_batches(lambda: [training])
+        self.weigh, self.factors = weigh, {}
+        if weigh:
+            rng = np.random.default_rng(0)
+            held = torch.from_numpy(rng.random(training.lengths.shape[0]) < 0.2)
+            part = ProxyGenerator(dims, **settings).fit_batches(lambda: [rows_of(training, ~held)])
+            for i in range(len(dims)):
+                for m in range(len(dims)):
+                    both = training.frame_valid[held][:, :, i] & training.frame_valid[held][:, :, m]
+                    if i != m and bool(both.any()):
+                        f, w = training.features[i][held][both], training.features[m][held][both]
+                        self._calibrate(part, i, m, f, w)
+
+    def _calibrate(self, generator, i, m, f, w):
+        answer = self._answer(generator, i, m, f)
+        if answer is None:
+            return
+        p, signs = answer
+        # Σ ‖w - (c·s) p‖²: least squares with rows s ⊗ p.
+        left = torch.einsum("qa,qb,q->ab", signs, signs, p.square().sum(dim=1)).double()
+        right = torch.einsum("qa,q->a", signs, (p * w).sum(dim=1)).double()
+        self.factors[i, m] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0].float()
+
+    def _answer(self, generator, i, m, f):
+        valid = generator.bank_valid[:, i] & generator.bank_valid[:, m]
+        if not bool(valid.any()):
+            return None
+        bank, partners = generator.learned(f"bank_{i}")[valid], generator.learned(f"bank_{m}")[valid]
+        config = generator.config
+        distance, near = functional.nearest_neighbors(f, bank, config.k)
+        (p, again), _ = functional.local_least_squares(
+            f, bank, [partners, bank], near, ridge=config.ridge, affine=config.affine
+        )
+        size = f.norm(dim=1).clamp(min=1e-6)
+        residual = (f - again).norm(dim=1) / size
+        signs = torch.stack([torch.ones_like(size), residual, distance[:, 0].sqrt() / size], dim=1)
+        return p, signs[:, :1] if self.weigh == "constant" else signs
+
+    def __call__(self, _model, batch, effective):
+        if not self.weigh:
+            return self.generator.proxy_batch(batch, effective)[0]
+        lost = ~effective & effective.any(dim=1, keepdim=True)
+        filled = []
+        for m, x in enumerate(batch.features):
+            total, sources = torch.zeros_like(x), torch.zeros(x.shape[:2])
+            for i, source in enumerate(batch.features):
+                here = (lost[:, m] & effective[:, i])[:, None] & batch.frame_valid[:, :, i]
+                if (i, m) in self.factors and bool(here.any()):
+                    p, signs = self._answer(self.generator, i, m, source[here])
+                    total[here] += (signs @ self.factors[i, m]).clamp(0, 1)[:, None] * p
+                    sources += here
+            filled.append(torch.where(lost[:, m, None, None], total / sources.clamp(min=1)[:, :, None], x))
+        return filled
+
+
+def rows_of(batch, chosen):
+    return type(batch)([x[chosen] for x in batch.features], *(x[chosen] for x in batch[1:]))
+
+
+def reduced_by_kmeans(dims, training, size):
+    """A bank of the frames that k-means++ seeding picks from all modalities side by side."""
+    fill = Proxies(dims, training)
+    generator = fill.generator
+    banks = [generator.learned(f"bank_{m}") for m in range(len(dims))]
+    _, chosen = kmeans_plusplus(torch.cat(banks, dim=1).numpy(), size, random_state=0)
+    chosen = torch.from_numpy(np.sort(chosen))
+    generator.register_learned(
+        **{f"bank_{m}": bank[chosen] for m, bank in enumerate(banks)}, bank_valid=generator.bank_valid[chosen]
+    )
+    return fill
+
+
+def ways(dims, training):
+    """Label -> way of filling, in groups."""
+    default = Proxies(dims, training)
+    frames = default.generator.bank_valid.shape[0]
+    groups = {
+        "baselines": {
+            "zero filling": zeros_of_raw_features,
+            "mean filling": means,
+            "ridge regression": Regression(training),
+        },
+        "kind": {
+            "neighbours": default,
+            "neighbours, affine": Proxies(dims, training, affine=True),
+            "basis": Proxies(dims, training, bank="basis"),
+        },
+        "k": {str(k): Proxies(dims, training, k=k) for k in NEIGHBOURS},
+        "k, ridge 0.01": {str(k): Proxies(dims, training, k=k, ridge=0.01) for k in NEIGHBOURS},
+        "ridge": {f"{ridge:g}": Proxies(dims, training, ridge=ridge) for ridge in RIDGES},
+        "bank": {},
+        "bank by k-means++": {},
+        "weight": {
+            "constant": Proxies(dims, training, weigh="constant"),
+            "residual and distance": Proxies(dims, training, weigh="both"),
+        },
+    }
+    for share in SHARES:
+        size = max(1, round(share * frames))
+        groups["bank"][str(size)] = Proxies(dims, training, max_bank=size)
+        if share < 1 and size <= 3000:  # k-means++ takes a pass over the bank for every row it picks
+            groups["bank by k-means++"][str(size)] = reduced_by_kmeans(dims, training, size)
+    return groups
+
+
+def measure(corpus, config, seeds, say):
+    results = {}
+    corpus = corpus if corpus.split is not None else split_by_group(corpus)
+    for seed in range(seeds):
+        say(f"  seed {seed + 1} of {seeds}")
+        settings = config.replace(training=replace(config.training, seed=seed))
+        model = train(corpus, settings).model.eval()
+        batches = {}
+        for split in ("train", "test"):
+            part = corpus.subset(split)
+            batches[split] = model.standardize(part.features, part.lengths, part.available)
+        clean, target = batches["test"], torch.as_tensor(corpus.subset("test").target)
+        names = list(corpus.features)
+        noisy, truth = paper_protocol(
+            dict(zip(names, clean.features, strict=True)), seed, lengths=clean.lengths, available=clean.available
+        )
+        corrupted = clean._replace(features=[noisy[name] for name in names])
+        effective = clean.available & ~truth
+        hit = [(truth[:, m] & effective.any(dim=1))[:, None] & clean.frame_valid[:, :, m] for m in range(len(names))]
+        groups = ways(corpus.input_dims, batches["train"])
+        groups["baselines"] |= {
+            "clean": lambda *_, x=clean: x.features,
+            "as it came": lambda *_, x=corrupted: x.features,
+        }
+        for group, fillers in groups.items():
+            for label, fill in fillers.items():
+                with torch.no_grad():
+                    filled = fill(model, corrupted, effective)
+                    answer = model.network.classify(filled, clean.lengths)[0].argmax(dim=1)
+                difference = sum(
+                    float((x - y)[h].square().sum()) for x, y, h in zip(filled, clean.features, hit, strict=True)
+                )
+                original = sum(float(y[h].square().sum()) for y, h in zip(clean.features, hit, strict=True))
+                row = results.setdefault(group, {}).setdefault(label, {"accuracy": [], "error": []})
+                row["accuracy"].append(float((answer == target).double().mean()))
+                row["error"].append((difference / original) ** 0.5)
+    return results
+
+
+def mean_and_deviation(values):
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def to_markdown(results):
+    lines = [
+        "| Corpus | | | Relative L2 error | Accuracy | Accuracy less mean filling |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for corpus, groups in results.items():
+        baseline = np.array(groups["baselines"]["mean filling"]["accuracy"])
+        for group, rows in groups.items():
+            for label, row in rows.items():
+                error, accuracy = mean_and_deviation(row["error"]), mean_and_deviation(row["accuracy"])
+                gain = mean_and_deviation(np.array(row["accuracy"]) - baseline)
+                lines.append(
+                    f"| {corpus} | {group} | {label} | {error[0]:.1%} | {accuracy[0]:.1%} ± {accuracy[1]:.1%} "
+                    f"| {100 * gain[0]:+.1f} ± {100 * gain[1]:.1f} points |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("k", "neighbours K"), ("ridge", "ridge λ"), ("bank", "frames in the bank")]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", constrained_layout=True)
+    for color, (corpus, groups) in zip(("C0", "C1", "C2"), results.items(), strict=False):
+        for column, (group, label) in enumerate(panels):
+            positions = [float(x) for x in groups[group]]
+            for row, key in enumerate(("error", "accuracy")):
+                values = [np.mean(entry[key]) for entry in groups[group].values()]
+                ax = axes[row, column]
+                ax.plot(positions, values, "o-", color=color, label=corpus)
+                ax.axhline(np.mean(groups["baselines"]["mean filling"][key]), color=color, ls=":", lw=1)
+                ax.axhline(np.mean(groups["baselines"]["ridge regression"][key]), color=color, ls="--", lw=1)
+                ax.set_xscale("log")
+                if row:
+                    ax.set_xlabel(label)
+    axes[0, 0].set_ylabel("relative L2 error")
+    axes[1, 0].set_ylabel("accuracy")
+    axes[0, 0].legend(
+        title="proxies (solid)\nmean filling (dotted)\nridge regression (dashed)",
+        fontsize=8,
+        title_fontsize=8,
+        loc="upper left",
+    )
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", choices=("generated", "CMU-MOSI", "YouTube"))
+    options = parser.parse_args()
+    root = Path(os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    results = {}
+    for name, (corpus, config) in corpora(root).items():
+        if options.only in (None, name):
+            print(name, flush=True)
+            results[name] = measure(corpus, config, options.seeds, lambda line: print(line, flush=True))
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = {"torch": torch.__version__, "python": platform.python_version(), "seeds": options.seeds}
+    (options.out / "proxy_quality.json").write_text(
+        json.dumps({"settings": about, "results": results}, indent=1) + "\n"
+    )
+    (options.out / "proxy_quality.md").write_text(to_markdown(results), encoding="utf-8")
+    draw(results, options.out / "proxy_quality.png")
+
+
+if __name__ == "__main__":
+    main()
