@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from m3er_fast import autograd, cpu, neighbors, reference
+from m3er_fast import autograd, cpu, cpu_scan, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -447,6 +447,8 @@ def memory_scan(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     _check_backend("memory_scan", backend)
+    if backend == "auto" and _on_cpu(features[0]) and cpu_scan.takes(features, weights):
+        return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
 
