@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from m3er_fast import CCA, M3ERConfig, M3ERFusion, functional
+from m3er_fast import CCA, functional
 
 
 def draw(*shape):
@@ -44,23 +44,3 @@ def test_local_least_squares(benchmark, affine):
     _, neighbors = functional.nearest_neighbors(query, bank, 16)
     proxies, _ = benchmark(functional.local_least_squares, query, bank, bank, neighbors, affine=affine)
     assert proxies.isfinite().all()
-
-
-@pytest.mark.benchmark(group="network, T=20, d=300/74/36")
-@pytest.mark.parametrize("batch", [32, 256])
-@pytest.mark.parametrize("step", ["forward", "training step"])
-def test_network(benchmark, batch, step):
-    dims = {"text": 300, "audio": 74, "face": 36}
-    model = M3ERFusion(dims, 6, M3ERConfig(check=None))
-    features = {name: draw(batch, 20, dim) for name, dim in dims.items()}
-    target = torch.arange(batch) % 6
-
-    def forward():
-        with torch.no_grad():
-            return model(features).logits
-
-    def train():
-        loss = model.loss(model(features), target)
-        return torch.autograd.grad(loss, list(model.parameters()))[0]
-
-    assert benchmark(forward if step == "forward" else train).isfinite().all()
