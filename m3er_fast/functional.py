@@ -427,10 +427,12 @@ def memory_scan(
         lengths: (B,) int64 in 0..T.
         weights: see :class:`MemoryScanWeights`.
         dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference.
-        backend: "auto", "torch" or "triton".
+        backend: "auto" (on the CPU the rearranged scan of ``cpu_scan`` where it takes the arguments, else "torch") or
+            "torch". There is no Triton kernel yet.
 
     Returns:
-        The last hidden states (M, B, h) and the memory (B, u).
+        The last hidden states (M, B, h) and the memory (B, u), both zero for a sample without frames. Differentiable
+        in features and weights; second derivatives are the reference's.
 
     Raises:
         ValueError: naming the argument and its shape.
