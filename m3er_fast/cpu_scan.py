@@ -34,7 +34,7 @@ from m3er_fast import reference
 from m3er_fast.reference import MemoryScanWeights
 
 # Samples of a block; rows of a piece of it, where nothing is kept: more memory than that is given back to the system
-# and taken anew in every call, a page fault each 4 KiB, which costs a third of the time.
+# and taken anew in every call, a page fault each 4 KiB, up to a fifth of the time.
 _BLOCK = 256
 _ROWS = 512
 # So many numbers of a tensor, and its tanh takes longer than the four calls that do without.
