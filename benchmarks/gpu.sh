@@ -24,9 +24,9 @@ timeout -s INT -k 20 240 "$python" -m pytest tests -q -p no:cacheprovider --devi
 tests=$?
 timeout -s INT -k 20 90 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m large --junitxml="$work/large.xml"
 large=$?
-# What is left in test_reference.py runs on the CPU.
+# A CCA is fitted on the CPU.
 timeout -s INT -k 20 220 "$python" -m pytest benchmarks -q -p no:cacheprovider --device cuda --benchmark-only \
-  --ignore benchmarks/test_reference.py --benchmark-json="$work/benchmarks.json" "$@"
+  --ignore benchmarks/test_cca.py --benchmark-json="$work/benchmarks.json" "$@"
 benchmarks=$?
 
 "$python" - "$out" "$work" <<'PYTHON'

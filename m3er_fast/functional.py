@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from m3er_fast import autograd, cpu, cpu_lstsq, neighbors, reference
+from m3er_fast import autograd, cpu, cpu_lstsq, cpu_scan, neighbors, reference
 from m3er_fast.reference import (
     Activation,
     GateDecision,
@@ -538,10 +538,12 @@ def memory_scan(
         lengths: (B,) int64 in 0..T.
         weights: see :class:`MemoryScanWeights`.
         dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference.
-        backend: "auto", "torch" or "triton".
+        backend: "auto" (on the CPU the rearranged scan of ``cpu_scan`` where it takes the arguments, else "torch") or
+            "torch". There is no Triton kernel yet.
 
     Returns:
-        The last hidden states (M, B, h) and the memory (B, u).
+        The last hidden states (M, B, h) and the memory (B, u), both zero for a sample without frames. Differentiable
+        in features and weights; second derivatives are the reference's.
 
     Raises:
         ValueError: naming the argument and its shape.
@@ -558,6 +560,8 @@ def memory_scan(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     _check_backend("memory_scan", backend)
+    if backend == "auto" and _on_cpu(features[0]) and cpu_scan.takes(features, weights):
+        return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
 

@@ -1,0 +1,250 @@
+"""The memory scan's CPU path against the reference's step-by-step loop under autograd."""
+
+import itertools
+
+import pytest
+import torch
+
+from m3er_fast import cpu_scan, reference
+from m3er_fast.functional import MemoryScanWeights, memory_scan
+
+# Length 0, a negative one, one above T, and ties.
+ODD_LENGTHS = torch.tensor([9, 1, 12, 0, 9, 2, -3])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks, and several pieces a block, of tensors of any length."""
+    monkeypatch.setattr(cpu_scan, "_BLOCK", 3)
+    monkeypatch.setattr(cpu_scan, "_ROWS", 7)
+    monkeypatch.setattr(cpu_scan, "_MANY", 20)
+    monkeypatch.setattr(cpu_scan, "_FEWEST_STEPS", 0)
+
+
+def problem(dims=(3, 5, 2), batch=7, steps=9, *, feedback=True, dtype=torch.float64, sizes=(3, 4, 5, 6, 7), seed=0):
+    """Features and weights, all of which need gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    h, u, a, b, g = sizes
+    modalities, cells = len(dims), 2 * h * len(dims)
+
+    def draw(*shape, scale=0.4):
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        return value.to(dtype).requires_grad_()
+
+    def layers(size, inner, out):
+        return draw(inner, size), draw(inner), draw(out, inner), draw(out)
+
+    weights = MemoryScanWeights(
+        input=[draw(4 * h, d) for d in dims],
+        recurrent=draw(modalities, 4 * h, h),
+        bias=draw(modalities, 4 * h),
+        feedback=draw(modalities, 4 * h, 2 * h, scale=2.0) if feedback else None,
+        attention=layers(cells, a, cells),
+        candidate=layers(cells, b, u),
+        retain=layers(cells + u, g, u),
+        update=layers(cells + u, g, u),
+    )
+    return [draw(batch, steps, d, scale=1.0) for d in dims], weights
+
+
+def leaves(features, weights):
+    given = [weights.feedback] if weights.feedback is not None else []
+    layers = [*weights.attention, *weights.candidate, *weights.retain, *weights.update]
+    return [*features, *weights.input, weights.recurrent, weights.bias, *given, *layers]
+
+
+def detached(weights):
+    def one(value):
+        return None if value is None else value.detach() if torch.is_tensor(value) else type(value)(map(one, value))
+
+    return MemoryScanWeights(*map(one, weights))
+
+
+def assert_equal(features, lengths, weights, *, dropout=0.0, forward=1e-12, gradient=1e-9):
+    """Results, with and without a graph, and every gradient; ``gradient`` relative to the largest of a tensor."""
+    runs = []
+    for scan in (cpu_scan.memory_scan, reference.memory_scan):
+        torch.manual_seed(5)
+        results = scan(features, lengths, weights, dropout=dropout)
+        generator = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in results]
+        gradients = torch.autograd.grad(results, leaves(features, weights), incoming, materialize_grads=True)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            again = scan(features, lengths, weights, dropout=dropout)
+        runs.append((results, again, gradients))
+    (ours, ours_again, our_gradients), (wanted, _, gradients) = runs
+    for results in (ours, ours_again):
+        for got, want in zip(results, wanted, strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=0, atol=forward)
+    for got, want in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=gradient * max(want.abs().max().item(), 1e-6))
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("dims", [(3,), (2, 3), (3, 5, 2), (4, 1, 3, 2), (2, 3, 1, 4, 2)])
+def test_equals_the_reference(dims, feedback):
+    for batch, steps, dropout in itertools.product((1, 7), (1, 2, 9), (0.0, 0.4)):
+        features, weights = problem(dims, batch, steps, feedback=feedback)
+        for lengths in (ODD_LENGTHS[:batch], torch.full((batch,), steps)):
+            assert_equal(features, lengths, weights, dropout=dropout)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_equals_the_reference_in_float32_at_the_sizes_of_the_paper(batch, feedback):
+    sizes = (32, 128, 128, 64, 64)
+    features, weights = problem((30, 7, 11), batch, 21, feedback=feedback, dtype=torch.float32, sizes=sizes)
+    with torch.no_grad():
+        for weight in leaves([], weights):
+            weight.mul_(0.2)  # about what nn.Linear starts with
+    lengths = torch.arange(batch) * 5 % 24
+    assert_equal(features, lengths, weights, forward=1e-5, gradient=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_gradcheck_of_every_argument(feedback, dropout):
+    features, weights = problem((2, 1), 3, 3, feedback=feedback, sizes=(2, 2, 3, 2, 2))
+    arguments = leaves(features, weights)
+
+    def scan(*_):
+        torch.manual_seed(2)  # the same units dropped in every call
+        return cpu_scan.memory_scan(features, torch.tensor([3, 1, 2]), weights, dropout=dropout)
+
+    assert torch.autograd.gradcheck(scan, arguments, check_batched_grad=False)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_second_derivatives_are_the_references(dropout):
+    features, weights = problem((2, 1), 3, 4, sizes=(2, 2, 3, 2, 2))
+    arguments, lengths = leaves(features, weights), torch.tensor([4, 1, 2])
+    second = []
+    for scan in (cpu_scan.memory_scan, reference.memory_scan):
+        torch.manual_seed(3)
+        hidden, memory = scan(features, lengths, weights, dropout=dropout)
+        first = torch.autograd.grad(hidden.square().sum() + memory.sum(), arguments, create_graph=True)
+        state = torch.get_rng_state()
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), arguments))
+        assert torch.equal(state, torch.get_rng_state())
+    for got, want in zip(*second, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_one_result_alone_and_of_none():
+    features, weights = problem()
+    for which in (0, 1):
+        got, want = (
+            torch.autograd.grad(scan(features, ODD_LENGTHS, weights)[which].sum(), leaves(features, weights))
+            if which == 1
+            else torch.autograd.grad(
+                scan(features, ODD_LENGTHS, weights)[which].sum(), [*features, weights.recurrent, weights.bias]
+            )
+            for scan in (cpu_scan.memory_scan, reference.memory_scan)
+        )
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    lengths = torch.zeros(7, dtype=torch.int64)
+    results = cpu_scan.memory_scan(features, lengths, weights)
+    assert not any(x.any() for x in results)
+    gradients = torch.autograd.grad(sum(x.sum() for x in results), leaves(features, weights))
+    assert not any(g.any() for g in gradients)
+
+
+def test_a_backward_pass_can_run_twice():
+    features, weights = problem()
+    total = sum(x.sum() for x in cpu_scan.memory_scan(features, ODD_LENGTHS, weights))
+    first = torch.autograd.grad(total, leaves(features, weights), retain_graph=True)
+    second = torch.autograd.grad(total, leaves(features, weights))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_arguments_stay_as_they_were():
+    """Most of the arithmetic is in place: never in what was given, of which one row or one modality needs no copy."""
+    for dims, batch, steps in (((3,), 1, 1), ((3,), 1, 4), ((3, 2), 5, 4)):
+        features, weights = problem(dims, batch, steps)
+        before = [x.detach().clone() for x in leaves(features, weights)]
+        lengths = torch.full((batch,), steps)
+        with torch.no_grad():
+            cpu_scan.memory_scan(features, lengths, weights)
+        sum(x.sum() for x in cpu_scan.memory_scan(features, lengths, weights)).backward()
+        assert all(torch.equal(x, y) for x, y in zip(before, leaves(features, weights), strict=True))
+
+
+def test_memory_orders():
+    features, weights = problem()
+    turned = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in features]
+    wide = [torch.cat([x.detach(), x.detach()], 2)[:, :, ::2].requires_grad_() for x in features]
+    assert not any(x.is_contiguous() for x in turned)
+    assert_equal(turned, ODD_LENGTHS, weights)
+    assert_equal(wide, ODD_LENGTHS, weights)
+    alike = [x.detach()[:1].expand(7, -1, -1).requires_grad_() for x in features]
+    assert_equal(alike, ODD_LENGTHS, weights)
+    recurrent = weights.recurrent.detach().mT.contiguous().mT.requires_grad_()
+    assert_equal(features, ODD_LENGTHS, weights._replace(recurrent=recurrent))
+
+
+def test_what_padding_holds_never_matters():
+    features, weights = problem()
+    padding = (torch.arange(9) >= ODD_LENGTHS[:, None])[:, :, None]
+    wanted = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    held = [x.detach().masked_fill(padding, float("nan")) for x in features]
+    got = cpu_scan.memory_scan(held, ODD_LENGTHS, weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    gradients = torch.autograd.grad(sum(x.sum() for x in got), leaves([], weights))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_one_sample_holds_stays_with_it(value):
+    features, weights = problem()
+    wanted = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    features[0].data[4, 2] = value
+    got = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    same = reference.memory_scan(features, ODD_LENGTHS, weights)
+    others = torch.arange(7) != 4
+    torch.testing.assert_close(got[0][:, others], wanted[0][:, others], rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[1][others], wanted[1][others], rtol=0, atol=1e-12)
+    for ours, theirs in zip(got, same, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12, equal_nan=True)
+
+
+def test_every_scan_that_it_does_not_take_is_the_references():
+    features, weights = problem((2, 3), 3, 4, dtype=torch.float32)
+    plain, fixed = [x.detach() for x in features], detached(weights)
+    assert cpu_scan.takes(plain, fixed)
+    # float16 weights, γ layers of two sizes, few steps: a result all the same.
+    other = problem((2, 3), 3, 4, dtype=torch.float32, sizes=(3, 4, 5, 6, 9))[1]
+    uneven = detached(weights._replace(update=other.update))
+    half = [x.bfloat16() for x in plain]
+    low = MemoryScanWeights(*(
+        [w.bfloat16() for w in part] if isinstance(part, list)
+        else tuple(w.bfloat16() for w in part) if isinstance(part, tuple) else part.bfloat16()
+        for part in fixed
+    ))  # fmt: skip
+    for x, w in ((plain, uneven), (half, low)):
+        assert not cpu_scan.takes(x, w)
+        got, want = memory_scan(x, torch.full((3,), 4), w), reference.memory_scan(x, torch.full((3,), 4), w)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    empty = [x[:, :0] for x in plain]
+    assert not any(x.any() for x in memory_scan(empty, torch.zeros(3), fixed))
+    assert not any(x.any() for x in cpu_scan.memory_scan(empty, torch.zeros(3), fixed))
+
+
+def test_autocast_leaves_the_precision_alone():
+    features, weights = problem((2, 3), 3, 4, dtype=torch.float32)
+    wanted = cpu_scan.memory_scan(features, torch.full((3,), 4), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cpu_scan.memory_scan(features, torch.full((3,), 4), weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_functional_takes_it(monkeypatch):
+    features, weights = problem()
+    monkeypatch.setattr(reference, "memory_scan", None)
+    hidden, memory = memory_scan(features, ODD_LENGTHS, weights)
+    assert hidden.shape == (3, 7, 3)
+    assert memory.shape == (7, 4)
+    with pytest.raises(TypeError):
+        memory_scan(features, ODD_LENGTHS, weights, backend="torch")
