@@ -41,14 +41,19 @@ _ROWS = 512
 _MANY = 4096
 # Of fewer steps the reference is as fast: reordering weights takes a call about as long as three steps.
 _FEWEST_STEPS = 8
+# Of more samples a training step of the reference is as fast (docs/memory_scan.md), and holds less.
+_MOST_TRAINED = 256
 
 
 def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
     """Whether these checked arguments are computed here: enough steps, one precision, both γ's layers of one size."""
-    if features[0].shape[1] < _FEWEST_STEPS:
+    batch, steps, _ = features[0].shape
+    if steps < _FEWEST_STEPS:
         return False
     dtype = weights.recurrent.dtype
     tensors = [*features, *_flat(weights)]
+    if batch > _MOST_TRAINED and _wants_gradients(tensors):
+        return False
     return (
         dtype in (torch.float32, torch.float64)
         and all(x is None or x.dtype == dtype for x in tensors)
@@ -64,12 +69,16 @@ def memory_scan(
     Under one seed the units dropped are those that the reference drops.
     """
     tensors = [*features, *_flat(weights)]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if _wants_gradients(tensors):
         hidden, memory, *_ = _MemoryScan.apply(lengths, dropout, *tensors)  # type: ignore[no-untyped-call]
         return hidden, memory
     with torch.autocast("cpu", enabled=False):
         hidden, memory, _ = _forward(features, lengths, weights, dropout, keep=False)
     return hidden, memory
+
+
+def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _MemoryScan(torch.autograd.Function):

@@ -560,7 +560,8 @@ def memory_scan(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     _check_backend("memory_scan", backend)
-    if backend == "auto" and _on_cpu(features[0]) and cpu_scan.takes(features, weights):
+    plain = _on_cpu(features[0]) and not _in_transform() and not any(map(_has_tangent, features))
+    if backend == "auto" and plain and cpu_scan.takes(features, weights):
         return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 

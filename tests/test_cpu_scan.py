@@ -248,3 +248,29 @@ def test_functional_takes_it(monkeypatch):
     assert memory.shape == (7, 4)
     with pytest.raises(TypeError):
         memory_scan(features, ODD_LENGTHS, weights, backend="torch")
+
+
+def test_transforms_and_forward_mode_are_the_references():
+    """The gradients worked out by hand know neither."""
+    features, weights = problem(batch=3)
+    weights, (first, *others) = detached(weights), [x.detach() for x in features]
+    lengths, direction = torch.tensor([9, 4, 0]), torch.ones_like(first)
+
+    def scan(x, core=memory_scan):
+        return core([x, *others], lengths, weights)[1].square().sum()
+
+    needing = first.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(scan(needing, reference.memory_scan), needing)
+    torch.testing.assert_close(torch.func.grad(scan)(first), wanted)
+    _, slope = torch.func.jvp(scan, (first,), (direction,))
+    torch.testing.assert_close(slope, wanted.sum())
+    with torch.autograd.forward_ad.dual_level():
+        moved = scan(torch.autograd.forward_ad.make_dual(first, direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(moved).tangent, slope)
+
+
+def test_many_samples_are_trained_by_the_reference():
+    features, weights = problem(batch=cpu_scan._MOST_TRAINED + 1, sizes=(2, 2, 2, 2, 2))
+    assert not cpu_scan.takes(features, weights)
+    assert cpu_scan.takes([x.detach() for x in features], detached(weights))
+    assert cpu_scan.takes([x[:-1] for x in features], weights)
