@@ -274,3 +274,4 @@ def test_many_samples_are_trained_by_the_reference():
     assert not cpu_scan.takes(features, weights)
     assert cpu_scan.takes([x.detach() for x in features], detached(weights))
     assert cpu_scan.takes([x[:-1] for x in features], weights)
+    assert cpu_scan.takes([x.expand(-1, -1, -1).repeat(1, 6, 1) for x in features], weights)
