@@ -50,5 +50,5 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device(request):
-    """Where kernels run in this session."""
+    """Where kernels run in this run of the tests."""
     return torch.device(request.config.getoption("--device"))
