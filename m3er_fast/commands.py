@@ -259,7 +259,7 @@ def info() -> None:
         console.print(Text(heading, "bold"))
         for name, works, note in findings:
             verdict = Text("works  ", "green") if works else Text("no     ", "yellow")
-            console.print(Text.assemble(f"  {name:<28}", verdict, note))
+            console.print(Text.assemble(f"  {name:<30}", verdict, note))
 
 
 def _read_for_training(path: Path) -> Corpus:

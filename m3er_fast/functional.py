@@ -5,7 +5,7 @@ is an order: it works or raises :class:`BackendUnavailableError`, it never falls
 plain PyTorch of ``reference`` on any device; "triton" the fused kernel, for float16, bfloat16 and float32 on CUDA.
 Fused kernels exist for the fusion loss, the class costs, the modality check and local least squares: for these "auto"
 means the kernel on CUDA, ``cpu`` or ``cpu_lstsq`` on the CPU, and ``reference`` for whatever is left, such as float64
-on CUDA.
+on CUDA. The memory scan has ``cpu_scan`` on the CPU and no kernel.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
 Q queries, n bank rows, K neighbours, h hidden size, u memory size.
