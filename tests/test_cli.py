@@ -358,12 +358,13 @@ def test_audit_of_an_empty_corpus_says_so(corpus, model_dir, tmp_path, run):
 def test_info_says_what_works_and_why_the_rest_does_not(run):
     code, out, error = run("info")
     assert (code, error) == (0, "")
-    for line in (f"m3er-fast                   works  {__version__}", "fusion_loss torch           works"):
-        assert line in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["m3er-fast", "works", __version__] in lines
+    assert ["fusion_loss", "torch", "works"] in [line[:3] for line in lines]
     for name in ("cpu", "triton", "faiss", "cupy", "pyarrow", "h5py", "matplotlib", "ray"):
         assert f"\n  {name} " in out
     if not torch.cuda.is_available():
-        assert "\n  cuda                        no     torch" in out
+        assert ["cuda", "no", "torch"] in [line[:3] for line in lines]
 
 
 def findings(monkeypatch, package, load, distributions):
