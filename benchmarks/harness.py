@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from m3er_fast.functional import BackendUnavailableError
 
 OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
@@ -161,3 +164,45 @@ def commit() -> str:
     """The commit that is measured: of the checkout, or what ``M3ER_COMMIT`` says of a copy of it."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or os.environ.get("M3ER_COMMIT", "unknown")
+
+
+# --- Contestants that take turns, so that a busy moment of the machine hits all of them ---
+
+
+def draw(*shape: int, seed: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal random numbers, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round, after one that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            start = now()
+            run()
+            if turn:
+                times[name].append(now() - start)
+    return times
+
+
+def report(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
+    """Print and return the medians, and the median ratio to ours."""
+    lines = {
+        name: (statistics.median(t), statistics.median(a / b for a, b in zip(t, times[ours], strict=True)))
+        for name, t in times.items()
+    }
+    print()
+    for name, (median, ratio) in lines.items():
+        print(f"  {name:34s} {1e3 * median:9.2f} ms {ratio:7.2f}x")
+    return {name: {"milliseconds": 1e3 * median, "ratio": ratio} for name, (median, ratio) in lines.items()}
+
+
+def works(step: Callable[[], Any]) -> bool:
+    """Whether the contestant's backend works here; if not, the reason is printed."""
+    try:
+        step()
+    except BackendUnavailableError as error:
+        print(f"  left out: {error}")
+        return False
+    return True

@@ -1,16 +1,15 @@
 """Local least squares beside scikit-learn's weights, CuPy, and plain PyTorch, eager and compiled.
 
 Run with ``pytest benchmarks/test_local_lstsq.py --benchmark-only -s``. The contestants take turns; see
-``test_neighbors.py``. scikit-learn computes weights alone; everyone else's time has the proxies in it as well. Nothing
+``harness.py``. scikit-learn computes weights alone; everyone else's time has the proxies in it as well. Nothing
 is asserted about time.
 """
 
 import numpy as np
 import pytest
 import torch
-from harness import compiled
+from harness import compiled, draw, in_turns, report, works
 from sklearn.manifold._locally_linear import barycenter_weights
-from test_neighbors import draw, in_turns, report, works
 
 from m3er_fast import functional, reference
 

@@ -5,16 +5,13 @@ of the machine hits all of them; what is printed is each one's median and the me
 same turn. Nothing is asserted about time.
 """
 
-import statistics
-
 import pytest
 import torch
-from harness import now
+from harness import draw, in_turns, now, report, works
 from sklearn.neighbors import NearestNeighbors
 
 from m3er_fast import functional
 
-ROUNDS = 7
 CPU_SIZES = [
     (100_000, 300, 1000, 16),
     (1000, 300, 1000, 16),
@@ -26,46 +23,9 @@ CPU_SIZES = [
 GPU_SIZES = [(1_000_000, 768, 16384, 16), (100_000, 300, 16384, 16)]
 
 
-def draw(*shape, seed, device="cpu", dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
 def product_and_topk(query, bank, k):
     scores = torch.addmm(bank.square().sum(dim=1), query, bank.mT, alpha=-2.0)
     return scores.topk(k, dim=1, largest=False)[1]
-
-
-def in_turns(contestants, rounds=ROUNDS):
-    """Seconds of every contestant in every round, after one that warms up."""
-    times = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, run in contestants.items():
-            start = now()
-            run()
-            if turn:
-                times[name].append(now() - start)
-    return times
-
-
-def report(times, ours):
-    """Print and return the medians, and the median ratio to ours."""
-    lines = {
-        name: (statistics.median(t), statistics.median(a / b for a, b in zip(t, times[ours], strict=True)))
-        for name, t in times.items()
-    }
-    print()
-    for name, (median, ratio) in lines.items():
-        print(f"  {name:34s} {1e3 * median:9.2f} ms {ratio:7.2f}x")
-    return {name: {"milliseconds": 1e3 * median, "ratio": ratio} for name, (median, ratio) in lines.items()}
-
-
-def works(step):
-    try:
-        step()
-    except functional.BackendUnavailableError as error:
-        print(f"  left out: {error}")
-        return False
-    return True
 
 
 @pytest.mark.parametrize("number", range(len(CPU_SIZES)))
