@@ -203,44 +203,70 @@ class ModalityCheck(FittedModule):
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
         """:meth:`fit` from standardised batches; ``batches`` is called twice and must give the same ones."""
         total = sum(batch.lengths.shape[0] for batch in batches())
-        if not total:
-            raise ValueError("features: no sample to fit the modality check to")
-        block = np.arange(total) * _BLOCKS // total
-        fold_of = torch.from_numpy(np.random.default_rng(0).permutation(_BLOCKS)[block] % _FOLDS)
-        scored = torch.zeros(total, dtype=torch.bool)
-        scored[np.random.default_rng(0).permutation(total)[:_MOST_CALIBRATION]] = True
+        return self.fit_statistics(self.statistics(batches(), total=total))
 
+    def statistics(self, batches: Iterable[StandardizedBatch], *, total: int, start: int = 0) -> CheckStatistics:
+        """What ``fit`` has to know of some of the training samples; that of the others can be merged into it.
+
+        Args:
+            batches: standardised samples that follow each other in the training data.
+            total: samples of the whole training data: it decides which fold a sample is in, and which are scored.
+            start: number of the first of these samples in the training data.
+        """
+        modalities = len(self.input_dims)
+        block_to_fold = np.random.default_rng(0).permutation(_BLOCKS) % _FOLDS
+        # `choice` of a few among many takes neither the time nor the memory that a permutation of all would.
+        scored = np.arange(total)
+        if total > _MOST_CALIBRATION:
+            scored = np.sort(np.random.default_rng(0).choice(total, _MOST_CALIBRATION, replace=False))
         widths = [self._vector_size(dim) for dim in self.input_dims.values()]
-        folds = [_PairedMoments(widths) for _ in range(_FOLDS)]
-        parts: list[list[Tensor]] = []
-        start = 0
-        for batch in batches():
+        nothing = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
+        parts = [[*nothing, torch.zeros(0, modalities, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)]]
+        folds: dict[int, _PairedMoments] = {}
+        for batch in batches:
             vectors = [vector.double().cpu() for vector in self._pool(batch)]
             present = batch.available.cpu()
-            rows = slice(start, start + present.shape[0])
-            start = rows.stop
-            for f, moments in enumerate(folds):
-                chosen = fold_of[rows] == f
+            number = np.arange(start, start + present.shape[0])
+            start += present.shape[0]
+            fold = block_to_fold[number * _BLOCKS // max(total, 1)]
+            for f in np.unique(fold).tolist():
+                chosen = torch.from_numpy(fold == f)
+                moments = folds.setdefault(f, _PairedMoments(widths))
                 moments.update([vector[chosen] for vector in vectors], present[chosen])
-            parts.append([column[scored[rows]] for column in (*vectors, present, fold_of[rows])])
-        *kept, available, fold = (torch.cat(columns) for columns in zip(*parts, strict=True))
+            kept = torch.from_numpy(np.isin(number, scored, assume_unique=True))
+            parts.append([column[kept] for column in (*vectors, present, torch.from_numpy(fold))])
+        *kept_vectors, available, fold = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return CheckStatistics(folds, kept_vectors, available, fold)
 
-        projections = self._solve(_PairedMoments(widths, folds))
+    def fit_statistics(self, statistics: CheckStatistics) -> Self:
+        """:meth:`fit` from what :meth:`statistics` gave for all of the training data, merged in its order.
+
+        Raises:
+            ValueError: if there is no sample at all.
+
+        Warns:
+            UserWarning: as ``fit`` does.
+        """
+        folds, kept, available, fold = statistics
+        if not folds:
+            raise ValueError("features: no sample to fit the modality check to")
+        widths = [self._vector_size(dim) for dim in self.input_dims.values()]
+        projections = self._solve(_PairedMoments(widths, (folds[f] for f in sorted(folds))))
         self.register_learned(
             **{f"{name}_{n}": value for name in _MATRICES for n, value in enumerate(getattr(projections, name))}
         )
-        statistics, swapped = [], []
+        judged, swapped = [], []
         for f in range(_FOLDS):
-            others = self._solve(_PairedMoments(widths, [moments for g, moments in enumerate(folds) if g != f]))
+            others = self._solve(_PairedMoments(widths, (folds[g] for g in sorted(folds) if g != f)))
             chosen = fold == f
             vectors = [vector[chosen].to(others.center[0].dtype) for vector in kept]
             # Where the other folds lack a modality, or hold but one sample, every energy is 0: that is no measurement.
             measured = torch.tensor([whitener.shape[0] > 0 for whitener in others.whitener])
             present = available[chosen] & measured
-            statistics.append((*functional.gate_statistics(vectors, others), present))
+            judged.append((*functional.gate_statistics(vectors, others), present))
             swapped.append(_swap_each(vectors, present, others))
         device = self.learned("center_0").device
-        self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*statistics, strict=True)))
+        self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*judged, strict=True)))
         self._measure_power(swapped)
         return self
 
@@ -363,7 +389,7 @@ class ModalityCheck(FittedModule):
             warnings.warn(
                 f"{samples} calibration samples are too few for alpha={config.alpha}: {consequence}",
                 UserWarning,
-                stacklevel=4,  # the caller of fit
+                stacklevel=5,  # the caller of fit
             )
 
     def _measure_power(self, swapped: list[list[tuple[Tensor, Tensor]]]) -> None:
@@ -483,10 +509,32 @@ class ModalityCheck(FittedModule):
         return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
 
 
+class CheckStatistics(NamedTuple):
+    """What a check has to know of its training samples, from :meth:`ModalityCheck.statistics`."""
+
+    folds: dict[int, _PairedMoments]  # fold -> moments of its samples; folds without a sample are left out
+    kept: list[Tensor]  # M of (n, D_m) float64: utterance vectors of the samples that will be scored
+    available: Tensor  # (n, M) bool
+    fold: Tensor  # (n,) int64
+
+    def merge(self, other: CheckStatistics) -> CheckStatistics:
+        """Both together; ``other`` is of the samples that follow these, and takes part in the result."""
+        folds = dict(self.folds)
+        for f, moments in other.folds.items():
+            folds[f] = _PairedMoments(moments.widths, (folds[f], moments)) if f in folds else moments
+        return CheckStatistics(
+            folds,
+            [torch.cat(both) for both in zip(self.kept, other.kept, strict=True)],
+            torch.cat([self.available, other.available]),
+            torch.cat([self.fold, other.fold]),
+        )
+
+
 class _PairedMoments:
     """Moments of each modality alone, and of each pair where both are there."""
 
     def __init__(self, widths: list[int], parts: Iterable[_PairedMoments] = ()) -> None:
+        self.widths = widths
         self.pairs = modality_pairs(len(widths))
         self.own = [Moments(width) for width in widths]
         self.joint = [Moments(widths[i] + widths[j]) for i, j in self.pairs]

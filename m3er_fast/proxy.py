@@ -6,7 +6,7 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -135,7 +135,34 @@ class ProxyGenerator(FittedModule):
         elif self.config.max_bank is None:
             self._learn_bank(*self._collect(batches))
         else:
-            self._learn_bank(*self._sample(batches(), self.config.max_bank))
+            self.fit_sample(self.sample(batches()))
+        return self
+
+    def sample(self, batches: Iterable[StandardizedBatch], *, start: int = 0) -> BankSample:
+        """A uniform choice of at most ``max_bank`` frames from some of the training data; samples of all can be merged.
+
+        Args:
+            batches: standardised samples that follow each other in the training data.
+            start: number of their first frame among the frames of the training data with two valid modalities or more.
+
+        Raises:
+            ValueError: if the bank is a basis, which is no choice of frames by chance.
+        """
+        if self.config.bank != "neighbours":
+            raise ValueError(f"sample: wanted bank='neighbours', got {self.config.bank!r}")
+        limit = self.config.max_bank
+        parts = [BankSample(self._empty_bank(0), torch.zeros(0, dtype=torch.float64), 0)]
+        for rows in self._paired(batches):
+            draws = _draws(start, rows[0].shape[0])
+            start += len(draws)
+            parts.append(BankSample(rows, draws, len(draws)))
+            if limit is not None and sum(len(part.draws) for part in parts) > 2 * limit:
+                parts = [BankSample.join(parts, limit)]
+        return BankSample.join(parts, limit)
+
+    def fit_sample(self, sample: BankSample) -> Self:
+        """:meth:`fit` from what :meth:`sample` gave for all of the training data, merged."""
+        self._learn_bank(sample.rows[:-1], sample.rows[-1], sample.seen)
         return self
 
     def partial_fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
@@ -266,21 +293,6 @@ class ProxyGenerator(FittedModule):
         if end != size:
             raise ValueError(f"features gave {size} frames when read first, {end} when read again")
         return bank[:-1], bank[-1], size
-
-    def _sample(self, batches: Iterable[StandardizedBatch], limit: int) -> tuple[list[Tensor], Tensor, int]:
-        """At most ``limit`` frames, as :meth:`_collect` gives them, and how many they were chosen from."""
-        generator = torch.Generator().manual_seed(0)
-        parts = [[*self._empty_bank(0), torch.zeros(0, dtype=torch.float64)]]
-        seen = 0
-        for rows in self._paired(batches):
-            # Each frame draws a number, and the smallest stay: a uniform choice, however the data is cut into batches.
-            draws = torch.rand(rows[0].shape[0], dtype=torch.float64, generator=generator)
-            parts.append([*rows, draws])
-            seen += rows[0].shape[0]
-            if sum(part[-1].shape[0] for part in parts) > 2 * limit:
-                parts = [_smallest_draws(parts, limit)]
-        *bank, valid, _ = _smallest_draws(parts, limit)
-        return bank, valid, seen
 
     def _learn_bank(self, rows: list[Tensor], valid: Tensor, seen: int) -> None:
         self.register_learned(**{f"bank_{m}": bank for m, bank in enumerate(rows)}, bank_valid=valid)
@@ -470,6 +482,28 @@ class ProxyGenerator(FittedModule):
         return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
 
 
+class BankSample(NamedTuple):
+    """Frames that a bank may be made of, from :meth:`ProxyGenerator.sample`.
+
+    Each frame of the training data draws a number, and those with the smallest stay: a uniform choice, which does not
+    depend on how the data is cut into batches or shared among workers.
+    """
+
+    rows: list[Tensor]  # M of (n, d_m), and the (n, M) mask of what is valid
+    draws: Tensor  # (n,) float64
+    seen: int  # frames that they were chosen from
+
+    @staticmethod
+    def join(samples: Sequence[BankSample], limit: int | None) -> BankSample:
+        """All together, in their order, of which the ``limit`` frames with the smallest draws stay."""
+        *rows, draws = (torch.cat(columns) for columns in zip(*((*s.rows, s.draws) for s in samples), strict=True))
+        seen = sum(sample.seen for sample in samples)
+        if limit is None or len(draws) <= limit:
+            return BankSample(rows, draws, seen)
+        chosen = draws.argsort()[:limit].sort().values
+        return BankSample([column[chosen] for column in rows], draws[chosen], seen)
+
+
 class _BankPart(NamedTuple):
     """A modality's bank, cut down to the rows in which some other modalities are valid too."""
 
@@ -513,10 +547,9 @@ def _pivots(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return chosen
 
 
-def _smallest_draws(parts: list[list[Tensor]], limit: int) -> list[Tensor]:
-    """The parts joined, cut down to the ``limit`` rows whose last column is smallest, in their order."""
-    joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    if joined[-1].shape[0] <= limit:
-        return joined
-    chosen = joined[-1].argsort()[:limit].sort().values
-    return [column[chosen] for column in joined]
+def _draws(start: int, size: int) -> Tensor:
+    """(size,) uniform numbers in [0, 1): those of the frames that are number ``start`` and so on of all."""
+    # A generator that counts can begin anywhere. It makes four numbers at each count.
+    bits = np.random.Philox(key=0)
+    bits.advance(start // 4)
+    return torch.from_numpy(np.random.Generator(bits).random(start % 4 + size)[start % 4 :])
