@@ -228,13 +228,15 @@ class ModalityCheck(FittedModule):
             present = batch.available.cpu()
             number = np.arange(start, start + present.shape[0])
             start += present.shape[0]
-            fold = block_to_fold[number * _BLOCKS // max(total, 1)]
-            for f in np.unique(fold).tolist():
-                chosen = torch.from_numpy(fold == f)
+            fold_of = torch.from_numpy(block_to_fold[number * _BLOCKS // max(total, 1)])
+            for f in range(_FOLDS):
+                chosen = fold_of == f
+                if not chosen.any():
+                    continue
                 moments = folds.setdefault(f, _PairedMoments(widths))
                 moments.update([vector[chosen] for vector in vectors], present[chosen])
             kept = torch.from_numpy(np.isin(number, scored, assume_unique=True))
-            parts.append([column[kept] for column in (*vectors, present, torch.from_numpy(fold))])
+            parts.append([column[kept] for column in (*vectors, present, fold_of)])
         *kept_vectors, available, fold = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return CheckStatistics(folds, kept_vectors, available, fold)
 
