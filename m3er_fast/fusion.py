@@ -23,7 +23,7 @@ from m3er_fast.config import M3ERConfig
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
 from m3er_fast.network import MemoryFusionNetwork
-from m3er_fast.proxy import ProxyGenerator
+from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
 
@@ -41,8 +41,9 @@ class M3EROutput(NamedTuple):
     correlation: Tensor  # (B, P), ρ of each pair; 0 where no check ran
     energy: Tensor  # (B, M); 0 where no check ran
     p_value: Tensor  # (B, M); 1 for what is available where no check ran
-    abstained: Tensor  # (B,) bool, no modality was effective: the sample went through as it came
+    abstained: Tensor  # (B,) bool, nothing was effective: the sample went through as it came; or a proxy was refused
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
+    reliability: Tensor  # (B, M), 1 for what is effective, that of proxies if ``config.proxy`` asks for it, else 0
 
 
 class M3ERFusion(
@@ -150,15 +151,16 @@ class M3ERFusion(
         """
         batch = self.standardize(features, lengths, available)
         result, abstained = self._no_check(batch), ~batch.available.any(dim=1)
+        reliability = batch.available.to(batch.features[0].dtype)
         if not self.training or self.config.check_in_training or effective is not None:
             if effective is not None:
                 result = result._replace(effective=self._given_verdict(effective, batch.available))
             elif self.modality_check is not None:
                 result = self.modality_check.check_batch(batch)
-            replaced, abstained = self._replace_ineffectual(batch, result.effective)
+            replaced, abstained, reliability = self._replace_ineffectual(batch, result.effective)
             batch = batch._replace(features=replaced)
         answer = self.network.classify(batch.features, batch.lengths)
-        return M3EROutput(*answer, *result, abstained, batch.available)
+        return M3EROutput(*answer, *result, abstained, batch.available, reliability)
 
     def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
         """The first step of :meth:`forward`, whose arguments it takes: what check, proxies and network see.
@@ -321,12 +323,13 @@ class M3ERFusion(
             )
         return verdict & available
 
-    def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
         if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):
             return self.proxy_generator.proxy_batch(batch, effective)
         abstained = ~effective.any(dim=1)
         kept = effective | abstained[:, None]
-        return [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)], abstained
+        filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
+        return ReplacedBatch(filled, abstained, effective.to(filled[0].dtype))
 
 
 def _weights(name: str, values: Sequence[float] | None, size: int) -> Tensor | None:
