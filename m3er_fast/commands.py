@@ -145,7 +145,7 @@ def train(
 
 @app.command()
 def score(
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one; or a URI.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one, or URI.")],
     model: Annotated[Path, typer.Option(metavar="RUN", help="What train wrote, or any folder of save_pretrained.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder or URI for the scores, one Parquet file a shard.")],
     engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it; this version has local only.")] = (

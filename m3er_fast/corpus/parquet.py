@@ -185,7 +185,10 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
     ids = _strings(table, "id")
     if ids is None:  # decode_rows looked for it
         raise AssertionError("unreachable")
-    rows, steps = np.arange(len(ids)), max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values())))
+    rows, steps = (
+        np.arange(len(ids)),
+        max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values()))),
+    )
     dims = {name: column.values.shape[1] for name, column in decoded.columns.items()} | dict(input_dims or {})
     features = {
         name: decoded.columns[name].padded(rows, steps)
@@ -504,10 +507,13 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
         column = column.storage
     present = ~_nulls(column)
     if pa.types.is_fixed_size_binary(column.type):
-        items, flat = _binary_items(column, name, metadata.get(b"dtype", b"float32").decode(errors="replace"))
+        dtype = metadata.get(b"dtype", b"float32").decode(errors="replace")
+        items, flat = _binary_items(column, name, dtype)
+        fixed = column.type.byte_width // np.dtype(dtype).itemsize
     else:
         items, flat, inner = _list_items(column, name, wanted, ids, problems)
         counts |= inner
+        fixed = column.type.list_size if pa.types.is_fixed_size_list(column.type) and not inner else None
     if wanted is not None:
         counts.add(wanted)
     if len(counts) != 1 or 0 in counts:
@@ -517,6 +523,8 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
             else f"column {name!r} has conflicting feature counts: {sorted(counts)}"
         )
     dim = counts.pop()
+    if fixed is not None and fixed % dim:
+        raise CorpusError(f"column {name!r} has {fixed} values a row, not a multiple of {dim} features")
     ragged = items % dim != 0
     if ragged.any():
         for row in np.flatnonzero(ragged):

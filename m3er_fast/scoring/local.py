@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,13 +17,18 @@ from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shard
 
 
+class _Begun(NamedTuple):
+    """A shard that is being read."""
+
+    shard: Shard
+    tables: Prefetch[Any]
+
+
 class _Stopped(BaseException):
     """The run is over: drop the shard at hand."""
 
 
-def make_scorers(
-    model: M3ERFusion, devices: Sequence[str] | None, batch_frames: int | str, dtype: str
-) -> list[Scorer]:
+def make_scorers(model: M3ERFusion, devices: Sequence[str] | None, batch_frames: int | str, dtype: str) -> list[Scorer]:
     """Give every device a scorer with a copy of the model; None is the device where the model is, with no copy."""
     if devices is None:
         return [Scorer(model, batch_frames=batch_frames, dtype=dtype)]  # type: ignore[arg-type]
@@ -49,24 +54,25 @@ def run_local(job: ScoringJob, shards: Sequence[Shard], scorers: Sequence[Scorer
             raise _Stopped
         results.put(rows)
 
+    def begin(scorer: Scorer) -> _Begun | None:
+        shard = None if stop.is_set() else next_shard()
+        return None if shard is None else _Begun(shard, Prefetch(job.read(shard, scorer)))
+
     def work(scorer: Scorer) -> None:
-        with ExitStack() as opened:
-
-            def begin() -> tuple[Shard, Prefetch[object]] | None:
-                shard = None if stop.is_set() else next_shard()
-                return None if shard is None else (shard, opened.enter_context(Prefetch(job.read(shard, scorer))))
-
-            try:
-                current = begin()
-                while current is not None and not stop.is_set():
-                    upcoming = begin()  # is read while the current one is scored
-                    shard, tables = current
-                    results.put(score_shard(job, shard, scorer, windows=tables, on_rows=on_rows))  # type: ignore[arg-type]
-                    current = upcoming
-            except _Stopped:
-                pass
-            except BaseException as error:
-                results.put(error)
+        current = upcoming = None
+        try:
+            current = begin(scorer)
+            while current is not None:
+                upcoming = begin(scorer)  # is read while the current one is scored
+                results.put(score_shard(job, current.shard, scorer, windows=current.tables, on_rows=on_rows))
+                current, upcoming = upcoming, None
+        except _Stopped:
+            pass
+        except BaseException as error:
+            results.put(error)
+        for begun in (current, upcoming):
+            if begun is not None:
+                begun.tables.close()
         results.put(None)
 
     threads = [threading.Thread(target=work, args=(scorer,), name="m3er-score", daemon=True) for scorer in scorers]

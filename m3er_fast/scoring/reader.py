@@ -77,10 +77,13 @@ def _read_parquet(
         corpus.filesystem.open_input_file(shard.path) as source,
         parquet.ParquetFile(
             source,
+            metadata=(metadata := parquet.read_metadata(source)),
             buffer_size=_BUFFER,  # else a column of a row group is read as a whole
             pre_buffer=False,
             page_checksum_verification=verify,
-            read_dictionary=["id"],  # so that one huge id, repeated, is seen before it is unpacked
+            read_dictionary=["id"]
+            if "id" in metadata.schema.names
+            else None,  # so that one huge id, repeated, is seen before it is unpacked
         ) as file,
     ):
         schema = file.schema_arrow
@@ -105,7 +108,7 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
     """Bound what decoding will take by the footer alone; returns the bytes of a row, on average."""
     import pyarrow as pa
 
-    total = 0
+    total: int = 0
     widths = {
         field.name: field.type.byte_width
         for field in schema
@@ -132,7 +135,7 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
                     f"but its {rows} rows hold at most {most}"
                 )
             total += most if name != "id" else 0
-    row_bytes = max(1, total // max(1, metadata.num_rows))
+    row_bytes = max(1, total // max(1, int(metadata.num_rows)))
     if row_bytes > _MOST_ROW_BYTES:
         raise CorpusError(f"a row takes {row_bytes} bytes, more than the {_MOST_ROW_BYTES} that are read")
     if total > max(_SMALL_SHARD, _MOST_EXPANSION * size):

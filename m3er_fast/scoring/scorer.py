@@ -8,6 +8,8 @@ Scores have one row an utterance, in the order of the input, and the columns
   answers a question of its own;
 * ``effective_<modality>``, one a modality: bool, whether the modality was judged good and used as it came;
 * ``p_value_<modality>``, one a modality: float32, the p-value behind this verdict; 0 where the modality is unavailable;
+* ``reliability_<modality>``, one a modality: float32, 1 where it is effective, that of its proxy if the settings ask
+  for one, else 0;
 * ``abstained``: bool, no modality was effective, so that the prediction rests on nothing that can be trusted;
 * ``error``: string, null where there is none. It says why a row could not be scored; the others but ``id`` are then
   null, and ``id`` is where it is itself what is wrong;
@@ -185,7 +187,13 @@ class Scorer:
         batch.wait()
         model = self.model if self._network_in is None else _with_network_in(self.model, self._network_in)
         output = model(batch.features, batch.lengths, batch.available)
-        found = (self.model.probabilities(output), output.effective, output.p_value, output.abstained[:, None])
+        found = (
+            self.model.probabilities(output),
+            output.effective,
+            output.p_value,
+            output.reliability,
+            output.abstained[:, None],
+        )
         packed = torch.cat([value.float() for value in found], dim=1).cpu().numpy()  # one copy from the device
         scores.packed[batch.rows] = packed
 
@@ -242,13 +250,13 @@ class Scorer:
 
 
 class _Scores(NamedTuple):
-    """What is known of the rows of a table: probabilities, effective, p-values and abstained side by side."""
+    """What is known of the rows of a table: probabilities, effective, p-values, reliability, abstained side by side."""
 
-    packed: np.ndarray  # (N, C + 2M + 1) float32
+    packed: np.ndarray  # (N, C + 3M + 1) float32
 
     @classmethod
     def empty(cls, rows: int, model: M3ERFusion) -> _Scores:
-        return cls(np.zeros((rows, len(model.classes) + 2 * len(model.input_dims) + 1), np.float32))
+        return cls(np.zeros((rows, len(model.classes) + 3 * len(model.input_dims) + 1), np.float32))
 
 
 class _Staged(NamedTuple):
@@ -284,7 +292,9 @@ class _Stager:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slots: list[dict[str, Tensor]] = [{}, {}]
         self._events: list[Any] = [None, None]
         self._turn = 0
@@ -310,7 +320,7 @@ class _Stager:
             features = {name: values.to(self.device, non_blocking=True) for name, values in pinned.items()}
             moved = pinned_lengths.to(self.device, non_blocking=True)
             known = available.to(self.device)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         self._events[self._turn] = copied
         self._turn = 1 - self._turn
@@ -378,10 +388,11 @@ def _schema(model: M3ERFusion, signature: str) -> pa.Schema:
         **{f"p_{name}": pa.float32() for name in model.classes},
         **{f"effective_{name}": pa.bool_() for name in model.input_dims},
         **{f"p_value_{name}": pa.float32() for name in model.input_dims},
+        **{f"reliability_{name}": pa.float32() for name in model.input_dims},
         "abstained": pa.bool_(),
         "error": pa.string(),
     }
-    if len(types) != 4 + len(model.classes) + 2 * len(model.input_dims):
+    if len(types) != 4 + len(model.classes) + 3 * len(model.input_dims):
         clash = [name for name in model.classes if name.removeprefix("value_") in model.input_dims]
         raise ValueError(f"classes {clash} would share a column of the scores with a modality's p-value: rename them")
     return pa.schema(list(types.items()), metadata={SIGNATURE_KEY: signature, VERSION_KEY: __version__})
