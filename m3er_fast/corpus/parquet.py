@@ -64,7 +64,7 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
         ValueError: ``rows_per_shard`` < 1.
         OSError: the files cannot be written, for example for lack of space.
     """
-    parquet = _pyarrow_parquet()
+    _pyarrow_parquet()
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
     for name in corpus.modalities:
@@ -76,26 +76,34 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
     if any(folder.glob("*.parquet")):
         raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    row_bytes = 4 * corpus.steps * sum(corpus.input_dims.values())
     partial: list[Path] = []
     try:
         for shard, start in enumerate(range(0, max(len(corpus), 1), rows_per_shard)):
-            table = _to_table(corpus.select(slice(start, start + rows_per_shard)))
             partial.append(folder / f"part-{shard:05d}.parquet.partial")
-            parquet.write_table(
-                table,
-                partial[-1],
-                row_group_size=max(1, _ROW_GROUP_BYTES // row_bytes),
-                compression="none",
-                use_dictionary=False,
-                write_page_checksum=True,
-                write_statistics=[name for name in _RESERVED if name in table.column_names and name != "label"],
-            )
+            write_shard(corpus.select(slice(start, start + rows_per_shard)), partial[-1])
     except BaseException:
         for file in partial:
             file.unlink(missing_ok=True)
         raise
     return [file.rename(file.with_suffix("")) for file in partial]
+
+
+def write_shard(corpus: Corpus, path: str | Path) -> None:
+    """Write one file, in the fast layout and with page checksums.
+
+    Raises:
+        OSError: it cannot be written, for example for lack of space.
+    """
+    table = _to_table(corpus)
+    _pyarrow_parquet().write_table(
+        table,
+        path,
+        row_group_size=max(1, _ROW_GROUP_BYTES // (4 * corpus.steps * sum(corpus.input_dims.values()))),
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=[name for name in _RESERVED if name in table.column_names and name != "label"],
+    )
 
 
 def shard_paths(path: str | Path) -> list[Path]:
