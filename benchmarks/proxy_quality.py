@@ -14,13 +14,15 @@ import os
 import platform
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from sklearn.cluster import kmeans_plusplus
 from sklearn.linear_model import RidgeCV
 
-from m3er_fast import M3ERConfig, ProxyGenerator, functional
+from m3er_fast import M3ERConfig, ProxyGenerator, reliability
 from m3er_fast.corpus.convert import read
 from m3er_fast.corpus.splits import split_by_group
 from m3er_fast.corpus.synthetic import make_synthetic
@@ -30,6 +32,7 @@ from m3er_fast.training import train
 NEIGHBOURS = (1, 4, 8, 16, 32, 64)
 RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 SHARES = (1 / 16, 1 / 4, 1.0)
+LIMITS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def corpora(root):
@@ -97,71 +100,38 @@ class Regression:
 
 
 class Proxies:
-    """A proxy generator; with ``weigh`` each proxy is shrunk towards the mean by what held-out frames say is best.
+    """A proxy generator."""
 
-    The factor of a proxy p is α = c0 + c1·r + c2·d, held to 0..1, r the relative residual of the fit and d the
-    distance to the nearest frame beside the frame's norm; c minimises Σ ‖w - α p‖² over held-out training frames.
-    "constant" has c0 alone.
-    """
-
-    def __init__(self, dims, training, weigh=None, **settings):
+    def __init__(self, dims, training, **settings):
         self.generator = ProxyGenerator(dims, **settings).fit_batches(lambda: [training])
-        self.weigh, self.factors = weigh, {}
-        if weigh:
-            rng = np.random.default_rng(0)
-            held = torch.from_numpy(rng.random(training.lengths.shape[0]) < 0.2)
-            part = ProxyGenerator(dims, **settings).fit_batches(lambda: [rows_of(training, ~held)])
-            for i in range(len(dims)):
-                for m in range(len(dims)):
-                    both = training.frame_valid[held][:, :, i] & training.frame_valid[held][:, :, m]
-                    if i != m and bool(both.any()):
-                        f, w = training.features[i][held][both], training.features[m][held][both]
-                        self._calibrate(part, i, m, f, w)
-
-    def _calibrate(self, generator, i, m, f, w):
-        answer = self._answer(generator, i, m, f)
-        if answer is None:
-            return
-        p, signs = answer
-        # Σ ‖w - (c·s) p‖²: least squares with rows s ⊗ p.
-        left = torch.einsum("qa,qb,q->ab", signs, signs, p.square().sum(dim=1)).double()
-        right = torch.einsum("qa,q->a", signs, (p * w).sum(dim=1)).double()
-        self.factors[i, m] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0].float()
-
-    def _answer(self, generator, i, m, f):
-        valid = generator.bank_valid[:, i] & generator.bank_valid[:, m]
-        if not bool(valid.any()):
-            return None
-        bank, partners = generator.learned(f"bank_{i}")[valid], generator.learned(f"bank_{m}")[valid]
-        config = generator.config
-        distance, near = functional.nearest_neighbors(f, bank, config.k)
-        (p, again), _ = functional.local_least_squares(
-            f, bank, [partners, bank], near, ridge=config.ridge, affine=config.affine
-        )
-        size = f.norm(dim=1).clamp(min=1e-6)
-        residual = (f - again).norm(dim=1) / size
-        signs = torch.stack([torch.ones_like(size), residual, distance[:, 0].sqrt() / size], dim=1)
-        return p, signs[:, :1] if self.weigh == "constant" else signs
 
     def __call__(self, _model, batch, effective):
-        if not self.weigh:
-            return self.generator.proxy_batch(batch, effective)[0]
-        lost = ~effective & effective.any(dim=1, keepdim=True)
-        filled = []
-        for m, x in enumerate(batch.features):
-            total, sources = torch.zeros_like(x), torch.zeros(x.shape[:2])
-            for i, source in enumerate(batch.features):
-                here = (lost[:, m] & effective[:, i])[:, None] & batch.frame_valid[:, :, i]
-                if (i, m) in self.factors and bool(here.any()):
-                    p, signs = self._answer(self.generator, i, m, source[here])
-                    total[here] += (signs @ self.factors[i, m]).clamp(0, 1)[:, None] * p
-                    sources += here
-            filled.append(torch.where(lost[:, m, None, None], total / sources.clamp(min=1)[:, :, None], x))
-        return filled
+        return self.generator.proxy_batch(batch, effective).features
 
 
-def rows_of(batch, chosen):
-    return type(batch)([x[chosen] for x in batch.features], *(x[chosen] for x in batch[1:]))
+def weighed_alike(dims, training):
+    """Proxies that are all shrunk by one factor a direction: what reliability must beat."""
+
+    def without_signs(*arguments):
+        signs = reliability.signs_of(*arguments)
+        signs[:, 1:] = 0.0
+        return signs
+
+    with mock.patch("m3er_fast.proxy.signs_of", without_signs):
+        return Proxies(dims, training, reliability="weigh")
+
+
+def rank_correlation(generator, batch, clean, effective, hit):
+    """Spearman's, of a sample's reliability and the relative error of its proxies, over all that was hit."""
+    replaced, _, reliable = generator.proxy_batch(batch, effective)
+    errors, scores = [], []
+    for m, (proxy, x) in enumerate(zip(replaced, clean.features, strict=True)):
+        rows = hit[m].any(dim=1)
+        frames = hit[m][rows][:, :, None]
+        size = (x[rows] * frames).square().sum(dim=(1, 2)).clamp(min=1e-12)
+        errors.append(((proxy - x)[rows] * frames).square().sum(dim=(1, 2)) / size)
+        scores.append(reliable[rows, m])
+    return float(spearmanr(torch.cat(scores), torch.cat(errors)).statistic)
 
 
 def reduced_by_kmeans(dims, training, size):
@@ -198,8 +168,11 @@ def ways(dims, training):
         "bank": {},
         "bank by k-means++": {},
         "weight": {
-            "constant": Proxies(dims, training, weigh="constant"),
-            "residual and distance": Proxies(dims, training, weigh="both"),
+            "constant": weighed_alike(dims, training),
+            "residual and distance": Proxies(dims, training, reliability="weigh"),
+        },
+        "refused below": {
+            f"{limit:g}": Proxies(dims, training, reliability="report", min_reliability=limit) for limit in LIMITS
         },
     }
     for share in SHARES:
@@ -246,6 +219,13 @@ def measure(corpus, config, seeds, say):
                 row = results.setdefault(group, {}).setdefault(label, {"accuracy": [], "error": []})
                 row["accuracy"].append(float((answer == target).double().mean()))
                 row["error"].append((difference / original) ** 0.5)
+                if group == "refused below":
+                    replaced = fill.generator.proxy_batch(corrupted, effective)
+                    asked = truth.any(dim=1) & effective.any(dim=1)
+                    row.setdefault("refused", []).append(float(replaced.abstained[asked].double().mean()))
+        trusting = groups["weight"]["residual and distance"].generator
+        row = results["weight"]["residual and distance"]
+        row.setdefault("rank correlation", []).append(rank_correlation(trusting, corrupted, clean, effective, hit))
     return results
 
 

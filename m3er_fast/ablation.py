@@ -258,7 +258,7 @@ def regenerate(model: M3ERFusion, corpus: Corpus, *, seed: int = 0) -> tuple[dic
     for m, name in enumerate(corpus.features):
         others = batch.available.clone()
         others[:, m] = False
-        replaced, abstained = model.proxy_generator.proxy_batch(batch, others)
+        replaced, abstained, _ = model.proxy_generator.proxy_batch(batch, others)
         wanted = batch.frame_valid[:, :, m] & ~abstained[:, None]
         original, proxy = batch.features[m][wanted], replaced[m][wanted]
         if not len(original):

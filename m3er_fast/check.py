@@ -484,7 +484,8 @@ class ModalityCheck(FittedModule):
         for m, value in enumerate(energy.unbind(1)):
             scores, count = self.learned("energy_scores")[m], self.learned("energy_count")[m]
             half, twice = (value / _LEVEL_TOLERANCE).contiguous(), (value * _LEVEL_TOLERANCE).contiguous()
-            largest, smallest = scores[(count - 1).clamp(min=0)], scores[0]
+            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
+            largest, smallest = scores.gather(0, (count - 1).clamp(min=0).view(1)), scores[0]
             above = count - torch.searchsorted(scores, half, right=False)
             below = torch.searchsorted(scores, twice, right=True)
             high = above + torch.where(half > largest, largest / half, 1.0)
@@ -495,7 +496,11 @@ class ModalityCheck(FittedModule):
 
     def _passes_threshold(self, correlation: Tensor, available: Tensor) -> Tensor:
         """(B, M) bool: ρ ≥ τ against some other modality (rule "all") or against each (rule "any")."""
-        threshold = torch.as_tensor(self.config.threshold, device=correlation.device).expand(len(self._pairs))
+        given = self.config.threshold
+        assert given is not None
+        values = given if isinstance(given, tuple) else (given,) * len(self._pairs)
+        # Filled where they lie: a tensor made of a list would wait for the device, and cannot be part of a CUDA graph.
+        threshold = torch.stack([correlation.new_full((), value) for value in values])
         high = _decisive(correlation) >= threshold
         comparable = self._comparable(available)
         passed = torch.zeros_like(comparable)

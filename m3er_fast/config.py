@@ -16,6 +16,7 @@ Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["neighbours", "basis"]
 Engine = Literal["auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw"]
+Reliability = Literal["off", "report", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,18 @@ class ProxyConfig:
     engine: Engine = "auto"
     memory_budget: int = 256 * 2**20
     bank_on_host: bool = False
+    reliability: Reliability = "off"
+    min_reliability: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("bank", self.bank, Bank)
+        _one_of("reliability", self.reliability, Reliability)
+        if self.reliability != "off" and self.bank != "neighbours":
+            raise ValueError(f"reliability {self.reliability!r} needs bank 'neighbours', got bank {self.bank!r}")
+        if self.min_reliability is not None:
+            _in_range("min_reliability", self.min_reliability, 0.0, 1.0)
+            if self.reliability == "off":
+                raise ValueError("min_reliability needs reliability 'report' or 'weigh', got 'off'")
         _positive_int("memory_budget", self.memory_budget)
         _boolean("bank_on_host", self.bank_on_host)
         _one_of("engine", self.engine, Engine)

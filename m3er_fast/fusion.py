@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
+from m3er_fast.inference import CompiledInference, Stages
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
-from m3er_fast.network import MemoryFusionNetwork
-from m3er_fast.proxy import ProxyGenerator
+from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
+from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
 
@@ -41,8 +42,9 @@ class M3EROutput(NamedTuple):
     correlation: Tensor  # (B, P), ρ of each pair; 0 where no check ran
     energy: Tensor  # (B, M); 0 where no check ran
     p_value: Tensor  # (B, M); 1 for what is available where no check ran
-    abstained: Tensor  # (B,) bool, no modality was effective: the sample went through as it came
+    abstained: Tensor  # (B,) bool, nothing was effective: the sample went through as it came; or a proxy was refused
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
+    reliability: Tensor  # (B, M), 1 for what is effective, that of proxies if ``config.proxy`` asks for it, else 0
 
 
 class M3ERFusion(
@@ -149,16 +151,15 @@ class M3ERFusion(
             ValueError: naming the modality, the shape got and the shape wanted.
         """
         batch = self.standardize(features, lengths, available)
-        result, abstained = self._no_check(batch), ~batch.available.any(dim=1)
         if not self.training or self.config.check_in_training or effective is not None:
-            if effective is not None:
-                result = result._replace(effective=self._given_verdict(effective, batch.available))
-            elif self.modality_check is not None:
-                result = self.modality_check.check_batch(batch)
-            replaced, abstained = self._replace_ineffectual(batch, result.effective)
-            batch = batch._replace(features=replaced)
-        answer = self.network.classify(batch.features, batch.lengths)
-        return M3EROutput(*answer, *result, abstained, batch.available)
+            result = self._judge(batch, effective)
+            replaced = self._replace_ineffectual(batch, result.effective)
+        else:
+            result = self._no_check(batch)
+            trusted = batch.available.to(batch.features[0].dtype)
+            replaced = ReplacedBatch(batch.features, ~batch.available.any(dim=1), trusted)
+        answer = self.network.classify(replaced.features, batch.lengths)
+        return self._output(batch, result, replaced, answer)
 
     def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
         """The first step of :meth:`forward`, whose arguments it takes: what check, proxies and network see.
@@ -219,6 +220,36 @@ class M3ERFusion(
     def _activate(self, logits: Tensor) -> Tensor:
         logits = upcast(logits)
         return logits.sigmoid() if self.config.loss.activation == "sigmoid" else logits.softmax(dim=-1)
+
+    def compile_for_inference(self, batch_size: int, steps: int = 1) -> CompiledInference[M3EROutput]:
+        """This model for batches of one shape on a GPU, where its fixed part is a pair of CUDA graphs.
+
+        Standardising and checking are one graph, the network another; proxies, whose number differs from batch to
+        batch, are made between them. A call takes the arguments of :meth:`forward` and gives what it gives, at the
+        price of few launches, without gradients. Weights may change in place; after ``to``, ``fit`` or a load, compile
+        anew. A batch of another shape, or on another device, goes through the model itself, with a warning the first
+        time; on the CPU, where there are no CUDA graphs, every batch does.
+
+        Args:
+            batch_size: B.
+            steps: T.
+
+        Raises:
+            ValueError: if an argument is no positive int, or in train mode.
+            NotFittedError: if the check is not fitted.
+        """
+        if self.training:
+            raise ValueError("compile_for_inference: the model is in train mode, wanted eval mode: call eval() first")
+        example = {
+            name: self.standardizer.count.new_zeros((1, 1, dim), dtype=torch.float32)
+            for name, dim in self.input_dims.items()
+        }
+        with torch.no_grad():
+            self(example)  # what is missing is said here
+        stages = Stages(
+            self, self.standardize, self._judge, self._replace_ineffectual, self.network.classify, self._output
+        )
+        return CompiledInference(stages, self.input_dims, batch_size, steps, self.standardizer.count.device)
 
     def ablated(self, *, check: bool | ModalityCheck = True, proxy: bool = True) -> Self:
         """This model, sharing all weights, without its modality check or its proxies.
@@ -302,6 +333,20 @@ class M3ERFusion(
 
     # --- steps ---
 
+    def _judge(self, batch: StandardizedBatch, effective: Any = None) -> CheckResult:
+        if effective is not None:
+            verdict = self._given_verdict(effective, batch.available)
+            return self._no_check(batch)._replace(effective=verdict)
+        if self.modality_check is not None:
+            return self.modality_check.check_batch(batch)
+        return self._no_check(batch)
+
+    @staticmethod
+    def _output(
+        batch: StandardizedBatch, result: CheckResult, replaced: ReplacedBatch, answer: NetworkOutput
+    ) -> M3EROutput:
+        return M3EROutput(*answer, *result, replaced.abstained, batch.available, replaced.reliability)
+
     def _no_check(self, batch: StandardizedBatch) -> CheckResult:
         size, modalities = batch.available.shape
         statistics = batch.features[0].new_zeros((size, len(modality_pairs(modalities))))
@@ -321,12 +366,13 @@ class M3ERFusion(
             )
         return verdict & available
 
-    def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
         if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):
             return self.proxy_generator.proxy_batch(batch, effective)
         abstained = ~effective.any(dim=1)
         kept = effective | abstained[:, None]
-        return [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)], abstained
+        filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
+        return ReplacedBatch(filled, abstained, effective.to(filled[0].dtype))
 
 
 def _weights(name: str, values: Sequence[float] | None, size: int) -> Tensor | None:

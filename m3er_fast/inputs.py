@@ -86,7 +86,11 @@ def prepare_batch(
             )
         dtype = torch.promote_types(dtype, value.dtype)
     length = _check_lengths(lengths, batch, steps, first.device)
-    present = torch.tensor([name in given for name in names], device=first.device).expand(batch, -1)
+    # Filled where it lies: a tensor made of a list would stop the host until the device has caught up.
+    present = torch.ones((batch, len(names)), dtype=torch.bool, device=first.device)
+    for m, name in enumerate(names):
+        if name not in given:
+            present[:, m] = False
     if available is not None:
         present = present & _check_available(available, batch, len(names), first.device)
     present = present & (length > 0)[:, None]

@@ -16,21 +16,33 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from m3er_fast import functional
-from m3er_fast.config import Bank, Engine, ProxyConfig
+from m3er_fast.config import Bank, Engine, ProxyConfig, Reliability
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 from m3er_fast.neighbors import EXACT_ENGINES, NeighborIndex, measure_recall
+from m3er_fast.reliability import SIGNS, fit_reliability, reliability_of, signs_of
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 from m3er_fast.state import FittedModule
 
 # Rows of the span of which a basis is chosen at a time; the winners meet in the next round.
 _BASIS_ROUND = 2**14
+# Blocks of neighbouring rows that the bank is cut into to be tried on itself, and the most rows tried of each.
+_HELD_OUT_BLOCKS = 4
+_HELD_OUT_ROWS = 256
 
 
 class ProxyResult(NamedTuple):
     """Features with proxies in place."""
 
     features: dict[str, Tensor]  # M of (B, T, d_m)
-    abstained: Tensor  # (B,) bool, no effective modality to regenerate from: the sample is unchanged
+    abstained: Tensor  # (B,) bool, nothing to regenerate from: the sample is unchanged; or a proxy of it was refused
+
+
+class ReplacedBatch(NamedTuple):
+    """Features with proxies in place, in the modalities' order, and how far they can be trusted."""
+
+    features: list[Tensor]  # M of (B, T, d_m)
+    abstained: Tensor  # (B,) bool, as in ProxyResult
+    reliability: Tensor  # (B, M), 1 for what is effective, in 0..1 for proxies; 0 for those of which nothing is known
 
 
 class ProxyGenerator(FittedModule):
@@ -44,6 +56,10 @@ class ProxyGenerator(FittedModule):
     map that sends v_r to w_r, applied to f_i (Mittal et al. 2020, arXiv 1911.05659). With ``bank="neighbours"`` the
     rows are the ``k`` training frames nearest to f_i in the L2 norm. With ``bank="basis"`` they are a basis of the
     training frames' span, chosen by column-pivoted QR; that map is one matrix for all inputs and is folded at ``fit``.
+
+    With ``reliability`` each proxy p comes with how far it can be trusted: the α in 0..1 of which α·p is best by what
+    the residual of the fit and the distance to the bank say, as held-out frames of the bank related them to the error
+    at ``fit`` (:mod:`m3er_fast.reliability`). A modality's is the mean over the sample's frames.
 
     A frame without a valid effective source, and a modality that was never seen beside one, becomes zeros, the mean
     of standardised features. A sample without any effective modality is left as it is and reported as abstained.
@@ -61,9 +77,14 @@ class ProxyGenerator(FittedModule):
         memory_budget: bytes to be taken at a time beside bank, features and results.
         bank_on_host: keep the bank in host memory wherever the module goes: for banks larger than the device's. Tiles
             of it are brought over for the search, and the neighbours' rows for the solution.
+        reliability: "off": 0 for every proxy; "report": estimated; "weigh": each proxy is multiplied by it too, which
+            shrinks it towards the mean of standardised features. On no corpus did that help (docs/proxies.md).
+        min_reliability: refuse the proxy of a sample's modality below this: the modality is left out, zeros in its
+            place, and the sample counts as abstained. One that training never saw beside another is left out anyway.
 
     Attributes:
         recall: (M,) buffer, the share of a modality's nearest frames that the engine finds; 1 for exact engines.
+        reliability_weights: (M, M, 3) buffer, for source i and target m what α is made of; with ``reliability`` alone.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -71,6 +92,7 @@ class ProxyGenerator(FittedModule):
 
     recall: Tensor
     frames_seen: Tensor
+    reliability_weights: Tensor
 
     def __init__(
         self,
@@ -84,13 +106,25 @@ class ProxyGenerator(FittedModule):
         engine: Engine = "auto",
         memory_budget: int = 256 * 2**20,
         bank_on_host: bool = False,
+        reliability: Reliability = "off",
+        min_reliability: float | None = None,
     ) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
         if len(self.input_dims) < 2:
             raise ValueError(f"input_dims: proxies need two modalities or more, got {self.input_dims}")
         self.config = ProxyConfig(
-            bank, k, ridge, affine, max_bank, max_basis, engine, memory_budget=memory_budget, bank_on_host=bank_on_host
+            bank,
+            k,
+            ridge,
+            affine,
+            max_bank,
+            max_basis,
+            engine,
+            memory_budget=memory_budget,
+            bank_on_host=bank_on_host,
+            reliability=reliability,
+            min_reliability=min_reliability,
         )
         modalities = range(len(self.input_dims))
         nothing = torch.zeros(0)
@@ -100,6 +134,8 @@ class ProxyGenerator(FittedModule):
             self.register_learned(recall=torch.ones(len(modalities), dtype=torch.float64))
             # Frames of the training data, of which the bank is a uniform choice.
             self.register_learned(frames_seen=torch.zeros((), dtype=torch.int64))
+            if self._is_reliability_wanted:
+                self.register_learned(reliability_weights=torch.zeros(len(modalities), len(modalities), SIGNS))
         else:
             for i, m in self._directions():
                 self.register_learned(**{f"{name}_{i}_{m}": nothing for name in ("map", "bias", "basis", "image")})
@@ -108,6 +144,10 @@ class ProxyGenerator(FittedModule):
     def is_fitted(self) -> bool:
         """Whether ``fit`` was called, or a fitted state loaded."""
         return self._first_buffer.ndim == 2
+
+    @property
+    def _is_reliability_wanted(self) -> bool:
+        return self.config.reliability != "off"
 
     @property
     def _first_buffer(self) -> Tensor:
@@ -229,6 +269,23 @@ class ProxyGenerator(FittedModule):
             NotFittedError: before ``fit``.
             ValueError: naming the argument, what came and what was wanted.
         """
+        replaced, abstained, _ = self._checked(features, effective, lengths, available)
+        return ProxyResult(dict(zip(self.input_dims, replaced, strict=True)), abstained)
+
+    def reliability(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> Tensor:
+        """How far the proxies that :meth:`proxy` gives for the same arguments can be trusted: (B, M).
+
+        1 for what is effective, in 0..1 for proxies; 0 for those of which nothing is known, and where abstained. In
+        ``M3EROutput`` it stands beside the answer.
+
+        Raises:
+            ValueError: if it is not estimated, ``reliability="off"``; or as :meth:`proxy`.
+        """
+        if not self._is_reliability_wanted:
+            raise ValueError("reliability is not estimated: make this ProxyGenerator with reliability='report'")
+        return self._checked(features, effective, lengths, available).reliability
+
+    def _checked(self, features: Features, effective: Any, lengths: Any, available: Any) -> ReplacedBatch:
         batch = clean_frames(prepare_batch(features, lengths, available, input_dims=self.input_dims))
         mask = torch.as_tensor(effective)
         if mask.dtype != torch.bool or mask.shape != batch.available.shape:
@@ -236,24 +293,27 @@ class ProxyGenerator(FittedModule):
                 f"effective must be booleans of shape {tuple(batch.available.shape)}, "
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-        replaced, abstained = self.proxy_batch(batch, mask.to(batch.available.device) & batch.available)
-        return ProxyResult(dict(zip(self.input_dims, replaced, strict=True)), abstained)
+        return self.proxy_batch(batch, mask.to(batch.available.device) & batch.available)
 
     def forward(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
         """The same as :meth:`proxy`."""
         return self.proxy(features, effective, lengths, available)
 
-    def proxy_batch(self, batch: StandardizedBatch, effective: Tensor) -> tuple[list[Tensor], Tensor]:
-        """:meth:`proxy` on a batch that is cleaned already: M features and ``abstained``."""
+    def proxy_batch(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
+        """:meth:`proxy` on a batch that is cleaned already."""
         self._check_fitted()
         abstained = ~effective.any(dim=1)
         lost = ~effective & ~abstained[:, None]
-        proxies = self._regenerate(batch, effective, lost)
+        proxies, reliability = self._regenerate(batch, effective, lost)
+        if self.config.min_reliability is not None:
+            refused = lost & (reliability < self.config.min_reliability) & self.learned("bank_valid").any(dim=0)
+            proxies = [proxy.masked_fill(refused[:, m, None, None], 0.0) for m, proxy in enumerate(proxies)]
+            abstained = abstained | refused.any(dim=1)
         replaced = [
             torch.where(lost[:, m, None, None], proxy, x)
             for m, (proxy, x) in enumerate(zip(proxies, batch.features, strict=True))
         ]
-        return replaced, abstained
+        return ReplacedBatch(replaced, abstained, reliability)
 
     def _check_fitted(self) -> None:
         if not self.is_fitted:
@@ -303,9 +363,41 @@ class ProxyGenerator(FittedModule):
                 for i, parts in enumerate(self._prepare().parts)
             ]
             self.register_learned(recall=torch.tensor(found, dtype=torch.float64))
+        if self._is_reliability_wanted:
+            self.register_learned(reliability_weights=self._calibrated())
 
     def _recall_of(self, i: int, part: _BankPart) -> float:
         return measure_recall(part.lookup, self.learned(f"bank_{i}"), part.k, allowed=part.allowed)
+
+    def _calibrated(self) -> Tensor:
+        """Weights (M, M, 3) of reliability, from frames of the bank that are regenerated without their own block of it.
+
+        Whole blocks are held out, since a frame's neighbours in time would otherwise answer for it.
+        """
+        banks = [self.learned(f"bank_{m}") for m in range(len(self.input_dims))]
+        weights = banks[0].new_zeros((len(banks), len(banks), SIGNS), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.arange(banks[0].shape[0])
+        block = rows * _HELD_OUT_BLOCKS // max(1, len(rows))
+        for i, bank in enumerate(banks):
+            for both, targets in self._pairings(i):
+                tried: list[tuple[Tensor, list[Tensor], list[Tensor]]] = []
+                for held in range(_HELD_OUT_BLOCKS):
+                    inside = (block == held).to(both.device)
+                    asked, allowed = (both & inside).nonzero()[:, 0], both & ~inside
+                    k = min(self.config.k, int(allowed.sum()))
+                    if k and len(asked):
+                        chosen = asked[torch.randperm(len(asked), generator=generator)[:_HELD_OUT_ROWS].to(both.device)]
+                        index = functional.neighbor_index(
+                            bank, "torch", allowed=allowed, memory_budget=self.config.memory_budget // 2
+                        )
+                        for here, proxies, signs in self._solved(index, k, bank[chosen], i, targets):
+                            tried.append((signs, proxies, [banks[m][chosen[here]] for m in targets]))
+                for place, m in enumerate(targets):
+                    weights[i, m] = fit_reliability(
+                        (signs, proxies[place], wanted[place]) for signs, proxies, wanted in tried
+                    )
+        return weights
 
     def _fit_basis(self, batches: Iterable[StandardizedBatch]) -> None:
         """Choose each direction's basis in rounds, so that no more than a round of frames is held at a time.
@@ -363,11 +455,12 @@ class ProxyGenerator(FittedModule):
         banks = [self.learned(f"bank_{m}") for m in range(len(self.input_dims))]
         state = [(buffer, buffer._version) for buffer in (valid, *banks)]
         if self._prepared is None or not self._prepared.holds(state):
-            self._prepared = _Prepared(state, [self._parts(i, bank, valid) for i, bank in enumerate(banks)])
+            self._prepared = _Prepared(state, [self._parts(i, bank) for i, bank in enumerate(banks)])
         return self._prepared
 
-    def _parts(self, i: int, bank: Tensor, valid: Tensor) -> list[_BankPart]:
-        """The bank of modality i, once for each set of rows that some of the others are paired with."""
+    def _pairings(self, i: int) -> list[tuple[Tensor, list[int]]]:
+        """The sets of rows in which modality i and some of the others are valid, each with those others."""
+        valid = self.learned("bank_valid")
         found: list[tuple[Tensor, list[int]]] = []
         for m in range(len(self.input_dims)):
             if m == i:
@@ -378,8 +471,12 @@ class ProxyGenerator(FittedModule):
                 found.append((both, [m]))
             else:
                 same.append(m)
+        return found
+
+    def _parts(self, i: int, bank: Tensor) -> list[_BankPart]:
+        """The bank of modality i, once for each set of rows that some of the others are paired with."""
         parts = []
-        for both, targets in found:
+        for both, targets in self._pairings(i):
             size = int(both.sum())
             if size:
                 allowed = None if size == both.shape[0] else both
@@ -409,8 +506,11 @@ class ProxyGenerator(FittedModule):
 
     # --- regenerating ---
 
-    def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:
-        """M tensors (B, T, d_m): the proxies where a modality is lost, and what is not to be looked at elsewhere."""
+    def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> tuple[list[Tensor], Tensor]:
+        """M tensors (B, T, d_m): the proxies where a modality is lost, and what is not to be looked at elsewhere.
+
+        Beside them reliability (B, M).
+        """
         frames = [x.flatten(0, 1) for x in batch.features]
         # (M, B·T): the frames that each modality is a source for, and those that each is lost in.
         usable = (effective[:, None] & batch.frame_valid).flatten(0, 1).T
@@ -420,19 +520,30 @@ class ProxyGenerator(FittedModule):
         asked, any_asked = self._counts(pairs, (usable & missing.any(dim=0)).sum(dim=1))
         totals = [torch.zeros_like(x) for x in frames]
         sources = torch.zeros(missing.shape, dtype=frames[0].dtype, device=frames[0].device)
+        trusted = torch.zeros_like(sources)
         for i, count in enumerate(any_asked):
             targets = [m for m, number in enumerate(asked[i]) if number]
             if not targets:
                 continue
             rows = torch.nonzero_static(usable[i] & missing.any(dim=0), size=count)[:, 0]
-            for m, part, proxies in self._proxies(frames[i], rows, i, targets):
+            for m, part, proxies, trust in self._proxies(frames[i], rows, i, targets):
                 here = missing[m][part]
+                if trust is not None:
+                    trusted[m].index_add_(0, part, torch.where(here, trust, 0.0).to(trusted.dtype))
+                    if self.config.reliability == "weigh":
+                        proxies = proxies * trust[:, None]
                 totals[m].index_add_(0, part, torch.where(here[:, None], proxies, 0.0).to(totals[m].dtype))
                 sources[m].index_add_(0, part, here.to(sources.dtype))
-        return [
-            (total / sources[m].clamp(min=1)[:, None]).view_as(x)
+        sources = sources.clamp(min=1)
+        means = [
+            (total / sources[m][:, None]).view_as(x)
             for m, (total, x) in enumerate(zip(totals, batch.features, strict=True))
         ]
+        # The mean over the frames that some effective modality speaks in; in the others there is nothing to regenerate.
+        shape = batch.frame_valid.shape[:2]
+        spoken = usable.any(dim=0).view(shape).sum(dim=1)
+        mean = (trusted / sources).view(len(trusted), *shape).sum(dim=2) / spoken.clamp(min=1)
+        return means, torch.where(effective, 1.0, mean.T)
 
     @staticmethod
     def _counts(pairs: Tensor, rows: Tensor) -> tuple[list[list[int]], list[int]]:
@@ -442,37 +553,56 @@ class ProxyGenerator(FittedModule):
 
     def _proxies(
         self, frames: Tensor, rows: Tensor, i: int, targets: list[int]
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Proxies (Q, d_m) of some frames of modality i, as (m, rows, proxies), no more at a time than the budget."""
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """Proxies (Q, d_m) of some frames of modality i, as (m, rows, proxies, reliability (Q,) or None).
+
+        No more at a time than the budget.
+        """
         if self.config.bank == "basis":
             for m in targets:
                 matrix, bias = self.learned(f"map_{i}_{m}"), self.learned(f"bias_{i}_{m}")
                 if matrix.shape[0]:
                     size = self._chunk(2 * 8 * sum(matrix.shape))
                     for part in torch.split(rows, size):
-                        yield m, part, torch.addmm(bias, frames[part].to(matrix.dtype), matrix.mT)
+                        yield m, part, torch.addmm(bias, frames[part].to(matrix.dtype), matrix.mT), None
             return
-        bank = self.learned(f"bank_{i}")
+        dtype = self.learned(f"bank_{i}").dtype
         for searched in self._prepare().parts[i]:
             wanted = [m for m in searched.targets if m in targets]
             if not wanted:
                 continue
-            partners = [self.learned(f"bank_{m}") for m in wanted]
-            # What the solution in plain PyTorch gathers and copies: neighbours in float64, partners in float32.
-            gathered = searched.k * (24 * bank.shape[1] + 8 * sum(partner.shape[1] for partner in partners))
-            for several in torch.split(rows, self._chunk(16 * (bank.shape[1] + 2 * searched.k))):
-                neighbors = searched.lookup.search(frames[several].to(bank.dtype), searched.k)[1]
-                size = self._chunk(gathered)
-                for part, near in zip(torch.split(several, size), torch.split(neighbors, size), strict=True):
-                    query = frames[part].to(bank.dtype)
-                    solved, _ = functional.local_least_squares(
-                        query,
-                        *_on_device(query.device, bank, partners, near),
-                        ridge=self.config.ridge,
-                        affine=self.config.affine,
-                    )
+            for several in torch.split(rows, self._chunk(16 * (frames.shape[1] + 2 * searched.k))):
+                query = frames[several].to(dtype)
+                for here, solved, signs in self._solved(searched.lookup, searched.k, query, i, wanted):
                     for m, proxies in zip(wanted, solved, strict=True):
-                        yield m, part, proxies
+                        trust = None
+                        if self._is_reliability_wanted:
+                            trust = reliability_of(signs, self.reliability_weights[i, m])
+                        yield m, several[here], proxies, trust
+
+    def _solved(
+        self, index: NeighborIndex, k: int, query: Tensor, i: int, targets: list[int]
+    ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+        """Proxies of all targets for queries (Q, d_i), and the signs (Q, 3) of their reliability, a slice at a time."""
+        bank = self.learned(f"bank_{i}")
+        partners = [self.learned(f"bank_{m}") for m in targets]
+        if self._is_reliability_wanted:
+            partners.append(bank)  # the query itself, rebuilt by the same coefficients
+        # What the solution in plain PyTorch gathers and copies: neighbours in float64, partners in float32.
+        size = self._chunk(k * (24 * bank.shape[1] + 8 * sum(partner.shape[1] for partner in partners)))
+        distances, neighbors = index.search(query, k)
+        for begin in range(0, query.shape[0], size):
+            here = slice(begin, begin + size)
+            solved, _ = functional.local_least_squares(
+                query[here],
+                *_on_device(query.device, bank, partners, neighbors[here]),
+                ridge=self.config.ridge,
+                affine=self.config.affine,
+            )
+            signs = query.new_zeros((0, SIGNS))
+            if self._is_reliability_wanted:
+                signs = signs_of(query[here], solved.pop(), distances[here, 0])
+            yield here, solved, signs
 
     def _chunk(self, bytes_per_frame: int) -> int:
         return max(1, self.config.memory_budget // 4 // bytes_per_frame)

@@ -34,6 +34,7 @@ FIELDS = (
     "p_value",
     "abstained",
     "available",
+    "reliability",
 )
 
 
@@ -104,6 +105,7 @@ def test_every_field_has_its_shape_and_dtype(model, batch, mode):
         "p_value": (batch, 3),
         "abstained": (batch,),
         "available": (batch, 3),
+        "reliability": (batch, 3),
     }
     masks = {"effective", "abstained", "available"}
     assert {n for n, value in output._asdict().items() if value.dtype == torch.bool} == masks

@@ -1,0 +1,161 @@
+"""Batches of one shape by recorded graphs: on a GPU by CUDA's, elsewhere by a stand-in that runs them again."""
+
+import warnings
+
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from test_fusion import FIELDS, assert_same, build, rows_of, sequences
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m3er_fast import M3ERConfig, inference
+from m3er_fast.config import CheckConfig, ProxyConfig
+
+CONFIGS = {
+    "default": M3ERConfig(),
+    "threshold": M3ERConfig(check=CheckConfig(statistic="correlation", threshold=0.1)),
+    "basis": M3ERConfig(proxy=ProxyConfig(bank="basis")),
+    "reliability": M3ERConfig(proxy=ProxyConfig(reliability="weigh", min_reliability=0.1)),
+    "no proxies": M3ERConfig(proxy=None),
+    "no check": M3ERConfig(check=None),
+}
+
+
+class Rerun:
+    """What a CUDA graph does: the same function of the same tensors, its result where the first one was."""
+
+    def __init__(self, function, device):
+        self.function, self.result = function, pytree.tree_map(torch.clone, function())
+
+    def replay(self):
+        for held, value in zip(pytree.tree_leaves(self.result), pytree.tree_leaves(self.function()), strict=True):
+            held.copy_(value)
+        return self.result
+
+
+@pytest.fixture
+def recording(monkeypatch, device):
+    if device.type == "cpu":
+        monkeypatch.setattr(inference, "can_record", lambda device: True)
+        monkeypatch.setattr(inference, "Recording", Rerun)
+    return device
+
+
+def fitted(config=None, device="cpu"):
+    return build(config).fit(sequences(300)).eval().to(device)
+
+
+def batch_on(device, n=6, seed=1):
+    features = sequences(n, seed=seed)
+    features["audio"][: n // 2] *= 40.0
+    return {name: x.to(device) for name, x in features.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_recorded_model_answers_as_the_model_does(recording, config):
+    model = fitted(config, recording)
+    compiled = model.compile_for_inference(6, steps=4)
+    assert compiled.is_recorded
+    for seed in (1, 2):
+        features = batch_on(recording, seed=seed)
+        assert_same(compiled(features), model(features), tolerance=1e-5)
+        lengths = torch.tensor([4, 3, 2, 1, 0, 4], device=recording)
+        available = torch.ones(6, 3, dtype=torch.bool, device=recording)
+        available[1, 0] = False
+        assert_same(compiled(features, lengths, available), model(features, lengths, available), tolerance=1e-5)
+        assert_same(compiled({**features, "face": None}), model({**features, "face": None}), tolerance=1e-5)
+
+
+def test_an_output_is_not_overwritten_by_the_next(recording):
+    compiled = fitted(device=recording).compile_for_inference(6, steps=4)
+    first = compiled(batch_on(recording))
+    kept = {name: getattr(first, name).clone() for name in FIELDS}
+    compiled(batch_on(recording, seed=2))
+    for name, value in kept.items():
+        assert torch.equal(getattr(first, name), value), name
+    assert not first.logits.requires_grad
+
+
+def test_weights_that_change_in_place_are_seen(recording):
+    model = fitted(device=recording)
+    compiled = model.compile_for_inference(6, steps=4)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(1.5)
+    features = batch_on(recording)
+    assert_same(compiled(features), model(features), tolerance=1e-5)
+
+
+def test_another_shape_or_precision_goes_through_the_model_and_says_so_once(recording):
+    model = fitted(device=recording)
+    compiled = model.compile_for_inference(6, steps=4)
+    features = batch_on(recording)
+    others = [rows_of(features, slice(0, 5)), {name: x.double() for name, x in features.items()}]
+    for other in others:
+        with pytest.warns(
+            UserWarning, match=r"recorded for float32 batches of \(6, 4\) samples and steps on .* got"
+        ) as w:
+            assert_same(compiled(other), model(other), tolerance=1e-6)
+        assert w[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled(other)
+    assert_same(compiled(features), model(features), tolerance=1e-5)
+
+
+def test_on_the_cpu_it_says_so_and_answers():
+    model = fitted()
+    with pytest.warns(UserWarning, match="on cpu there are no CUDA graphs: batches go through the model itself") as w:
+        compiled = model.compile_for_inference(6, steps=4)
+    assert w[0].filename == __file__
+    assert not compiled.is_recorded
+    features = batch_on("cpu")
+    assert_same(compiled(features), model(features), tolerance=0)
+    assert not compiled(features).logits.requires_grad
+
+
+def test_what_cannot_be_compiled_is_named():
+    with pytest.raises(ValueError, match="the model is in train mode, wanted eval mode"):
+        build().fit(sequences(100)).compile_for_inference(6)
+    with pytest.raises(NotFittedError):
+        build().eval().compile_for_inference(6)
+    for arguments, message in (((0,), "batch_size"), ((True,), "batch_size"), ((6, 0), "steps"), ((6, 2.0), "steps")):
+        with pytest.raises(ValueError, match=f"^{message} must be a positive int, got"):
+            fitted().compile_for_inference(*arguments)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_whole_model_asks_the_device_once_at_most(config, monkeypatch):
+    """What would wait for a GPU: numbers that go to Python, shapes that depend on values, tensors made of lists."""
+    model = fitted(config)
+    features = batch_on("cpu")
+    model(features)  # the index is made ahead
+    # The CPU's fast paths look at values, which is free there: what runs on any device stands in for them, and for the
+    # search and the solution what is no larger than their results.
+    monkeypatch.setattr("m3er_fast.functional._on_cpu", lambda *_: False)
+    monkeypatch.setattr(
+        "m3er_fast.neighbors.search_exact",
+        lambda query, bank, k, **_: (query.new_ones(len(query), k), torch.arange(k).expand(len(query), -1)),
+    )
+    monkeypatch.setattr(
+        "m3er_fast.functional.local_least_squares",
+        lambda query, bank, targets, near, **_: ([query.new_zeros(len(query), t.shape[1]) for t in targets], None),
+    )
+    waits = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name()
+            if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero") or (
+                name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1])
+            ):
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    read, make = torch.Tensor.tolist, torch.tensor
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or read(self))
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: waits.append("tensor") or make(*a, **k))
+    with torch.no_grad(), Counting():
+        model(features)
+    assert waits == ([] if config.proxy is None else ["tolist"])
