@@ -149,7 +149,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, words, run, tmp_path, 
     [
         (["--engine", "ray"], ["no ray engine", "--engine local"]),
         (["--engine", "dask"], ["dask"]),
-        (["--batch-size", "0"], ["batch_size"]),
+        (["--batch-frames", "0"], ["--batch-frames", "auto"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--model", "nowhere"], ["nowhere: no such folder"]),
     ],
