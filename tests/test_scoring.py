@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from corpus_fixtures import real_data
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__
 from m3er_fast.config import LossConfig
-from m3er_fast.corpus import CorpusError, read_table, write_parquet
+from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
+from m3er_fast.training import evaluate
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
@@ -620,3 +623,19 @@ def test_importing_the_package_and_scoring_loads_no_optional_dependency():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.stderr.strip() == "[]"
+
+
+# --- real data ---
+
+
+def test_scores_of_real_data_have_the_metrics_of_evaluation(tmp_path):
+    corpus = convert(real_data("mosi_utterance"), "utterance-csv", tmp_path / "corpus")
+    model = fitted_model(corpus.subset("train"))
+    expected = evaluate(model, corpus).report
+    score(tmp_path / "corpus", model, tmp_path / "out")
+    table = read_scores(tmp_path / "out")
+    assert table["id"].to_pylist() == corpus.ids.tolist()
+    report = classification_report(probabilities(table, corpus), corpus.target, corpus.classes)
+    assert report.overall == expected.overall
+    assert report.per_class == expected.per_class
+    np.testing.assert_array_equal(report.confusion, expected.confusion)
