@@ -54,6 +54,8 @@ def score(
     batch_frames: int | Literal["auto"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     verify: bool = True,
+    address: str | None = None,
+    workers: int | None = None,
     progress: Callable[[ScoreProgress], None] | None = None,
 ) -> ScoreSummary:
     """Score a corpus, with or without labels, into a folder of Parquet files, one a shard.
@@ -67,12 +69,14 @@ def score(
         model: with a fitted check, if it has one.
         out: the folder to write to; :mod:`m3er_fast.scoring.output` says what it will hold.
         resume: go on with what an interrupted run left in ``out``; an empty or missing folder just starts.
-        engine: what runs it.
+        engine: "local", in this process, or "ray"; both leave the same bytes.
         devices: such as ``["cuda:0", "cuda:1"]``, each with a copy of the model; None is where the model is.
         batch_frames: as :class:`Scorer` takes it; "auto" keeps the number of the run that is resumed.
         dtype: as :class:`Scorer` takes it.
         verify: compare pages of Parquet with their checksums, where they have any.
-        progress: called after every table of about 64 MiB and after every shard.
+        address: of a Ray cluster; None starts Ray on this machine.
+        workers: of Ray; None takes as many as there is room for.
+        progress: called after every shard and, of the local engine, after every table of about 64 MiB.
 
     Raises:
         ValueError: there is no corpus, ``out`` is not empty and ``resume`` is False, the model does not fit any
@@ -81,8 +85,12 @@ def score(
         OSError: ``out`` cannot be written to, for example for lack of space. Finished shards stay.
     """
     start = time.perf_counter()
-    if engine != "local":
-        raise ValueError(f"engine must be 'local', got {engine!r}")
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
+    if engine == "local" and (address, workers) != (None, None):
+        raise ValueError("address and workers are for engine 'ray'")
+    if engine == "ray" and devices is not None and len(devices) > 1:
+        raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
     plan = plan_shards(corpus)
     location = locate(out)
     check_folder(location, resume=resume)
@@ -99,7 +107,11 @@ def score(
     output.begin(resume=resume)
     tally = Tally(job, progress)
     pending = tally.skip_finished()
-    results = run_local(job, pending, scorers)
+    results: Iterator[ShardResult | int] = (
+        run_local(job, pending, scorers)
+        if engine == "local"
+        else _run_ray(job, pending, scorers[0], dtype, address, workers)
+    )
     try:
         for result in results:
             tally.add(result)
@@ -107,6 +119,16 @@ def score(
         results.close()  # type: ignore[attr-defined]
     output.finish()
     return tally.summary(time.perf_counter() - start)
+
+
+def _run_ray(
+    job: ScoringJob, shards: Sequence[Shard], scorer: Scorer, dtype: str, address: str | None, workers: int | None
+) -> Iterator[ShardResult | int]:
+    from m3er_fast.scoring.ray import run_ray
+
+    return run_ray(
+        job, shards, scorer.model, batch_frames=scorer.batch_frames, dtype=dtype, address=address, workers=workers
+    )
 
 
 def iter_scores(
