@@ -226,9 +226,9 @@ class M3ERFusion(
 
         Standardising and checking are one graph, the network another; proxies, whose number differs from batch to
         batch, are made between them. A call takes the arguments of :meth:`forward` and gives what it gives, at the
-        price of few launches, without gradients. Weights may change in place; after ``to``, ``fit`` or a load, compile
-        anew. A batch of another shape, or on another device, goes through the model itself, with a warning the first
-        time; on the CPU, where there are no CUDA graphs, every batch does.
+        price of few launches, without gradients. Weights may change in place. A batch of another shape, or on another
+        device, goes through the model itself, with a warning the first time. So does every batch on the CPU, where
+        there are no CUDA graphs, and after ``to`` or ``fit``, by which what was recorded has moved: then compile anew.
 
         Args:
             batch_size: B.

@@ -87,6 +87,15 @@ def test_weights_that_change_in_place_are_seen(recording):
     assert_same(compiled(features), model(features), tolerance=1e-5)
 
 
+def test_a_model_that_was_fitted_anew_is_not_replayed(recording):
+    model = fitted(device=recording)
+    compiled = model.compile_for_inference(6, steps=4)
+    model.fit({name: 2.0 * x.to(recording) for name, x in sequences(200, seed=9).items()})
+    features = batch_on(recording)
+    with pytest.warns(UserWarning, match="what it has learned lie elsewhere since"):
+        assert_same(compiled(features), model(features), tolerance=1e-6)
+
+
 def test_another_shape_or_precision_goes_through_the_model_and_says_so_once(recording):
     model = fitted(device=recording)
     compiled = model.compile_for_inference(6, steps=4)
