@@ -19,7 +19,7 @@ copyright = "2026, the m3er-fast authors"  # Sphinx's name for it
 version = release = m3er_fast.__version__
 
 extensions = [
-    "myst_nb",
+    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -29,10 +29,6 @@ exclude_patterns = ["_build", "results/*"]
 
 # Markdown as GitHub reads it: links to headings by their text, tables, no other syntax.
 myst_heading_anchors = 3
-nb_execution_mode = "force"
-nb_execution_timeout = 120
-nb_execution_raise_on_error = True
-nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -404,9 +404,13 @@ def _save(model: M3ERFusion, out: Path, training: Corpus, validation: Corpus, hi
         f"{history['valid_loss'][best - 1]:.4f}."
     )
     report = evaluate(model, validation).report
-    metrics = None if report is None else (
-        "On the validation split, which chose the epoch and so flatters; modality check and proxies at work:\n\n"
-        f"{report.to_markdown()}"
+    metrics = (
+        None
+        if report is None
+        else (
+            "On the validation split, which chose the epoch and so flatters; modality check and proxies at work:\n\n"
+            f"{report.to_markdown()}"
+        )
     )
     model.save_pretrained(out, model_card_kwargs={"data": data, "metrics": metrics})
 

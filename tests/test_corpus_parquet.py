@@ -138,7 +138,12 @@ LAYOUTS = {
     "binary float64": (packed(PADDED, "<f8"), {**COUNT, "dtype": "float64"}),
     "binary without dtype": (packed(PADDED, "<f4"), COUNT),
     "fixed_size_list": (pa.array(PADDED, pa.list_(pa.float32(), 6)), COUNT),
-    "fixed_size_list float16": (pa.array(PADDED, pa.list_(pa.float16(), 6)), COUNT),
+    "fixed_size_list float16": (
+        pa.array(
+            [[np.float16(x) for x in row] if row is not None else None for row in PADDED], pa.list_(pa.float16(), 6)
+        ),
+        COUNT,
+    ),
     "list": (pa.array(FLAT, pa.list_(pa.float32())), COUNT),
     "list float64": (pa.array(FLAT, pa.list_(pa.float64())), COUNT),
     "list int64": (pa.array([r and [int(x) for x in r] for r in FLAT], pa.list_(pa.int64())), COUNT),

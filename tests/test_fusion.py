@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from sklearn.exceptions import NotFittedError
 from torch import nn
