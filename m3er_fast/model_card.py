@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 _UNTOLD = "Not told by who saved this model."
 
 _LIMITS = """\
-- The classes are emotions as annotators *perceived* them. What a person feels is not measured, and must not be inferred.
+- The classes are emotions as annotators *perceived* them. What a person feels is not measured, and not to be
+  inferred.
 - It holds for recordings, features, languages and people like those it was trained on. How its errors are spread over
   groups of people was not measured here: measure it before use.
 - The modality check recognises noise, silence and mismatch that training data make recognisable; at most about a share

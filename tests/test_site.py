@@ -31,13 +31,13 @@ def test_every_page_is_in_the_site(site):
 
 
 def test_pages_load_nothing_from_the_network(site):
-    loaded = re.compile(
-        r"""<(?:script|img|iframe)[^>]+src="(https?:)?//|<link[^>]+rel="stylesheet"[^>]+href="(https?:)?//"""
-    )
+    sources = r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//'
+    sheets = r'<link[^>]+rel="(?:stylesheet|preload)"[^>]+href="(?:https?:)?//'
+    inside_sheets = r"""(?:url\(|@import )["']?(?:https?:)?//"""
     pages = list(site.rglob("*.html"))
     assert len(pages) > 10
-    assert [path.name for path in pages if loaded.search(path.read_text(encoding="utf-8"))] == []
-    assert [path.name for path in site.rglob("*.css") if re.search(r"url\\([\"']?(https?:)?//", path.read_text())] == []
+    assert [path.name for path in pages if re.search(f"{sources}|{sheets}", path.read_text(encoding="utf-8"))] == []
+    assert [path.name for path in site.rglob("*.css") if re.search(inside_sheets, path.read_text())] == []
 
 
 def test_every_public_name_is_in_the_reference(site):
