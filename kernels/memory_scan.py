@@ -1159,4 +1159,7 @@ def _of_sizes(sizes: Sizes, tile: Tile, dtype: torch.dtype, targets: tuple[int, 
             elif name not in constants:
                 types[name] = "fp32" if name in ("dropout", "scale") else "i32"
         pointers = frozenset(name for name in types if name.endswith("_ptr"))
-        yield Specialization(label, kernel, types, constants, pointers, _compile_options(tile), targets=targets)
+        # Tiles of sixteen by sixteen leave each of eight warps' threads one number.
+        vectorized = sizes.hidden > 16 or tile.warps < 8
+        options = _compile_options(tile)
+        yield Specialization(label, kernel, types, constants, pointers, options, vectorized=vectorized, targets=targets)
