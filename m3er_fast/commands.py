@@ -145,19 +145,26 @@ def train(
 
 @app.command()
 def score(
-    corpus: CorpusArgument,
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one, or URI.")],
     model: Annotated[Path, typer.Option(metavar="RUN", help="What train wrote, or any folder of save_pretrained.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the scores, one Parquet file a shard.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder or URI for the scores, one Parquet file a shard.")],
     engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it; this version has local only.")] = (
         "local"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what DIR holds; an empty DIR just starts.")] = (
         False
     ),
-    batch_size: Annotated[int, typer.Option(help="Utterances that go through the model at a time.")] = 512,
+    batch_frames: Annotated[
+        str, typer.Option(metavar="auto|N", help="Frames that go through the model at a time.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Of the network; bfloat16 on CUDA only.")] = (
+        "float32"
+    ),
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1.  [default: cuda where there is a GPU, else cpu]")
+        str | None,
+        typer.Option(help="Such as cpu or cuda:1, or several with commas.  [default: every GPU, or else cpu]"),
     ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare pages with their checksums, where CORPUS has any.")] = True,
 ) -> None:
     """Score a corpus, with or without labels.
 
@@ -172,13 +179,26 @@ def score(
         raise typer.BadParameter("this version has no ray engine; use --engine local", param_hint="--engine")
     if engine != "local":
         raise typer.BadParameter(f"{engine!r} is neither local nor ray", param_hint="--engine")
-    loaded = _on_device(load_model(model), device)
+    if batch_frames != "auto" and not (batch_frames.isdecimal() and int(batch_frames)):
+        raise typer.BadParameter(f"{batch_frames!r} is neither auto nor a positive number", param_hint="--batch-frames")
+    loaded, devices = load_model(model), _devices(device)
     with ProgressDisplay("score", "shards") as display:
 
         def show(progress: ScoreProgress) -> None:
-            display.update(progress.done, progress.shards, f"{progress.rows} utterances")
+            note = f"{progress.rows} utterances, {progress.rate:.0f}/s"
+            display.update(progress.done, progress.shards, note, seconds_left=progress.seconds_left)
 
-        summary = score_corpus(corpus, loaded, out, resume=resume, batch_size=batch_size, progress=show)
+        summary = score_corpus(
+            corpus,
+            loaded,
+            out,
+            resume=resume,
+            devices=devices,
+            batch_frames="auto" if batch_frames == "auto" else int(batch_frames),
+            dtype=dtype,  # type: ignore[arg-type]  # which score checks
+            verify=verify,
+            progress=show,
+        )
     resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
     scored = summary.shards - len(summary.quarantined)
     print(f"{out}: {summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s")
@@ -186,10 +206,49 @@ def score(
         first = summary.quarantined[0]
         typer.echo(
             f"m3er-fast: {len(summary.quarantined)} of {summary.shards} shards are in quarantine, such as "
-            f"{first.shard}: {first.reason} (all: {out / 'quarantine.json'})",
+            f"{first.shard}: {first.reason} (all: {out.rstrip('/')}/quarantine.json)",
             err=True,
         )
+    if summary.errors:
+        typer.echo(f"m3er-fast: {summary.errors} utterances could not be scored: see their column error", err=True)
+    if summary.quarantined or summary.errors:
         raise typer.Exit(QUARANTINED)
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option(metavar="CORPUS", help="Folder to write the corpus to.")],
+    utterances: Annotated[int, typer.Option(min=1, help="Utterances of all shards.")] = 100_000,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Utterances a shard.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Frames of the padded time axis.")] = 20,
+    features: Annotated[str, typer.Option(metavar="NAME=D,...", help="Features of each modality.")] = (
+        "text=300,audio=74,face=36"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+) -> None:
+    """Generate a corpus of any size, without labels.
+
+    For measuring how fast this machine scores. Takes the memory of one shard.
+    """
+    from m3er_fast.corpus import generate_corpus
+
+    dims = {}
+    for part in features.split(","):
+        name, _, number = part.partition("=")
+        if not name.strip() or not number.strip().isdecimal() or not int(number):
+            raise typer.BadParameter(f"{part!r} is not NAME=D", param_hint="--features")
+        dims[name.strip()] = int(number)
+    with ProgressDisplay("generate", "shards") as display:
+        paths = generate_corpus(
+            out,
+            utterances=utterances,
+            rows_per_shard=rows_per_shard,
+            input_dims=dims,
+            steps=steps,
+            seed=seed,
+            progress=display.update,
+        )
+    print(f"{out}: {utterances} utterances in {len(paths)} shards")
 
 
 @app.command()
@@ -313,14 +372,19 @@ def _read_config(path: Path) -> M3ERConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _on_device(model: M3ERFusion, device: str | None) -> M3ERFusion:
+def _devices(names: str | None) -> list[str]:
+    """The devices named on the command line, each tried."""
     import torch
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(name)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: torch is built without CUDA
-        raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
+    if names is None:
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [name.strip() for name in names.split(",")]
+    for name in devices:
+        try:
+            torch.empty(0, device=name)
+        except (AssertionError, RuntimeError) as error:  # AssertionError: torch is built without CUDA
+            raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
+    return devices
 
 
 def _ineffectual_shares(model: M3ERFusion, corpus: Corpus) -> dict[str, float | None]:

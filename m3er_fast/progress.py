@@ -53,14 +53,22 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Say that ``done`` of ``total`` units are done, and something about it."""
+    def update(self, done: int, total: int, note: str = "", *, seconds_left: float | None = None) -> None:
+        """Say that ``done`` of ``total`` units are done, and something about it.
+
+        Args:
+            done: units.
+            total: units.
+            note: what to say.
+            seconds_left: where units take unequal times; None goes by their number.
+        """
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
             return
         elapsed = time.monotonic() - self._start
-        left = elapsed * (total - done) / done if done else 0.0
-        self._log(f"{done} of {total} {self.unit}, {left:.0f} s left" + (f", {note}" if note else ""))
+        left = elapsed * (total - done) / done if seconds_left is None and done else seconds_left
+        parts = [f"{done} of {total} {self.unit}", "" if left is None else f"{left:.0f} s left", note]
+        self._log(", ".join(part for part in parts if part))
 
     def say(self, message: str) -> None:
         """Say what is going on, where nothing is counted."""

@@ -24,7 +24,7 @@ from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.progress import ProgressDisplay
 
-COMMANDS = ["demo", "convert", "train", "score", "ablate", "audit", "info"]
+COMMANDS = ["demo", "generate", "convert", "train", "score", "ablate", "audit", "info"]
 DIMS = {"text": 6, "audio": 5, "face": 4}
 
 
@@ -95,7 +95,7 @@ def test_help_lists_every_command_the_exit_codes_and_debug(run):
         ("demo", ["--out"]),
         ("convert", ["--format", "--out", "mfn-h5", "utterance-csv", "csd", "mmsa-pkl", "mult-pkl", "iemocap-pkl"]),
         ("train", ["--out", "--config", "--paper", "--seed", "--epochs", "--no-resume"]),
-        ("score", ["--model", "--out", "--engine", "--resume", "--batch-size"]),
+        ("score", ["--model", "--out", "--engine", "--resume", "--batch-frames"]),
         ("ablate", ["--out", "--seeds", "--config"]),
         ("audit", ["--model"]),
     ],
@@ -149,7 +149,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, words, run, tmp_path, 
     [
         (["--engine", "ray"], ["no ray engine", "--engine local"]),
         (["--engine", "dask"], ["dask"]),
-        (["--batch-size", "0"], ["batch_size"]),
+        (["--batch-frames", "0"], ["--batch-frames", "auto"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--model", "nowhere"], ["nowhere: no such folder"]),
     ],

@@ -269,7 +269,7 @@ IDS, LENGTHS = pa.array(["a", "b", "c"]), pa.array([2, 1, 0], pa.int32())
         ({"id": IDS, "m": LAYOUTS["list"], "length": pa.array([2, -1, 0])}, "column 'length' is -1 for 'b'"),
         (
             {"id": IDS, "m": LAYOUTS["list"], "length": pa.array([2, None, 0])},
-            "column 'length' holds int64 with 1 nulls",
+            "column 'length' is null for 'b'",
         ),
         ({"id": IDS, "m": LAYOUTS["list"], "length": pa.array([2.0, 1, 0])}, "column 'length' holds double"),
         ({"id": IDS, "m": LAYOUTS["list"], "split": pa.array(["train", "dev", "test"])}, "split must be one of.*'dev'"),

@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from corpus_fixtures import real_data
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__
 from m3er_fast.config import LossConfig
-from m3er_fast.corpus import CorpusError, read_table, write_parquet
+from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
+from m3er_fast.training import evaluate
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
@@ -96,10 +99,13 @@ def test_scores_equal_the_model_in_every_column(corpus, model, tmp_path):
     expected = model.predict_proba(*arguments).numpy()
     with torch.no_grad():
         output = model(*arguments)
-    np.testing.assert_array_equal(probabilities(table, corpus), expected)
+    # Batched by length, the model rounds otherwise than on all rows at once.
+    np.testing.assert_allclose(probabilities(table, corpus), expected, rtol=0, atol=1e-6)
     assert table["prediction"].to_pylist() == [corpus.classes[c] for c in expected.argmax(axis=1)]
     np.testing.assert_array_equal(matrix(table, "effective", DIMS), output.effective.numpy())
-    np.testing.assert_array_equal(matrix(table, "p_value", DIMS), output.p_value.numpy())
+    np.testing.assert_allclose(matrix(table, "p_value", DIMS), output.p_value.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(matrix(table, "reliability", DIMS), output.reliability.numpy())
+    assert table["error"].null_count == len(corpus)
     np.testing.assert_array_equal(table["abstained"].to_numpy(), output.abstained.numpy())
     assert output.abstained.any()
     assert not output.abstained.all()
@@ -115,9 +121,11 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
         *("p_angry", "p_happy", "p_neutral"),
         *("effective_text", "effective_audio", "effective_face"),
         *("p_value_text", "p_value_audio", "p_value_face"),
+        *("reliability_text", "reliability_audio", "reliability_face"),
         "abstained",
+        "error",
     ]
-    kinds = [pa.string()] * 2 + [pa.float32()] * 3 + [pa.bool_()] * 3 + [pa.float32()] * 3 + [pa.bool_()]
+    kinds = [pa.string()] * 2 + [pa.float32()] * 3 + [pa.bool_()] * 3 + [pa.float32()] * 6 + [pa.bool_(), pa.string()]
     assert schema.types == kinds
     assert schema.metadata[b"m3er_fast.signature"].decode() == model_signature(model)
     assert schema.metadata[b"m3er_fast.version"].decode() == __version__
@@ -136,25 +144,31 @@ def test_manifest_names_version_model_and_input_shards(model, corpus_dir, tmp_pa
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["signature"] == model_signature(model)
     assert manifest["version"] == __version__
-    assert manifest["shards"] == [
-        {"name": path.name, "bytes": path.stat().st_size} for path in sorted(corpus_dir.iterdir())
-    ]
+    assert manifest["settings"] == {"batch_frames": Scorer(model).batch_frames, "dtype": "float32"}
+    found = [(shard["name"], shard["bytes"]) for shard in manifest["shards"]]
+    assert found == [(path.name, path.stat().st_size) for path in sorted(corpus_dir.iterdir())]
+    assert len({shard["checksum"] for shard in manifest["shards"]}) == 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batch_size_does_not_change_scores(batch_size, corpus, model, corpus_dir, tmp_path):
+@pytest.mark.parametrize("batch_frames", [1, 7, 64])
+def test_batches_change_probabilities_by_rounding_only(batch_frames, corpus, model, corpus_dir, tmp_path):
     table = read_table(corpus_dir / "part-00000.parquet")
     whole = Scorer(model).score(table)
-    parts = Scorer(model, batch_size=batch_size).score(table)
+    parts = Scorer(model, batch_frames=batch_frames).score(table)
     np.testing.assert_allclose(probabilities(parts, corpus), probabilities(whole, corpus), rtol=0, atol=1e-6)
-    others = [name for name in whole.column_names if name not in {f"p_{c}" for c in corpus.classes}]
+    others = [name for name in whole.column_names if not name.startswith("p_")]
     assert parts.select(others).equals(whole.select(others))
 
 
 def test_progress_counts_shards_and_rows(model, corpus_dir, tmp_path):
     steps = []
     score(corpus_dir, model, tmp_path, progress=steps.append)
-    assert [tuple(step) for step in steps] == [(1, 4, 64), (2, 4, 128), (3, 4, 192), (4, 4, 200)]
+    finished = {step.done: step.rows for step in steps}  # the last step of each number
+    assert finished[4] == 200
+    assert [step.rows for step in steps] == sorted(step.rows for step in steps)
+    assert {step.shards for step in steps} == {4}
+    assert steps[-1].seconds_left == 0
+    assert steps[-1].rate > 0
 
 
 # --- what is read ---
@@ -220,7 +234,7 @@ def test_an_empty_shard_gives_an_empty_shard_of_the_same_columns(corpus, model, 
     write_parquet(corpus.select(slice(0, 0)), tmp_path / "corpus")
     summary = score(tmp_path / "corpus", model, tmp_path / "out")
     assert (summary.rows, summary.shards) == (0, 1)
-    assert read_scores(tmp_path / "out").schema.equals(Scorer(model).schema, check_metadata=True)
+    assert read_scores(tmp_path / "out").schema.equals(Scorer(model).schema)
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -276,10 +290,16 @@ def test_an_unfitted_model_is_refused_before_anything_is_written(corpus_dir, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
-def test_batch_size_must_be_a_positive_int(batch_size, model):
-    with pytest.raises(ValueError, match="batch_size must be a positive int"):
-        Scorer(model, batch_size=batch_size)
+@pytest.mark.parametrize("batch_frames", [0, -1, 2.0, True, "many"])
+def test_batch_frames_must_be_a_positive_int_or_auto(batch_frames, model):
+    with pytest.raises(ValueError, match="batch_frames must be a positive int or 'auto'"):
+        Scorer(model, batch_frames=batch_frames)
+
+
+@pytest.mark.parametrize(("dtype", "message"), [("float16", "must be 'float32' or"), ("bfloat16", "is for CUDA")])
+def test_only_dtypes_that_are_fast_here_are_taken(dtype, message, model):
+    with pytest.raises(ValueError, match=message):
+        Scorer(model, dtype=dtype)
 
 
 def test_a_class_named_like_a_p_value_column_is_refused(training):
@@ -450,11 +470,8 @@ DAMAGE = {
         edit.__name__: lambda path, edit=edit: edit_shard(path, edit)
         for edit in (
             no_ids,
-            null_id,
-            id_that_is_no_text,
             other_feature_count,
             text_for_frames,
-            frames_beyond_the_end,
             unknown_modality,
         )
     },
@@ -497,19 +514,39 @@ def test_a_repaired_shard_leaves_quarantine_on_resume(model, corpus_dir, own_cor
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("edit", [null_id, id_that_is_no_text, frames_beyond_the_end])
+def test_a_bad_row_says_why_and_the_other_rows_have_their_scores(edit, corpus, model, own_corpus_dir, tmp_path):
+    path = own_corpus_dir / "part-00002.parquet"
+    score(path, model, tmp_path / "clean")
+    rows = slice(0, SHARD_ROWS if edit is frames_beyond_the_end else 1)
+    edit_shard(path, edit)
+    summary = score(own_corpus_dir, model, tmp_path / "out")
+    bad = rows.stop
+    assert (summary.errors, summary.rows, summary.quarantined) == (bad, 200, ())
+    table, clean = (pq.read_table(tmp_path / name / path.name) for name in ("out", "clean"))
+    assert table["error"].null_count == SHARD_ROWS - bad
+    assert table["error"][0].as_py().startswith("column ")
+    for name in table.column_names[1:-1]:
+        assert table[name].slice(0, bad).null_count == bad
+        assert table[name].null_count == bad
+    others = table.slice(bad)
+    assert others["id"].equals(clean["id"].slice(bad))
+    np.testing.assert_allclose(probabilities(others, corpus), probabilities(clean, corpus)[bad:], rtol=0, atol=1e-6)
+    assert score(own_corpus_dir, model, tmp_path / "out", resume=True).errors == bad
+
+
 def test_a_full_disk_stops_with_finished_shards_intact_and_nothing_half_written(
     model, corpus_dir, tmp_path, monkeypatch
 ):
-    write, calls = pq.write_table, []
+    write, calls = pq.ParquetWriter.write_table, []
 
-    def fill_up(table, file, **options):
-        calls.append(file)
+    def fill_up(writer, table, *arguments, **options):
+        calls.append(table)
         if len(calls) == 3:
-            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(table, file, **options)
+        write(writer, table, *arguments, **options)
 
-    monkeypatch.setattr(pq, "write_table", fill_up)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fill_up)
     with pytest.raises(OSError, match="No space"):
         score(corpus_dir, model, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["manifest.json", "part-00000.parquet", "part-00001.parquet"]
@@ -586,3 +623,19 @@ def test_importing_the_package_and_scoring_loads_no_optional_dependency():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.stderr.strip() == "[]"
+
+
+# --- real data ---
+
+
+def test_scores_of_real_data_have_the_metrics_of_evaluation(tmp_path):
+    corpus = convert(real_data("mosi_utterance"), "utterance-csv", tmp_path / "corpus")
+    model = fitted_model(corpus.subset("train"))
+    expected = evaluate(model, corpus).report
+    score(tmp_path / "corpus", model, tmp_path / "out")
+    table = read_scores(tmp_path / "out")
+    assert table["id"].to_pylist() == corpus.ids.tolist()
+    report = classification_report(probabilities(table, corpus), corpus.target, corpus.classes)
+    assert report.overall == expected.overall
+    assert report.per_class == expected.per_class
+    np.testing.assert_array_equal(report.confusion, expected.confusion)

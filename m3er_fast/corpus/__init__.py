@@ -3,6 +3,7 @@
 from m3er_fast.corpus.audit import AuditReport, ModalityAudit, audit_corpus
 from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate
 from m3er_fast.corpus.convert import FORMATS, convert, read
+from m3er_fast.corpus.generate import generate_corpus
 from m3er_fast.corpus.parquet import (
     TableFeatures,
     features_from_table,
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "ensure_validation",
     "features_from_table",
+    "generate_corpus",
     "read",
     "read_parquet",
     "read_table",

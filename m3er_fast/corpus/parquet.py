@@ -64,7 +64,7 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
         ValueError: ``rows_per_shard`` < 1.
         OSError: the files cannot be written, for example for lack of space.
     """
-    parquet = _pyarrow_parquet()
+    _pyarrow_parquet()
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
     for name in corpus.modalities:
@@ -76,25 +76,34 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
     if any(folder.glob("*.parquet")):
         raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    row_bytes = 4 * corpus.steps * sum(corpus.input_dims.values())
     partial: list[Path] = []
     try:
         for shard, start in enumerate(range(0, max(len(corpus), 1), rows_per_shard)):
-            table = _to_table(corpus.select(slice(start, start + rows_per_shard)))
             partial.append(folder / f"part-{shard:05d}.parquet.partial")
-            parquet.write_table(
-                table,
-                partial[-1],
-                row_group_size=max(1, _ROW_GROUP_BYTES // row_bytes),
-                compression="none",
-                use_dictionary=False,
-                write_statistics=[name for name in _RESERVED if name in table.column_names and name != "label"],
-            )
+            write_shard(corpus.select(slice(start, start + rows_per_shard)), partial[-1])
     except BaseException:
         for file in partial:
             file.unlink(missing_ok=True)
         raise
     return [file.rename(file.with_suffix("")) for file in partial]
+
+
+def write_shard(corpus: Corpus, path: str | Path) -> None:
+    """Write one file, in the fast layout and with page checksums.
+
+    Raises:
+        OSError: it cannot be written, for example for lack of space.
+    """
+    table = _to_table(corpus)
+    _pyarrow_parquet().write_table(
+        table,
+        path,
+        row_group_size=max(1, _ROW_GROUP_BYTES // (4 * corpus.steps * sum(corpus.input_dims.values()))),
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=[name for name in _RESERVED if name in table.column_names and name != "label"],
+    )
 
 
 def shard_paths(path: str | Path) -> list[Path]:
@@ -127,7 +136,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     if not file.is_file():
         raise CorpusError(f"{file}: no such file")
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             present = opened.schema_arrow.names
             return opened.read(None if columns is None else [name for name in columns if name in present])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -178,54 +187,118 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
     Raises:
         CorpusError: naming the column or row that cannot be read.
     """
+    decoded = decode_rows(table, input_dims)
+    if decoded.problems:
+        raise CorpusError(decoded.problems[min(decoded.problems)])
     ids = _strings(table, "id")
-    if ids is None:
-        raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
-    names = list(input_dims) if input_dims is not None else modality_columns(table)
-    blocks = {
-        name: _frames(table, name, None if input_dims is None else input_dims[name], ids)
+    if ids is None:  # decode_rows looked for it
+        raise AssertionError("unreachable")
+    rows, steps = (
+        np.arange(len(ids)),
+        max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values()))),
+    )
+    dims = {name: column.values.shape[1] for name, column in decoded.columns.items()} | dict(input_dims or {})
+    features = {
+        name: decoded.columns[name].padded(rows, steps)
+        if name in decoded.columns
+        else np.zeros((len(rows), steps, dims[name]), np.float32)
+        for name in (input_dims or decoded.columns)
+    }
+    return TableFeatures(ids, features, decoded.lengths, decoded.available)
+
+
+class FrameColumn(NamedTuple):
+    """The frames of one modality, of N rows; not padded, so that one long row does not make all of them long."""
+
+    values: np.ndarray  # (F, d) float32, the frames of all rows one after the other; maybe a view of Arrow's memory
+    frames: np.ndarray  # (N,) int64, how many of them each row has
+    present: np.ndarray  # (N,) bool, False for null
+
+    def padded(self, rows: np.ndarray, steps: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the first ``steps`` frames of some rows (R,) as (R, steps, d), padded with zeros and zero where null.
+
+        Args:
+            rows: indices of rows.
+            steps: length of the time axis.
+            out: (R, steps, d) float32 to write them to, instead of to a new array.
+        """
+        dim = self.values.shape[1]
+        if out is None:
+            out = np.empty((len(rows), steps, dim), np.float32)
+        if not len(rows):
+            return out
+        stored = int(self.frames[0])
+        if (self.frames == stored).all():
+            kept = min(stored, steps)
+            block = self.values.reshape(len(self.frames), stored, dim)
+            if kept == stored == steps:
+                np.take(block, rows, axis=0, out=out)
+            else:
+                out[:, :kept] = block[rows, :kept]
+                out[:, kept:] = 0
+        else:
+            starts = np.cumsum(self.frames) - self.frames
+            step = np.arange(steps)
+            inside = step < self.frames[rows, None]
+            out[:] = 0
+            out[inside] = self.values[(starts[rows, None] + step)[inside]]
+        absent = ~self.present[rows]
+        if absent.any():
+            out[absent] = 0
+        return out
+
+
+class DecodedRows(NamedTuple):
+    """What scoring needs of N rows, with what is wrong in some of them."""
+
+    columns: dict[str, FrameColumn]  # of the modalities that have a column
+    lengths: np.ndarray  # (N,) int64; 0 where there is a problem
+    available: np.ndarray  # (N, M) bool; False where there is a problem
+    problems: dict[int, str]  # row -> what is wrong with it
+
+
+def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) -> DecodedRows:
+    """Decode frames and lengths of a table's rows. What is wrong with a single row is reported, not raised.
+
+    Args:
+        table: rows in the layout of this module.
+        input_dims: as in `read_parquet`.
+
+    Raises:
+        CorpusError: naming the column that is missing or cannot be read in any row.
+    """
+    ids = _id_column(table)
+    names = list(input_dims) if input_dims is not None else modality_columns(table.schema)
+    problems: dict[int, str] = _id_problems(ids)
+    columns = {
+        name: _frames(table, name, None if input_dims is None else input_dims[name], ids, problems)
         for name in names
         if name in table.column_names
     }
-    if not blocks:
+    if not columns:
         raise CorpusError(
             f"no column holds frames of {'any modality' if input_dims is None else ' or '.join(names)}; "
             f"the columns are {', '.join(table.column_names)}"
         )
-    rows = len(ids)
-    frames = np.max([block.frames for block in blocks.values()], axis=0)
-    lengths = frames if "length" not in table.column_names else _lengths(table, ids)
-    for name, block in blocks.items():
-        short = block.present & (block.frames < lengths)
-        if short.any():
-            row = int(short.argmax())
-            raise CorpusError(
-                f"column {name!r}: {ids[row]!r} has {block.frames[row]} frames, but its length is {lengths[row]}"
-            )
-    steps = max(block.values.shape[1] for block in blocks.values())
-    if (lengths > steps).any():
-        row = int(lengths.argmax())
-        raise CorpusError(
-            f"column 'length' is {lengths[row]} for {ids[row]!r}, but no row has more than {steps} frames"
-        )
-    features, available = {}, np.zeros((rows, len(names)), dtype=bool)
-    for column, name in enumerate(names):
-        if name not in blocks:
-            features[name] = np.zeros((rows, steps, (input_dims or {})[name]), np.float32)
-            continue
-        values, available[:, column] = blocks[name].values, blocks[name].present
-        if values.shape[1] < steps:
-            values = np.pad(values, ((0, 0), (0, steps - values.shape[1]), (0, 0)))
-        features[name] = values
-    return TableFeatures(ids, features, lengths, available)
-
-
-class _Block(NamedTuple):
-    """The column of one modality."""
-
-    values: np.ndarray  # (N, T, d) float32, zeros where there is nothing
-    frames: np.ndarray  # (N,) int64, frames stored in each row
-    present: np.ndarray  # (N,) bool, False for null
+    frames = np.max([column.frames for column in columns.values()], axis=0)
+    lengths = frames if "length" not in table.column_names else _lengths(table, ids, problems)
+    for name, column in columns.items():
+        for row in np.flatnonzero(column.present & (column.frames < lengths)):
+            message = f"has {column.frames[row]} frames, but its length is {lengths[row]}"
+            problems.setdefault(int(row), f"column {name!r}: {_name(ids, row)} {message}")
+    for row in np.flatnonzero(lengths > frames.max(initial=1)):
+        message = f"is {lengths[row]} for {_name(ids, row)}, but no row has more than {frames.max(initial=1)} frames"
+        problems.setdefault(int(row), f"column 'length' {message}")
+    available = np.zeros((len(ids), len(names)), dtype=bool)
+    for index, name in enumerate(names):
+        if name in columns:
+            available[:, index] = columns[name].present
+    if problems:
+        bad = list(problems)
+        lengths = lengths.copy()
+        lengths[bad] = 0
+        available[bad] = False
+    return DecodedRows(columns, lengths, available, problems)
 
 
 def _pyarrow_parquet() -> Any:
@@ -311,16 +384,69 @@ def _strings(table: pa.Table, name: str) -> np.ndarray | None:
     return np.array(column.to_pylist(), dtype=object)
 
 
-def _lengths(table: pa.Table, ids: np.ndarray) -> np.ndarray:
+def _id_column(table: pa.Table) -> Any:
+    """Return the ids as one Arrow array of strings, nulls and bytes that are not UTF-8 included."""
     import pyarrow as pa
 
-    column = table["length"]
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise CorpusError(f"column 'length' holds {column.type} with {column.null_count} nulls, wanted int32 without")
-    lengths = np.asarray(column.to_numpy(), dtype=np.int64)
-    if (lengths < 0).any():
-        row = int((lengths < 0).argmax())
-        raise CorpusError(f"column 'length' is {lengths[row]} for {ids[row]!r}")
+    if "id" not in table.column_names:
+        raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
+    column = table["id"]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise CorpusError(f"column 'id' holds {column.type}, wanted string")
+    return _one_chunk(column)
+
+
+def _id_problems(ids: Any) -> dict[int, str]:
+    """Say of every row whose id is null, or no text, that it is."""
+    problems = {}
+    if ids.null_count:
+        problems = {int(row): f"column 'id' is null in row {row}" for row in np.flatnonzero(_nulls(ids))}
+    try:
+        ids.validate(full=True)
+    except ValueError:  # pyarrow's ArrowInvalid
+        for row in range(len(ids)):
+            try:
+                ids[row].as_py()
+            except UnicodeDecodeError as error:
+                problems[row] = f"column 'id' in row {row} is not UTF-8: {error}"
+    return problems
+
+
+def _name(ids: Any, row: Any) -> str:
+    """Return how to call a row in a message."""
+    try:
+        name = ids[int(row)].as_py()
+    except UnicodeDecodeError:
+        name = None
+    return f"row {row}" if name is None else repr(name)
+
+
+def _one_chunk(column: Any) -> Any:
+    import pyarrow as pa
+
+    column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # what combine_chunks gives depends on the release
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return column
+
+
+def _nulls(column: Any) -> np.ndarray:
+    return np.asarray(column.is_null().to_numpy(zero_copy_only=False))
+
+
+def _lengths(table: pa.Table, ids: Any, problems: dict[int, str]) -> np.ndarray:
+    import pyarrow as pa
+
+    column = _one_chunk(table["length"])
+    if not pa.types.is_integer(column.type):
+        raise CorpusError(f"column 'length' holds {column.type}, wanted int32")
+    for row in np.flatnonzero(_nulls(column)) if column.null_count else ():
+        problems.setdefault(int(row), f"column 'length' is null for {_name(ids, row)}")
+    lengths = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
+    for row in np.flatnonzero(lengths < 0):
+        problems.setdefault(int(row), f"column 'length' is {lengths[row]} for {_name(ids, row)}")
     return lengths
 
 
@@ -353,13 +479,13 @@ def _labels(table: pa.Table, ids: np.ndarray) -> tuple[np.ndarray | None, tuple[
     return target, classes or tuple(f"class_{c}" for c in range(width)), task
 
 
-def modality_columns(table: pa.Table) -> list[str]:
+def modality_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns that can hold frames."""
     import pyarrow as pa
 
     return [
         field.name
-        for field in table.schema
+        for field in schema
         if field.name not in _RESERVED
         and (pa.types.is_fixed_size_binary(field.type) or _is_list(_storage_type(field.type)))
     ]
@@ -375,26 +501,27 @@ def _storage_type(kind: Any) -> Any:
     return getattr(kind, "storage_type", kind)
 
 
-def _frames(table: pa.Table, name: str, wanted: int | None, ids: np.ndarray) -> _Block:
+def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: dict[int, str]) -> FrameColumn:
     """Decode the column of one modality."""
     import pyarrow as pa
 
     field = table.schema.field(name)
-    column = table[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # what combine_chunks gives depends on the release
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    column = _one_chunk(table[name])
     metadata = field.metadata or {}
     counts = {int(metadata[b"features"])} if metadata.get(b"features", b"").isdigit() else set()
     if isinstance(field.type, pa.FixedShapeTensorType):
         counts.add(field.type.shape[-1])
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    present = ~column.is_null().to_numpy(zero_copy_only=False)
+    present = ~_nulls(column)
     if pa.types.is_fixed_size_binary(column.type):
-        items, flat = _binary_items(column, name, metadata.get(b"dtype", b"float32").decode())
+        dtype = metadata.get(b"dtype", b"float32").decode(errors="replace")
+        items, flat = _binary_items(column, name, dtype)
+        fixed = column.type.byte_width // np.dtype(dtype).itemsize
     else:
-        items, flat, inner = _list_items(column, name, ids)
+        items, flat, inner = _list_items(column, name, wanted, ids, problems)
         counts |= inner
+        fixed = column.type.list_size if pa.types.is_fixed_size_list(column.type) and not inner else None
     if wanted is not None:
         counts.add(wanted)
     if len(counts) != 1 or 0 in counts:
@@ -404,22 +531,19 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: np.ndarray) -> 
             else f"column {name!r} has conflicting feature counts: {sorted(counts)}"
         )
     dim = counts.pop()
+    if fixed is not None and fixed % dim:
+        raise CorpusError(f"column {name!r} has {fixed} values a row, not a multiple of {dim} features")
     ragged = items % dim != 0
     if ragged.any():
-        row = int(ragged.argmax())
-        raise CorpusError(f"column {name!r}: {ids[row]!r} has {items[row]} values, not a multiple of {dim} features")
-    frames = items // dim
-    steps = max(1, int(frames.max(initial=1)))
-    if (frames == steps).all():
-        values = flat.reshape(len(ids), steps, dim)
-    else:
-        values = np.zeros((len(ids), steps, dim), np.float32)
-        values[np.arange(steps) < frames[:, None]] = flat.reshape(-1, dim)
-    return _Block(values, frames, present)
+        for row in np.flatnonzero(ragged):
+            message = f"has {items[row]} values, not a multiple of {dim} features"
+            problems.setdefault(int(row), f"column {name!r}: {_name(ids, row)} {message}")
+        flat, items = flat[np.repeat(~ragged, items)], np.where(ragged, 0, items)
+    return FrameColumn(flat.reshape(-1, dim), items // dim, present)
 
 
 def _binary_items(column: Any, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of values in each row (N,) and all values as float32."""
+    """Return the number of values in each row (N,) and all values as float32, whatever they are where null."""
     if dtype not in ("float16", "float32", "float64"):
         raise CorpusError(f"column {name!r} holds {dtype!r}, wanted float16, float32 or float64")
     kind = np.dtype(dtype).newbyteorder("<")
@@ -428,18 +552,21 @@ def _binary_items(column: Any, name: str, dtype: str) -> tuple[np.ndarray, np.nd
         raise CorpusError(f"column {name!r} has {width} bytes a row, not a multiple of {kind.itemsize} for {dtype}")
     rows = len(column)
     items = np.full(rows, width // kind.itemsize)
-    if not rows:
-        return items, np.zeros(0, np.float32)
-    raw = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + rows) * width]
+    values = column.buffers()[1]
+    if not rows or not width or values is None:
+        return items, np.zeros(rows * (width // kind.itemsize), np.float32)
+    raw = np.frombuffer(values, np.uint8)[column.offset * width : (column.offset + rows) * width]
     with np.errstate(over="ignore"):
-        values = raw.view(kind).astype(np.float32).reshape(rows, -1)
-    if column.null_count:
-        values[column.is_null().to_numpy(zero_copy_only=False)] = 0
-    return items, values.reshape(-1)
+        return items, raw.view(kind).astype(np.float32, copy=False)
 
 
-def _list_items(column: Any, name: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, set[int]]:
-    """Return the number of values in each row (N,), all values as float32, and the widths of inner lists."""
+def _list_items(
+    column: Any, name: str, wanted: int | None, ids: Any, problems: dict[int, str]
+) -> tuple[np.ndarray, np.ndarray, set[int]]:
+    """Return the number of values in each row (N,), all values as float32, and the widths of inner lists.
+
+    A row whose frames differ in width from the others has a problem, and no values.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -448,19 +575,26 @@ def _list_items(column: Any, name: str, ids: np.ndarray) -> tuple[np.ndarray, np
     items = _list_lengths(column)
     flat = pc.list_flatten(column)
     inner: set[int] = set()
+    kept = None
     if _is_list(flat.type):
         widths = _list_lengths(flat)
         inner = {int(width) for width in np.unique(widths)}
+        width = wanted if wanted in inner else next((int(width) for width in widths[:1]), 0)
         if len(inner) > 1:
-            frame = int((widths != widths[0]).argmax())
-            row = int(np.searchsorted(np.cumsum(items), frame, side="right"))
-            raise CorpusError(f"column {name!r}: {ids[row]!r} has frames of {sorted(inner)} features, wanted one count")
-        items = items * (widths[0] if len(widths) else 0)
+            other = np.zeros(len(items), dtype=bool)
+            other[np.repeat(np.arange(len(items)), items)[widths != width]] = True
+            for row in np.flatnonzero(other):
+                message = f"has frames of {sorted(inner)} features, wanted one count"
+                problems.setdefault(int(row), f"column {name!r}: {_name(ids, row)} {message}")
+            kept = np.repeat(np.repeat(~other, items), widths)
+            items, inner = np.where(other, 0, items), {width}
+        items = items * width
         flat = pc.list_flatten(flat)
     if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
         raise CorpusError(f"column {name!r} holds {column.type}, wanted lists of floats")
     with np.errstate(over="ignore"):
-        return items, flat.to_numpy(zero_copy_only=False).astype(np.float32), inner
+        values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return items, values if kept is None else values[kept], inner
 
 
 def _list_lengths(column: Any) -> np.ndarray:

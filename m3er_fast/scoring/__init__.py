@@ -1,9 +1,10 @@
-"""Scoring corpora: a scorer of Arrow tables, and the local runner that reads, scores and writes shard by shard."""
+"""Scoring corpora: plan, read, score, write, with one scorer of Arrow tables and runners that share all of it."""
 
-from m3er_fast.scoring.local import ScoreProgress, ScoreSummary, load_model, score
+from m3er_fast.scoring.model import load_model, model_signature
 from m3er_fast.scoring.output import OutputMismatchError, QuarantinedShard
+from m3er_fast.scoring.run import ScoreProgress, ScoreSummary, iter_scores, score
 from m3er_fast.scoring.scorer import Scorer
-from m3er_fast.scoring.signature import model_signature
+from m3er_fast.scoring.shard import ShardResult
 
 __all__ = [
     "OutputMismatchError",
@@ -11,6 +12,8 @@ __all__ = [
     "ScoreProgress",
     "ScoreSummary",
     "Scorer",
+    "ShardResult",
+    "iter_scores",
     "load_model",
     "model_signature",
     "score",

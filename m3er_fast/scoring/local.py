@@ -1,136 +1,94 @@
-"""The local runner: plan, read, score, write, one shard after the other in this process."""
+"""The local runner: the devices of this machine, a thread each, which take the next shard as they finish one."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+import copy
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from m3er_fast.corpus.base import CorpusError
-from m3er_fast.corpus.parquet import read_table, shard_paths
+import torch
+
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.scoring.output import OutputFolder, QuarantinedShard
+from m3er_fast.scoring.plan import Shard
+from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.scorer import Scorer
+from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shard
 
 
-class ScoreProgress(NamedTuple):
-    """How far a run is."""
+class _Begun(NamedTuple):
+    """A shard that is being read."""
 
-    done: int  # shards, those of an earlier run and those in quarantine among them
-    shards: int
-    rows: int  # utterances scored so far, by an earlier run too
-
-
-@dataclass(frozen=True)
-class ScoreSummary:
-    """What a run left in its folder."""
-
-    rows: int  # utterances with scores, those of an earlier run among them
-    shards: int  # files of the corpus
-    resumed: int  # of them, those that an earlier run had finished
-    quarantined: tuple[QuarantinedShard, ...]
-    signature: str  # of the model
-    seconds: float
+    shard: Shard
+    tables: Prefetch[Any]
 
 
-def score(
-    corpus: str | Path,
-    model: M3ERFusion,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    batch_size: int = 512,
-    progress: Callable[[ScoreProgress], None] | None = None,
-) -> ScoreSummary:
-    """Score a Parquet corpus, with or without labels, into a folder of Parquet files, one a shard.
+class _Stopped(BaseException):
+    """The run is over: drop the shard at hand."""
 
-    A shard that cannot be read, or does not fit the model, goes to the quarantine list with the reason, and the others
-    are scored. Every shard is held in memory as a whole.
 
-    Args:
-        corpus: a folder of Parquet files, or one file.
-        model: with a fitted check, if it has one; it works on the device where it is.
-        out: the folder to write to; :mod:`m3er_fast.scoring.output` says what it will hold.
-        resume: go on with what an interrupted run left in ``out``; an empty or missing folder just starts.
-        batch_size: utterances that go through the model at a time.
-        progress: called after every shard.
+def make_scorers(model: M3ERFusion, devices: Sequence[str] | None, batch_frames: int | str, dtype: str) -> list[Scorer]:
+    """Give every device a scorer with a copy of the model; None is the device where the model is, with no copy."""
+    if devices is None:
+        return [Scorer(model, batch_frames=batch_frames, dtype=dtype)]  # type: ignore[arg-type]
+    models = [copy.deepcopy(model).to(torch.device(device)) for device in devices]
+    return [Scorer(one, batch_frames=batch_frames, dtype=dtype) for one in models]  # type: ignore[arg-type]
 
-    Raises:
-        ValueError: there is no corpus, ``out`` is not empty and ``resume`` is False, the model does not fit any
-            shard, or its check is not fitted.
-        OutputMismatchError: ``out`` is to be resumed, but was made with another model, corpus or version.
-        OSError: ``out`` cannot be written to, for example for lack of space. Finished shards stay.
+
+def run_local(job: ScoringJob, shards: Sequence[Shard], scorers: Sequence[Scorer]) -> Iterator[ShardResult | int]:
+    """Score shards, and yield what became of each, and in between the number of rows after every table.
+
+    Each scorer has a thread, and another one that reads ahead, across the ends of shards. Closing the iterator drops
+    the shards that are not finished.
     """
-    start = time.perf_counter()
-    shards = shard_paths(corpus)
-    scorer = Scorer(model, batch_size=batch_size)
-    output = OutputFolder(Path(out), shards, scorer.signature, resume=resume)
-    _check_model_fits(shards, scorer)
-    output.begin()
-    rows = resumed = 0
-    for done, shard in enumerate(shards, start=1):
-        earlier = output.finished_rows(shard.name)
-        if earlier is not None:
-            resumed, rows = resumed + 1, rows + earlier
-        else:
-            rows += _score_shard(shard, scorer, output)
-        if progress is not None:
-            progress(ScoreProgress(done, len(shards), rows))
-    output.finish()
-    seconds = time.perf_counter() - start
-    return ScoreSummary(rows, len(shards), resumed, tuple(output.quarantined), scorer.signature, seconds)
+    results: queue.Queue[ShardResult | int | BaseException | None] = queue.Queue()
+    waiting, claim, stop = iter(shards), threading.Lock(), threading.Event()
 
+    def next_shard() -> Shard | None:
+        with claim:
+            return next(waiting, None)
 
-def load_model(path: str | Path) -> M3ERFusion:
-    """Load a model from a local folder: what training wrote, or any ``save_pretrained`` made. In eval mode.
+    def on_rows(rows: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        results.put(rows)
 
-    Raises:
-        ValueError: there is no such folder, or it holds no model that can be read. Nothing is looked up elsewhere.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder, wanted one that training or save_pretrained wrote")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no model: it has no {name}")
-    try:
-        return M3ERFusion.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the parsers of JSON and safetensors say
-        raise ValueError(f"{folder} holds no model that can be read: {error}") from error
+    def begin(scorer: Scorer) -> _Begun | None:
+        shard = None if stop.is_set() else next_shard()
+        return None if shard is None else _Begun(shard, Prefetch(job.read(shard, scorer)))
 
-
-def _check_model_fits(shards: Sequence[Path], scorer: Scorer) -> None:
-    """Raise if every shard with a readable schema contradicts the model: then it is the wrong model, not a bad shard.
-
-    Stops at the first shard that fits.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    misfit: CorpusError | None = None
-    for shard in shards:
+    def work(scorer: Scorer) -> None:
+        current = upcoming = None
         try:
-            schema = pyarrow.parquet.read_schema(shard)
-        except (pa.ArrowException, OSError, UnicodeDecodeError):  # the run will put it in quarantine
-            continue
-        try:
-            scorer.score(schema.empty_table())
-        except CorpusError as error:
-            misfit = misfit or CorpusError(f"{shard}: {error}")
-        else:
-            return
-    if misfit is not None:
-        raise misfit
+            current = begin(scorer)
+            while current is not None:
+                upcoming = begin(scorer)  # is read while the current one is scored
+                results.put(score_shard(job, current.shard, scorer, windows=current.tables, on_rows=on_rows))
+                current, upcoming = upcoming, None
+        except _Stopped:
+            pass
+        except BaseException as error:
+            results.put(error)
+        for begun in (current, upcoming):
+            if begun is not None:
+                begun.tables.close()
+        results.put(None)
 
-
-def _score_shard(shard: Path, scorer: Scorer, output: OutputFolder) -> int:
-    """Write the scores of a shard, or put it in quarantine; returns the rows written."""
+    threads = [threading.Thread(target=work, args=(scorer,), name="m3er-score", daemon=True) for scorer in scorers]
+    for thread in threads:
+        thread.start()
     try:
-        scores = scorer.score(read_table(shard))
-    except (CorpusError, UnicodeDecodeError) as error:  # the latter for the name of a column
-        output.quarantine(shard.name, str(error))
-        return 0
-    output.write(shard.name, scores)
-    return int(scores.num_rows)
+        running = len(threads)
+        while running:
+            result = results.get()
+            if result is None:
+                running -= 1
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                yield result
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

@@ -1,30 +1,38 @@
 """The folder that scores are written to: what makes a killed run resumable and a finished one recognisable.
 
-* ``manifest.json``: version, signature of the model and the shards of the corpus with their sizes, the *fingerprint*
-  of the run; written first;
+* ``manifest.json``: version, signature of the model, settings that scores depend on, and the shards of the corpus with
+  sizes and checksums, the *fingerprint* of the run; written first;
 * one Parquet file a shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.scorer`). It gets its name
   when it is whole and on the disk, so a file that is there is finished;
 * ``quarantine.json``, only if there is something in it: the shards that could not be read, each with the reason;
 * ``_SUCCESS``, empty, written last: every shard is either scored or in quarantine.
 
 All of it depends on the model and the corpus alone: an interrupted and resumed run leaves the same bytes as another.
+The folder may lie on any Arrow filesystem. On this machine's own, files are synced before they get their names; on an
+object store the name is given by a copy, which appears whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m3er_fast.scoring.plan import Location, Shard
 from m3er_fast.scoring.scorer import SIGNATURE_KEY
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST, QUARANTINE, SUCCESS = "manifest.json", "quarantine.json", "_SUCCESS"
+INPUT_KEY = b"m3er_fast.input"
 _PARTIAL = ".partial"
+# Few rows of scores are gathered into one row group, so that a group is worth its metadata.
+_GROUP_ROWS = 2**16
 
 
 class OutputMismatchError(RuntimeError):
@@ -38,109 +46,241 @@ class QuarantinedShard(NamedTuple):
     reason: str
 
 
+class FinishedShard(NamedTuple):
+    """What is known of scores that are there already."""
+
+    rows: int
+    errors: int
+
+
+@dataclass(frozen=True)
 class OutputFolder:
-    """A folder of scores; see the module for what it holds.
+    """A folder of scores; see the module for what it holds. It can be pickled.
 
     Args:
-        path: the folder; it need not exist.
+        location: of the folder, which need not exist.
         shards: the files of the corpus.
         signature: of the model.
-        resume: whether to go on with what the folder holds; otherwise it must be empty.
-
-    Raises:
-        ValueError: the folder is a file, or it is not empty and ``resume`` is False.
-        OutputMismatchError: what the folder holds was made from something else.
+        settings: what else scores depend on.
     """
 
-    def __init__(self, path: Path, shards: Sequence[Path], signature: str, *, resume: bool) -> None:
-        from m3er_fast import __version__
+    location: Location
+    shards: tuple[Shard, ...]
+    signature: str
+    settings: dict[str, Any]
 
-        self.path = path
-        self.quarantined: list[QuarantinedShard] = []
-        self._fingerprint = {
-            "version": __version__,
-            "signature": signature,
-            "shards": [{"name": shard.name, "bytes": shard.stat().st_size} for shard in shards],
-        }
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file, wanted a folder to write scores to")
-        if path.is_dir() and any(path.iterdir()):
-            if not resume:
-                raise ValueError(f"{path} is not empty: resume what it holds (--resume), or name another folder")
+    def begin(self, *, resume: bool) -> None:
+        """Make the folder ready for writing. What an earlier run had in quarantine will be tried again.
+
+        Raises:
+            ValueError: the folder is a file, or it is not empty and ``resume`` is False.
+            OutputMismatchError: what the folder holds was made from something else.
+            OSError: the folder cannot be written to.
+        """
+        held = check_folder(self.location, resume=resume)
+        if held:
             self._check_fingerprint()
+        self.location.filesystem.create_dir(self.location.path, recursive=True)
+        for name in held:
+            if name in (SUCCESS, QUARANTINE) or name.endswith(_PARTIAL):
+                self._delete(name)
+        self._write_json(MANIFEST, self._fingerprint())
 
-    def _check_fingerprint(self) -> None:
-        try:
-            found = json.loads((self.path / MANIFEST).read_bytes())
-        except FileNotFoundError as error:
-            raise OutputMismatchError(f"{self.path} holds no scores to resume: it has no {MANIFEST}") from error
-        except ValueError as error:
-            raise OutputMismatchError(f"{self.path / MANIFEST} is not a manifest: {error}") from error
-        for key, kind in (("signature", "model"), ("shards", "corpus"), ("version", "version of m3er-fast")):
-            if not isinstance(found, dict) or found.get(key) != self._fingerprint[key]:
-                raise OutputMismatchError(f"{self.path} holds scores made with another {kind}: name another folder")
+    def finished(self, shard: Shard) -> FinishedShard | None:
+        """Rows of a shard whose scores are there already, or None.
 
-    def begin(self) -> None:
-        """Make the folder ready for writing. What an earlier run had in quarantine will be tried again."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (self.path / SUCCESS, self.path / QUARANTINE, *self.path.glob(f"*{_PARTIAL}")):
-            stale.unlink(missing_ok=True)
-        self._write_json(MANIFEST, self._fingerprint)
-
-    def finished_rows(self, shard: str) -> int | None:
-        """Rows of a shard whose scores are there already, or None."""
+        Raises:
+            OutputMismatchError: they are there, but of another file of this name.
+        """
         import pyarrow as pa
         import pyarrow.parquet
 
         try:
-            metadata = pyarrow.parquet.read_metadata(self.path / shard)
+            with self.location.filesystem.open_input_file(self.location.join(shard.output_name)) as file:
+                metadata = pyarrow.parquet.read_metadata(file)
         except (OSError, pa.ArrowException):  # not there, or not whole although it has its name
             return None
-        signature = (metadata.metadata or {}).get(SIGNATURE_KEY, b"").decode()
-        return int(metadata.num_rows) if signature == self._fingerprint["signature"] else None
+        about = metadata.metadata or {}
+        if about.get(SIGNATURE_KEY, b"").decode() != self.signature:
+            return None
+        if about.get(INPUT_KEY, b"").decode() != _input(shard):
+            raise OutputMismatchError(
+                f"{self.location} holds scores made with another corpus: {shard.name} has changed since"
+            )
+        return FinishedShard(int(metadata.num_rows), _count_errors(metadata))
 
-    def write(self, shard: str, scores: pa.Table) -> None:
-        """Write the scores of a shard."""
+    @contextmanager
+    def writer(self, shard: Shard, schema: pa.Schema) -> Iterator[ScoreWriter]:
+        """Write the scores of a shard; they get their name when the block ends without an exception.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         import pyarrow.parquet
 
-        def write_table(file: IO[bytes]) -> None:
-            pyarrow.parquet.write_table(scores, file, write_page_checksum=True)
+        schema = schema.with_metadata({**(schema.metadata or {}), INPUT_KEY: _input(shard)})
+        with (
+            self._written(shard.output_name) as file,
+            pyarrow.parquet.ParquetWriter(file, schema, write_page_checksum=True) as parquet,
+        ):
+            writer = ScoreWriter(parquet, schema)
+            yield writer
+            writer.flush(last=True)
 
-        self._write(shard, write_table)
-
-    def quarantine(self, shard: str, reason: str) -> None:
-        """Put a shard on the quarantine list; the reason becomes one line."""
-        self.quarantined.append(QuarantinedShard(shard, " ".join(reason.split())))
-        self._write_json(QUARANTINE, [entry._asdict() for entry in self.quarantined])
+    def quarantine(self, entries: Iterable[QuarantinedShard]) -> None:
+        """Replace the quarantine list; it is in the order of the shards."""
+        order = {shard.name: index for index, shard in enumerate(self.shards)}
+        listed = sorted(entries, key=lambda entry: order[entry.shard])
+        self._write_json(QUARANTINE, [entry._asdict() for entry in listed])
 
     def finish(self) -> None:
         """Say that everything is done."""
-        self._write(SUCCESS, lambda file: None)
+        with self._written(SUCCESS):
+            pass
+
+    def _fingerprint(self) -> dict[str, Any]:
+        from m3er_fast import __version__
+
+        return {
+            "version": __version__,
+            "signature": self.signature,
+            "settings": self.settings,
+            "shards": [{"name": s.name, "bytes": s.size, "checksum": s.checksum} for s in self.shards],
+        }
+
+    def _check_fingerprint(self) -> None:
+        found, wanted = read_manifest(self.location), self._fingerprint()
+        if found is None:
+            raise OutputMismatchError(f"{self.location} holds no scores to resume: it has no {MANIFEST}")
+        # A shard that was changed is refused where it has scores already; one that was in quarantine may be mended.
+        found["shards"], wanted["shards"] = _names(found.get("shards")), _names(wanted["shards"])
+        kinds = {"signature": "model", "shards": "corpus", "version": "version of m3er-fast", "settings": "setting"}
+        for key, kind in kinds.items():
+            if found.get(key) != wanted[key]:
+                detail = f": {found.get(key)}, now {wanted[key]}" if key in ("settings", "version") else ""
+                raise OutputMismatchError(
+                    f"{self.location} holds scores made with another {kind}{detail}; name another folder"
+                )
 
     def _write_json(self, name: str, value: Any) -> None:
-        content = (json.dumps(value, indent=2) + "\n").encode()
-        self._write(name, lambda file: file.write(content))
+        with self._written(name) as file:
+            file.write((json.dumps(value, indent=2) + "\n").encode())
 
-    def _write(self, name: str, write_content: Callable[[IO[bytes]], Any]) -> None:
+    @contextmanager
+    def _written(self, name: str) -> Iterator[Any]:
         """Write a file under a temporary name, and give it its name once it has reached the disk."""
-        partial = self.path / f"{name}{_PARTIAL}"
+        filesystem, path = self.location.filesystem, self.location.join(name)
+        # Of its own: where a worker was given up too early, two may write the same shard.
+        partial = self.location.join(f".{name}.{uuid.uuid4().hex}{_PARTIAL}")
         try:
-            with partial.open("wb") as file:
-                write_content(file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
+            with filesystem.open_output_stream(partial) as file:
+                yield file
+            self._sync(partial)
+            filesystem.move(partial, path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                filesystem.delete_file(partial)
             raise
-        self._sync_folder()
+        self._sync(self.location.path)
 
-    def _sync_folder(self) -> None:
-        """A new name is safe once its folder is on the disk too."""
-        if os.name == "nt":  # where folders cannot be opened
+    def _sync(self, path: str) -> None:
+        if not self.location.is_local or os.name == "nt":  # where folders cannot be opened
             return
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self.location.filesystem.delete_file(self.location.join(name))
+
+
+class ScoreWriter:
+    """Writes tables of scores in row groups of equal size."""
+
+    def __init__(self, parquet: Any, schema: pa.Schema) -> None:
+        self._parquet, self._schema = parquet, schema
+        self._waiting: list[pa.Table] = []
+        self.rows = self.errors = 0
+
+    def write(self, scores: pa.Table) -> None:
+        """Add rows."""
+        self.rows += scores.num_rows
+        self.errors += scores.num_rows - scores["error"].null_count
+        self._waiting.append(scores.replace_schema_metadata(self._schema.metadata))
+        self.flush()
+
+    def flush(self, *, last: bool = False) -> None:
+        """Write the row groups that are full, and at the end what is left."""
+        import pyarrow as pa
+
+        rows = sum(table.num_rows for table in self._waiting)
+        if rows < _GROUP_ROWS and not (last and rows):
+            return
+        table = pa.concat_tables(self._waiting)
+        whole = rows if last else rows - rows % _GROUP_ROWS
+        self._parquet.write_table(table.slice(0, whole), row_group_size=_GROUP_ROWS)
+        self._waiting = [table.slice(whole)] if whole < rows else []
+
+
+def check_folder(location: Location, *, resume: bool) -> list[str]:
+    """Return the names in a folder of scores, if it may be written to.
+
+    Raises:
+        ValueError: the folder is a file, or it is not empty and ``resume`` is False.
+    """
+    from pyarrow import fs
+
+    found = location.filesystem.get_file_info(location.path)
+    if found.type == fs.FileType.File:
+        raise ValueError(f"{location} is a file, wanted a folder to write scores to")
+    if found.type != fs.FileType.Directory:
+        return []
+    held = [str(file.base_name) for file in location.filesystem.get_file_info(fs.FileSelector(location.path))]
+    if held and not resume:
+        raise ValueError(f"{location} is not empty: resume what it holds (--resume), or name another folder")
+    return held
+
+
+def read_manifest(location: Location) -> dict[str, Any] | None:
+    """Return what the manifest of a folder says, or None if there is none.
+
+    Raises:
+        OutputMismatchError: it is not a manifest.
+    """
+    try:
+        with location.filesystem.open_input_file(location.join(MANIFEST)) as file:
+            found = json.loads(file.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise OutputMismatchError(f"{location.join(MANIFEST)} is not a manifest: {error}") from error
+    if not isinstance(found, dict):
+        raise OutputMismatchError(f"{location.join(MANIFEST)} is not a manifest")
+    return found
+
+
+def _names(shards: Any) -> Sequence[Any] | None:
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return None
+    return [shard.get("name") for shard in shards]
+
+
+def _input(shard: Shard) -> str:
+    return f"{shard.size} {shard.checksum}"
+
+
+def _count_errors(metadata: Any) -> int:
+    """Rows with an error, by the statistics in a footer."""
+    errors = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        column = next(
+            chunk
+            for chunk in (row_group.column(index) for index in range(row_group.num_columns))
+            if chunk.path_in_schema == "error"
+        )
+        errors += row_group.num_rows - column.statistics.null_count
+    return errors

@@ -1,0 +1,155 @@
+"""Score a generated corpus on this machine, and say what it took beside the model alone and reading alone.
+
+``python benchmarks/scoring.py --utterances 50000 --out results.json`` generates the corpus in a temporary folder
+(``--corpus`` keeps or reuses one), fits a model to its first shard, and measures in one process
+
+* ``read``: reading all shards as the scorer reads them, page checksums verified and not, by one and by two threads,
+  from the page cache;
+* ``model``: the model alone, on batches that the scorer would make, in memory;
+* ``score``: the whole run, and its peak memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import harness
+import numpy as np
+import torch
+
+from m3er_fast import M3ERFusion
+from m3er_fast.corpus import generate_corpus, read_parquet
+from m3er_fast.corpus.parquet import decode_rows
+from m3er_fast.scoring import Scorer, score
+from m3er_fast.scoring.batching import plan_batches
+from m3er_fast.scoring.plan import plan_shards
+from m3er_fast.scoring.reader import read_windows
+
+CLASSES = ("angry", "happy", "neutral", "sad")
+
+
+def peak_gib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def make_model(corpus):
+    """A model with the default check and proxies, fitted to 2000 utterances; weights are as initialised."""
+    first = read_parquet(corpus.shards[0].path).select(slice(0, 2000))
+    torch.manual_seed(0)
+    model = M3ERFusion(first.input_dims, len(CLASSES), classes=CLASSES).eval()
+    return model.fit(first.features, first.lengths, first.available)
+
+
+def read_rate(plan, threads, verify):
+    """Bytes of frames a second; the shards are dealt to the threads."""
+    read = [0] * threads
+
+    def run(turn):
+        for shard in plan.shards[turn::threads]:
+            for table in read_windows(plan.corpus, shard, verify=verify):
+                read[turn] += sum(table[name].nbytes for name in table.column_names if name not in ("id", "length"))
+
+    start = time.perf_counter()
+    workers = [threading.Thread(target=run, args=(turn,)) for turn in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(read) / (time.perf_counter() - start)
+
+
+def model_rate(plan, scorer, rows):
+    """Utterances a second of the model alone, on the batches of the first windows, which lie ready in memory."""
+    batches = []
+    for shard in plan.shards:
+        for table in read_windows(plan.corpus, shard, window_bytes=scorer.window_bytes):
+            decoded = decode_rows(table, scorer.model.input_dims)
+            for batch in plan_batches(decoded.lengths, scorer.batch_frames):
+                steps = int(decoded.lengths[batch].max())
+                features = {
+                    name: torch.from_numpy(column.padded(batch, steps)) for name, column in decoded.columns.items()
+                }
+                batches.append((features, torch.from_numpy(decoded.lengths[batch])))
+            if sum(len(lengths) for _, lengths in batches) >= rows:
+                break
+        else:
+            continue
+        break
+    with torch.inference_mode():
+        scorer.model(*batches[0])
+        start = time.perf_counter()
+        for batch in batches:
+            scorer.model.probabilities(scorer.model(*batch))
+        return sum(len(lengths) for _, lengths in batches) / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--utterances", type=int, default=50_000)
+    parser.add_argument("--corpus", type=Path, help="folder to reuse, or to generate the corpus in and keep")
+    parser.add_argument("--rounds", type=int, default=3, help="of model and score, in turn; medians are reported")
+    parser.add_argument("--model-rows", type=int, default=16_384)
+    parser.add_argument("--skip-reading", action="store_true", help="where the corpus does not fit the page cache")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = options.corpus or Path(scratch) / "corpus"
+        if not corpus.exists():
+            generate_corpus(corpus, utterances=options.utterances)
+        plan = plan_shards(corpus)
+        scorer = Scorer(make_model(plan))
+        result = {
+            "command": " ".join(sys.argv),
+            "commit": harness.commit(),
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "corpus_bytes": sum(shard.size for shard in plan.shards),
+            "shards": len(plan.shards),
+            "batch_frames": scorer.batch_frames,
+        }
+        if not options.skip_reading:
+            read_rate(plan, 1, False)  # into the page cache
+            result["read_bytes_per_second"] = {
+                f"{threads} threads, checksums {'verified' if verify else 'ignored'}": max(
+                    read_rate(plan, threads, verify) for _ in range(3)
+                )
+                for threads in (1, 2)
+                for verify in (False, True)
+            }
+        rates = {"model": [], "score": []}
+        for turn in range(options.rounds):
+            rates["model"].append(model_rate(plan, scorer, options.model_rows))
+            out = Path(scratch) / f"scores-{turn}"
+            summary = score(corpus, scorer.model, out)
+            rates["score"].append(summary.rows / summary.seconds)
+            shutil.rmtree(out)
+        result |= {
+            "utterances": summary.rows,
+            "errors": summary.errors,
+            "seconds": summary.seconds,
+            "rates": rates,
+            "model_utterances_per_second": statistics.median(rates["model"]),
+            "score_utterances_per_second": statistics.median(rates["score"]),
+            "ratio": statistics.median(s / m for s, m in zip(rates["score"], rates["model"], strict=True)),
+            "peak_rss_gib": peak_gib(),
+        }
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The reader: a shard as a stream of tables, a bounded number of bytes at a time, however large the shard.
+
+Files are not trusted. What a shard claims to unpack to is compared with what its rows can hold before anything is
+decoded, page checksums are verified where there are any, and whatever is wrong is a `CorpusError`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from m3er_fast.corpus.base import CorpusError, naming
+from m3er_fast.corpus.parquet import modality_columns
+from m3er_fast.scoring.plan import Location, Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WINDOW_BYTES = 64 * 2**20
+"""Frames that are read, batched and scored at a time, unless a device wants larger batches."""
+
+# Rows that are wider are no utterances: 16 MiB are 10,000 frames of 410 features.
+_MOST_ROW_BYTES = 16 * 2**20
+_MOST_ID_BYTES = 64 * 2**10
+# Floats hardly compress. Zeros and nulls do, so that a small shard of them is read whatever its ratio is.
+_MOST_EXPANSION = 1000
+_SMALL_SHARD = 2**30
+_BUFFER = 2**20
+
+
+def read_windows(
+    corpus: Location,
+    shard: Shard,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    verify: bool = True,
+    check: Callable[[pa.Schema], object] = bool,
+) -> Iterator[pa.Table]:
+    """Yield the columns of a shard that scoring looks at, some rows at a time; of no rows, one empty table.
+
+    Args:
+        corpus: whose filesystem the shard is on.
+        shard: a Parquet or Arrow IPC file.
+        window_bytes: about how much decoded frames a table may hold.
+        verify: compare pages of Parquet with their checksums, where there are any.
+        check: called with the schema before anything is decoded; may raise a CorpusError.
+
+    Raises:
+        CorpusError: the shard cannot be read, is damaged, or claims more than its rows can hold.
+    """
+    import pyarrow as pa
+
+    with naming(shard.name):
+        try:
+            with corpus.filesystem.open_input_file(shard.path) as file:
+                magic = file.read(6)
+            if magic == b"ARROW1":
+                yield from _read_ipc(corpus, shard, window_bytes, check)
+            else:
+                yield from _read_parquet(corpus, shard, window_bytes, verify, check)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+            raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+
+
+def _read_parquet(
+    corpus: Location, shard: Shard, window_bytes: int, verify: bool, check: Callable[[pa.Schema], object]
+) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with (
+        # Not mapped: a damaged disk, or a file cut short while it is read, would be SIGBUS instead of an error.
+        corpus.filesystem.open_input_file(shard.path) as source,
+        parquet.ParquetFile(
+            source,
+            metadata=(metadata := parquet.read_metadata(source)),
+            buffer_size=_BUFFER,  # else a column of a row group is read as a whole
+            pre_buffer=False,
+            page_checksum_verification=verify,
+            read_dictionary=["id"]
+            if "id" in metadata.schema.names
+            else None,  # so that one huge id, repeated, is seen before it is unpacked
+        ) as file,
+    ):
+        schema = file.schema_arrow
+        check(schema)
+        columns = _wanted(schema)
+        row_bytes = _check_claims(file.metadata, schema, columns, shard.size)
+        rows = max(1, window_bytes // row_bytes)
+        yielded = False
+        for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+            yielded = True
+            yield _with_checked_ids(pa.Table.from_batches([batch], schema=batch.schema))
+        if not yielded:
+            yield schema.empty_table().select(columns)
+
+
+def _wanted(schema: pa.Schema) -> list[str]:
+    frames = modality_columns(schema)
+    return [name for name in schema.names if name in ("id", "length") or name in frames]
+
+
+def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
+    """Bound what decoding will take by the footer alone; returns the bytes of a row, on average."""
+    import pyarrow as pa
+
+    total: int = 0
+    widths = {
+        field.name: field.type.byte_width
+        for field in schema
+        if pa.types.is_fixed_size_binary(field.type) and field.name in columns
+    }
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        rows = row_group.num_rows
+        for index in range(row_group.num_columns):
+            chunk = row_group.column(index)
+            name = chunk.path_in_schema.split(".", 1)[0]
+            if name not in columns:
+                continue
+            if name in widths:
+                most = rows * widths[name]
+            elif name == "id":
+                most = rows * 1024 + _MOST_ID_BYTES
+            else:
+                most = chunk.num_values * 8
+            # Levels, page headers and a dictionary beside the values; a page that unpacks to more is a bomb.
+            if chunk.total_uncompressed_size > 1.1 * most + 64 * rows + 2**16:
+                raise CorpusError(
+                    f"column {name!r} would unpack to {chunk.total_uncompressed_size} bytes, "
+                    f"but its {rows} rows hold at most {most}"
+                )
+            total += most if name != "id" else 0
+    row_bytes = max(1, total // max(1, int(metadata.num_rows)))
+    if row_bytes > _MOST_ROW_BYTES:
+        raise CorpusError(f"a row takes {row_bytes} bytes, more than the {_MOST_ROW_BYTES} that are read")
+    if total > max(_SMALL_SHARD, _MOST_EXPANSION * size):
+        raise CorpusError(f"its {metadata.num_rows} rows would unpack from {size} to {total} bytes")
+    return row_bytes
+
+
+def _with_checked_ids(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if "id" not in table.column_names or not pa.types.is_dictionary(table.schema.field("id").type):
+        return table
+    index = table.column_names.index("id")
+    for chunk in table["id"].chunks:
+        longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
+        if longest > _MOST_ID_BYTES:
+            raise CorpusError(f"column 'id' holds a string of {longest} bytes, more than the {_MOST_ID_BYTES} allowed")
+    return table.set_column(index, "id", table["id"].cast(table.schema.field("id").type.value_type))
+
+
+def _read_ipc(
+    corpus: Location, shard: Shard, window_bytes: int, check: Callable[[pa.Schema], object]
+) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    with _mapped(corpus, shard) as (source, forget):
+        _refuse_compressed(source)
+        with ipc.open_file(source) as reader:
+            check(reader.schema)
+            columns = _wanted(reader.schema)
+            yielded = False
+            for index in range(reader.num_record_batches):
+                batch = reader.get_batch(index).select(columns)
+                batch.validate(full=True)  # offsets may point anywhere
+                rows = max(1, window_bytes // max(1, batch.nbytes // max(1, batch.num_rows)))
+                for start in range(0, batch.num_rows, rows):
+                    yielded = True
+                    yield pa.Table.from_batches([batch.slice(start, rows)])
+                    forget()
+            if not yielded:
+                yield reader.schema.empty_table().select(columns)
+
+
+@contextmanager
+def _mapped(corpus: Location, shard: Shard) -> Iterator[tuple[Any, Any]]:
+    """Give the file, mapped to memory where it is local, and how to let go of the pages that were read."""
+    import pyarrow as pa
+
+    if not corpus.is_local or not shard.size:
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            yield file, lambda: None
+        return
+    descriptor = os.open(shard.path, os.O_RDONLY)
+    try:
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+    def forget() -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # they stay in the page cache, but count as memory of this process no more
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    yield pa.BufferReader(pa.py_buffer(mapping)), forget  # unmapped with the last table that refers to it
+
+
+def _refuse_compressed(source: Any) -> None:
+    """Raise if a batch is compressed: only its own data say what it would unpack to."""
+    from pyarrow import ipc
+
+    source.seek(8)
+    for message in ipc.MessageReader.open_stream(source):
+        if message.type == "record batch" and _has_compression(bytes(message.metadata)):
+            raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
+    source.seek(0)
+
+
+def _has_compression(message: bytes) -> bool:
+    """Whether the flatbuffer of a record batch has the field ``compression``, of format/Message.fbs."""
+
+    def field(table: int, number: int) -> int:
+        """Position of a field of a table, or 0."""
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        if 4 + 2 * number >= struct.unpack_from("<H", message, vtable)[0]:
+            return 0
+        offset = struct.unpack_from("<H", message, vtable + 4 + 2 * number)[0]
+        return table + offset if offset else 0
+
+    def target(position: int) -> int:
+        return int(position + struct.unpack_from("<I", message, position)[0])
+
+    try:
+        header = field(target(0), 2)
+        return bool(header and field(target(header), 3))
+    except struct.error as error:
+        raise CorpusError("not readable: a message of it is damaged") from error
+
+
+def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
+    """Return the schema of a shard, or None if it cannot be read."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    try:
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            if file.read(6) == b"ARROW1":
+                return ipc.open_file(file).schema
+            return parquet.read_schema(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return None
