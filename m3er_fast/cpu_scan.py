@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3er_fast import reference
 from m3er_fast.reference import MemoryScanWeights
+from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
 
 # Samples of a block; rows of a piece of it, where nothing is kept: more memory than that is given back to the system
 # and taken anew in every call, a page fault each 4 KiB, up to a fifth of the time.
@@ -52,7 +52,7 @@ def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
     if steps < _FEWEST_STEPS:
         return False
     dtype = weights.recurrent.dtype
-    tensors = [*features, *_flat(weights)]
+    tensors = [*features, *tensors_of(weights)]
     if batch > _MOST_TRAINED and steps < _MANY_STEPS and _wants_gradients(tensors):
         return False
     return (
@@ -69,7 +69,7 @@ def memory_scan(
 
     Under one seed the units dropped are those that the reference drops.
     """
-    tensors = [*features, *_flat(weights)]
+    tensors = [*features, *tensors_of(weights)]
     if _wants_gradients(tensors):
         hidden, memory, *_ = _MemoryScan.apply(lengths, dropout, *tensors)  # type: ignore[no-untyped-call]
         return hidden, memory
@@ -88,7 +88,7 @@ class _MemoryScan(torch.autograd.Function):
         # The state that the masks are drawn from: second derivatives, which the reference computes, draw them again.
         state = torch.get_rng_state()
         with torch.autocast("cpu", enabled=False):
-            hidden, memory, blocks = _forward(*_unflat(tensors, lengths), dropout, keep=True)
+            hidden, memory, blocks = _forward(*arguments_of(tensors, lengths), dropout, keep=True)
         return hidden, memory, state, *blocks
 
     @staticmethod
@@ -104,7 +104,7 @@ class _MemoryScan(torch.autograd.Function):
         tensors, state, kept = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
         if torch.is_grad_enabled():  # the gradients may be differentiated in their turn
             return None, None, *_reference_gradients(hidden_grad, memory_grad, lengths, tensors, ctx.dropout, state)
-        features, lengths, weights = _unflat(tensors, lengths)
+        features, lengths, weights = arguments_of(tensors, lengths)
         wanted = ctx.needs_input_grad[2 : 2 + len(features)]
         with torch.autocast("cpu", enabled=False):
             of_inputs = _backward(hidden_grad, memory_grad, features, lengths, weights, ctx.dropout, kept, wanted)
@@ -119,33 +119,9 @@ def _reference_gradients(
     dropout: float,
     state: Tensor,
 ) -> list[Tensor | None]:
-    given = [x for x in tensors if x is not None]
-
-    def scan(*values: Tensor) -> tuple[Tensor, Tensor]:
-        each = iter(values)
-        features, _, weights = _unflat([None if x is None else next(each) for x in tensors], lengths)
-        return reference.memory_scan(features, lengths, weights, dropout=dropout)
-
     with torch.random.fork_rng(devices=()):
         torch.set_rng_state(state)
-        _, pull_back, *_ = torch.func.vjp(scan, *given)
-    grads = iter(pull_back((hidden_grad, memory_grad)))
-    return [None if x is None else next(grads) for x in tensors]
-
-
-def _flat(weights: MemoryScanWeights) -> list[Tensor | None]:
-    """All tensors of the weights, in their order."""
-    parts = (weights.attention, weights.candidate, weights.retain, weights.update)
-    return [*weights.input, weights.recurrent, weights.bias, weights.feedback, *(x for part in parts for x in part)]
-
-
-def _unflat(tensors: Sequence[Any], lengths: Tensor) -> tuple[list[Tensor], Tensor, MemoryScanWeights]:
-    """Features, lengths and weights of the features' and then the weights' tensors."""
-    modalities = (len(tensors) - 19) // 2
-    features, inputs = list(tensors[:modalities]), list(tensors[modalities : 2 * modalities])
-    recurrent, bias, feedback, *layers = tensors[2 * modalities :]
-    parts = [tuple(layers[i : i + 4]) for i in range(0, 16, 4)]
-    return features, lengths, MemoryScanWeights(inputs, recurrent, bias, feedback, *parts)
+        return reference_gradients(hidden_grad, memory_grad, lengths, tensors, dropout)
 
 
 # --- Which frames there are ---

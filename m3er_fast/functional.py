@@ -3,9 +3,8 @@
 Every function takes ``backend`` (or ``engine``): "auto" chooses by the tensors' device and type, and an explicit name
 is an order: it works or raises :class:`BackendUnavailableError`, it never falls back to something else. "torch" is the
 plain PyTorch of ``reference`` on any device; "triton" the fused kernel, for float16, bfloat16 and float32 on CUDA.
-Fused kernels exist for the fusion loss, the class costs, the modality check and local least squares: for these "auto"
-means the kernel on CUDA, ``cpu`` or ``cpu_lstsq`` on the CPU, and ``reference`` for whatever is left, such as float64
-on CUDA. The memory scan has ``cpu_scan`` on the CPU and no kernel.
+Fused kernels exist for all but the neighbour search: "auto" means the kernel on CUDA, ``cpu``, ``cpu_lstsq`` or
+``cpu_scan`` on the CPU, and ``reference`` for whatever is left, such as float64 on CUDA.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities,
 Q queries, n bank rows, K neighbours, h hidden size, u memory size.
@@ -33,6 +32,7 @@ from m3er_fast.reference import (
     Variant,
     upcast,
 )
+from m3er_fast.scan_weights import tensors_of
 
 __all__ = [
     "BackendUnavailableError",
@@ -537,13 +537,15 @@ def memory_scan(
         features: M tensors (B, T, d_m).
         lengths: (B,) int64 in 0..T.
         weights: see :class:`MemoryScanWeights`.
-        dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference.
-        backend: "auto" (on the CPU the rearranged scan of ``cpu_scan`` where it takes the arguments, else "torch") or
-            "torch". There is no Triton kernel yet.
+        dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference. Under
+            one seed the kernel drops other units than the reference, and as many.
+        backend: "auto" (on CUDA the kernel, on the CPU the rearranged scan of ``cpu_scan``, each where it takes the
+            arguments, else "torch"), "torch" or "triton". The kernel takes float16, bfloat16 and float32, all sizes
+            but d_m and that of û's inner layer multiples of 16, and both γ's inner layers of one size.
 
     Returns:
         The last hidden states (M, B, h) and the memory (B, u), both zero for a sample without frames. Differentiable
-        in features and weights; second derivatives are the reference's.
+        in features and weights; second derivatives are the reference's. The kernel has none with dropout.
 
     Raises:
         ValueError: naming the argument and its shape.
@@ -559,11 +561,43 @@ def memory_scan(
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({features[0].shape[0]},)")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    _check_backend("memory_scan", backend)
+    tensors = [x for x in (*features, *tensors_of(weights)) if x is not None]
+    if _uses_triton(
+        "memory_scan", backend, features[0], len(features), _beyond_memory_scan(features, weights, tensors)
+    ):
+        from m3er_fast.kernels import memory_scan as kernels
+
+        return kernels.memory_scan(features, lengths, weights, dropout=dropout)
     plain = _on_cpu(features[0]) and not _in_transform() and not any(map(_has_tangent, features))
     if backend == "auto" and plain and cpu_scan.takes(features, weights):
         return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
+
+
+def _beyond_memory_scan(
+    features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor]
+) -> str | None:
+    """Why the Triton kernels cannot scan, or None if nothing speaks against it but where they are to run."""
+    if not torch.compiler.is_compiling():
+        if _in_transform():
+            return "it knows no transforms of torch.func"
+        if any(map(_has_tangent, tensors)):
+            return "it has no forward-mode derivative"
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1:
+        return f"it takes features and weights of one type, got {', '.join(sorted(map(str, dtypes)))}"
+    if weights.retain[0].shape != weights.update[0].shape:
+        return f"it takes γ of one size, got {weights.retain[0].shape[0]} and {weights.update[0].shape[0]}"
+    sizes = {
+        "hidden": weights.recurrent.shape[2],
+        "memory": weights.candidate[2].shape[0],
+        "attention": weights.attention[0].shape[0],
+        "γ": weights.retain[0].shape[0],
+    }
+    for name, size in sizes.items():
+        if size % 16 or not size:
+            return f"it takes sizes that are multiples of 16, got {size} for {name}"
+    return None
 
 
 def _all_finite(matrix: Tensor) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from m3er_fast.config import M3ERConfig
 from m3er_fast.inference import CompiledInference, Stages
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
+from m3er_fast.model_card import describe
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.reference import modality_pairs, upcast
@@ -53,6 +54,7 @@ class M3ERFusion(
     library_name="m3er-fast",
     tags=["emotion-recognition", "multimodal"],
     license="mit",
+    paper_url="https://arxiv.org/abs/1911.05659",
 ):
     """Multimodal emotion recognition that survives a lost modality (Mittal et al. 2020, arXiv 1911.05659).
 
@@ -226,9 +228,9 @@ class M3ERFusion(
 
         Standardising and checking are one graph, the network another; proxies, whose number differs from batch to
         batch, are made between them. A call takes the arguments of :meth:`forward` and gives what it gives, at the
-        price of few launches, without gradients. Weights may change in place; after ``to``, ``fit`` or a load, compile
-        anew. A batch of another shape, or on another device, goes through the model itself, with a warning the first
-        time; on the CPU, where there are no CUDA graphs, every batch does.
+        price of few launches, without gradients. Weights may change in place. A batch of another shape, or on another
+        device, goes through the model itself, with a warning the first time. So does every batch on the CPU, where
+        there are no CUDA graphs, and after ``to`` or ``fit``, by which what was recorded has moved: then compile anew.
 
         Args:
             batch_size: B.
@@ -287,6 +289,18 @@ class M3ERFusion(
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         save_file(state, save_directory / _WEIGHTS_FILE)
         (save_directory / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+    def generate_model_card(self, *, data: str | None = None, metrics: str | None = None, **_kwargs: Any) -> ModelCard:
+        """The README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.
+
+        Args:
+            data: Markdown, what the model was trained on; None says that nobody told.
+            metrics: Markdown, such as ``ClassificationReport.to_markdown()``; None says that nobody told.
+
+        Example:
+            >>> model.save_pretrained("my-model", model_card_kwargs={"data": "CMU-MOSI, train split."})
+        """
+        return ModelCard(f"---\n{self._hub_mixin_info.model_card_data}\n---\n\n{describe(self, data, metrics)}")
 
     @classmethod
     def _from_pretrained(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from m3er_fast.inputs import FeatureBatch, Features, prepare_batch
@@ -24,7 +24,7 @@ _WARMUP_RUNS = 3
 class Stages(NamedTuple):
     """A model in eval mode, and the steps that it consists of."""
 
-    model: Callable[..., Any]  # (features, lengths, available) -> output
+    model: nn.Module  # (features, lengths, available) -> output
     standardize: Callable[..., Any]  # (features, lengths, available) -> batch
     judge: Callable[[Any], Any]  # batch -> result, with ``effective``
     replace: Callable[[Any, Tensor], Any]  # (batch, effective) -> replaced, with ``features``; may ask the device
@@ -96,6 +96,12 @@ class CompiledInference(Generic[Output]):
         """The model's output for a batch; arguments as in :meth:`m3er_fast.M3ERFusion.forward`."""
         if not self.is_recorded:
             return self._through_the_model(features, lengths, available)
+        if self._addresses() != self._recorded:
+            self._warn(
+                "the model's parameters or what it has learned lie elsewhere since: batches go through the model "
+                "itself; compile anew"
+            )
+            return self._through_the_model(features, lengths, available)
         batch = prepare_batch(features, lengths, available, input_dims=self._input_dims)
         first = batch.features[0]
         shape = tuple(first.shape[:2])
@@ -115,6 +121,11 @@ class CompiledInference(Generic[Output]):
         copied: Output = pytree.tree_map_only(Tensor, torch.clone, output)
         return copied
 
+    def _addresses(self) -> list[int]:
+        """Where everything lies that the recordings read."""
+        model = self._stages.model
+        return [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+
     def _record(self) -> None:
         batch_size, steps = self._shape
         self._input = FeatureBatch(
@@ -128,6 +139,7 @@ class CompiledInference(Generic[Output]):
             batch = self._stages.standardize(features, self._input.lengths, self._input.available)
             return batch, self._stages.judge(batch)
 
+        self._recorded = self._addresses()
         self._first = Recording(judge, self._device)
         standardized, _ = self._first.replay()
         self._network_input = [x.clone() for x in standardized.features]

@@ -138,7 +138,7 @@ def train(
     model.eval()
     history = state.history()
     if out is not None:
-        model.save_pretrained(out)
+        _save(model, out, training, validation, history)
         _write_plot(history, out / HISTORY_PLOT)
         _write_atomically(out / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -392,6 +392,27 @@ def _finished(out: Path, fingerprint: str) -> TrainingResult:
     history = json.loads((out / HISTORY_FILE).read_text())
     _check_fingerprint(history["fingerprint"], fingerprint, out)
     return TrainingResult(M3ERFusion.from_pretrained(out), history, history["best_epoch"])
+
+
+def _save(model: M3ERFusion, out: Path, training: Corpus, validation: Corpus, history: dict[str, Any]) -> None:
+    """Save the model with a card that tells what it was trained on and how it did on the validation split."""
+    (out / "README.md").unlink(missing_ok=True)  # save_pretrained keeps the card of an earlier training
+    best = history["best_epoch"]
+    data = (
+        f"{len(training)} utterances of at most {training.steps} frames; {len(validation)} others were held out to "
+        f"choose the epoch. Best epoch: {best} of {len(history['valid_loss'])}, with a validation loss of "
+        f"{history['valid_loss'][best - 1]:.4f}."
+    )
+    report = evaluate(model, validation).report
+    metrics = (
+        None
+        if report is None
+        else (
+            "On the validation split, which chose the epoch and so flatters; modality check and proxies at work:\n\n"
+            f"{report.to_markdown()}"
+        )
+    )
+    model.save_pretrained(out, model_card_kwargs={"data": data, "metrics": metrics})
 
 
 def _write_plot(history: dict[str, Any], path: Path) -> None:

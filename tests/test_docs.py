@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import pydoc
 import re
 import shlex
 import tomllib
@@ -253,3 +254,9 @@ def test_relative_links_lead_somewhere(path):
 def test_readme_links_to_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in PAGES[1:] if f"](docs/{path.name})" not in readme] == []
+
+
+def test_functions_of_the_method_page_exist():
+    names = [name for name in inline_code(section(page("method.md"), "In code")) if "." in name or name[0].isupper()]
+    assert len(names) > 10
+    assert [name for name in names if pydoc.locate(f"m3er_fast.{name.removeprefix('m3er_fast.')}") is None] == []

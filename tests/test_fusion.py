@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -681,6 +682,40 @@ def test_a_saved_model_comes_back_the_same_without_pickle_or_network(config, tmp
     features["audio"][:5] *= 60.0
     assert_same(loaded(features), model(features), tolerance=0)
     assert_same(M3ERFusion.from_pretrained(str(tmp_path))(features), model(features), tolerance=0)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_card_tells_data_metrics_and_limits(tmp_path):
+    model = build(classes=("calm", "angry", "glad")).fit(sequences(200))
+    model.save_pretrained(tmp_path, model_card_kwargs={"data": "Two hundred drawn utterances.", "metrics": "F1 0.5."})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "m3er-fast"
+    assert card.data.license == "mit"
+    parts = dict(part.split("\n", 1) for part in card.text.split("\n## ")[1:])
+    assert list(parts) == ["Data", "Metrics", "Limits"]
+    assert "Two hundred drawn utterances." in parts["Data"]
+    for name, dim, frames in zip(DIMS, DIMS.values(), model.standardizer.count.tolist(), strict=True):
+        assert f"| {name} | {dim} | {frames} |" in parts["Data"]
+    assert "α = 0.05" in parts["Data"]
+    assert parts["Metrics"].strip() == "F1 0.5."
+    assert "perceived" in parts["Limits"]
+    assert "Sharing this model shares them" in parts["Limits"]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_card_invents_nothing(tmp_path):
+    build().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.count("Not told by who saved this model.") == 2
+    assert "Its modality check is not fitted" in text
+    assert "More Information Needed" not in text
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("my own\n")
+    build().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own\n"
 
 
 @pytest.mark.usefixtures("no_network")

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
+from device_waits import counted_waits
 from sklearn.exceptions import NotFittedError
 from test_fusion import FIELDS, assert_same, build, rows_of, sequences
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3er_fast import M3ERConfig, inference
 from m3er_fast.config import CheckConfig, ProxyConfig
@@ -87,6 +87,15 @@ def test_weights_that_change_in_place_are_seen(recording):
     assert_same(compiled(features), model(features), tolerance=1e-5)
 
 
+def test_a_model_that_was_fitted_anew_is_not_replayed(recording):
+    model = fitted(device=recording)
+    compiled = model.compile_for_inference(6, steps=4)
+    model.fit({name: 2.0 * x.to(recording) for name, x in sequences(200, seed=9).items()})
+    features = batch_on(recording)
+    with pytest.warns(UserWarning, match="what it has learned lie elsewhere since"):
+        assert_same(compiled(features), model(features), tolerance=1e-6)
+
+
 def test_another_shape_or_precision_goes_through_the_model_and_says_so_once(recording):
     model = fitted(device=recording)
     compiled = model.compile_for_inference(6, steps=4)
@@ -142,20 +151,6 @@ def test_the_whole_model_asks_the_device_once_at_most(config, monkeypatch):
         "m3er_fast.functional.local_least_squares",
         lambda query, bank, targets, near, **_: ([query.new_zeros(len(query), t.shape[1]) for t in targets], None),
     )
-    waits = []
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.name()
-            if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero") or (
-                name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1])
-            ):
-                waits.append(name)
-            return func(*args, **(kwargs or {}))
-
-    read, make = torch.Tensor.tolist, torch.tensor
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or read(self))
-    monkeypatch.setattr(torch, "tensor", lambda *a, **k: waits.append("tensor") or make(*a, **k))
-    with torch.no_grad(), Counting():
+    with torch.no_grad(), counted_waits(monkeypatch) as waits:
         model(features)
     assert waits == ([] if config.proxy is None else ["tolist"])

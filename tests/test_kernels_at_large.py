@@ -6,8 +6,8 @@ The addresses of large tensors are also tried small, on any device: the same fun
 import pytest
 import torch
 
-from m3er_fast import M3ERConfig, M3ERFusion, reference
-from m3er_fast.functional import GateProjections, class_costs, fusion_loss, gate_statistics
+from m3er_fast import M3ERConfig, M3ERFusion, MemoryFusionNetwork, reference
+from m3er_fast.functional import GateProjections, class_costs, fusion_loss, gate_statistics, memory_scan
 
 pytest.importorskip("triton")
 
@@ -161,6 +161,51 @@ def test_the_gate_in_a_cuda_graph(device):
     graph.replay()
     for one, right in zip(got, wanted, strict=True):
         assert torch.equal(one, right)
+
+
+@pytest.mark.gpu
+def test_a_training_step_of_the_scan_in_a_cuda_graph(device):
+    network = MemoryFusionNetwork({"a": 30, "b": 7}, 2, dropout=0.0).to(device)
+    weights = network.scan_weights()
+    features = [torch.randn(40, 12, d, device=device) for d in (30, 7)]
+    lengths = torch.arange(40, device=device) % 14
+    parameters = [*weights.input, weights.recurrent]
+
+    def train():
+        hidden, memory = memory_scan(features, lengths, weights, backend="triton")
+        return torch.autograd.grad(hidden.square().sum() + memory.sum(), parameters, retain_graph=True)
+
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        train()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = train()
+    for sign in (1.0, -1.0):
+        for x in features:
+            x.mul_(sign)
+        graph.replay()
+        for one, right in zip(got, train(), strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [35, pytest.param(2**19, marks=LARGE)])
+def test_a_scan_of_any_number_of_elements(device, batch):
+    """At 2^19 samples with 12 steps the gates of four modalities are more than 2^31 numbers."""
+    network = MemoryFusionNetwork(dict.fromkeys("abcd", 2), 2, hidden=32 if batch > 35 else 16, memory=16,
+                                  attention=(16, 16, 16)).to(device)  # fmt: skip
+    steps = 12 if batch > 35 else 3
+    features = [random_logits(device, batch, steps, 2, dtype=torch.float32) for _ in range(4)]
+    lengths = torch.full((batch,), steps, device=device)
+    weights = network.scan_weights()
+    samples = at_the_ends(batch)
+    with torch.no_grad():
+        got = memory_scan(features, lengths, weights, backend="triton")
+        wanted = reference.memory_scan([x[samples] for x in features], lengths[samples], weights)
+    torch.testing.assert_close(got[0][:, samples], wanted[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1][samples], wanted[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -202,7 +202,7 @@ def test_scan_names_bad_arguments(changes, message):
         memory_scan(**arguments, weights=step_by_step(feedback=True).weights())
 
 
-def test_a_scan_asked_for_by_name_never_falls_back():
+def test_a_scan_asked_for_by_name_never_falls_back():  # hidden 4: a size that no kernel takes
     with pytest.raises(BackendUnavailableError, match=r"memory_scan.*triton"):
         memory_scan(sequences(2, 3), torch.tensor([3, 1]), step_by_step(feedback=True).weights(), backend="triton")
 

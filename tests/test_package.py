@@ -1,12 +1,14 @@
 """What ships, what importing costs, and that the public names are those of the documentation."""
 
 import inspect
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import m3er_fast
 from m3er_fast import corruption, functional, metrics, reference
@@ -249,3 +251,20 @@ def test_wheel_holds_every_module_of_the_package(source_files, wheel_files):
 def test_wheel_installs_nothing_but_the_package(wheel_files):
     tops = {name.split("/")[0] for name in wheel_files}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"m3er_fast"}
+
+
+# --- what stands beside the code --------------------------------------------------------------------------------------
+
+
+def test_citation_agrees_with_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)  # what the schema requires besides
+    assert (citation["version"], citation["license"]) == (m3er_fast.__version__, "MIT")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [paper["url"] for paper in citation["references"] if paper["url"] not in readme] == []
+
+
+def test_changelog_has_this_version():
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert m3er_fast.__version__ in headings[0]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from device_waits import counted_waits
 from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import NearestNeighbors
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3er_fast import ProxyGenerator
 from m3er_fast.inputs import prepare_batch
@@ -504,20 +504,7 @@ def test_the_host_asks_the_device_once(monkeypatch, bank):
             "m3er_fast.functional.local_least_squares",
             lambda query, bank, targets, near, **_: ([query.new_zeros(len(query), t.shape[1]) for t in targets], None),
         )
-    waits = []
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.name()
-            if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero") or (
-                name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1])
-            ):
-                waits.append(name)
-            return func(*args, **(kwargs or {}))
-
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or read(self))
-    with Counting():
+    with counted_waits(monkeypatch) as waits:
         generator.proxy_batch(batch, lost(20, 1))
     assert waits == ["tolist"]
 

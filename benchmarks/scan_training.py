@@ -1,0 +1,62 @@
+"""Whether the rearranged memory scan trains as the step-by-step one does: five seeds, two corpora, and the time.
+
+``python benchmarks/scan_training.py [--only generated|YouTube]`` trains the default network on the generated corpus
+and, where it is found in $M3ER_DATA or shared/data, on YouTube (split anew), once with the step-by-step reference and
+once with what "auto" takes, and prints best validation losses and seconds as a Markdown table.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from m3er_fast import M3ERConfig
+from m3er_fast.corpus.convert import read
+from m3er_fast.corpus.splits import split_by_group
+from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.cpu_scan import takes
+from m3er_fast.training import train
+
+
+def corpora(root):
+    yield "generated", make_synthetic(), 20
+    if (root / "youtube_sequences").is_dir():
+        yield "YouTube", split_by_group(read(root / "youtube_sequences", "mfn-h5")), 100
+
+
+def best_losses(corpus, epochs, seeds):
+    losses = []
+    start = time.perf_counter()
+    for seed in range(seeds):
+        config = M3ERConfig()
+        config = config.replace(training=replace(config.training, epochs=epochs, seed=seed))
+        losses.append(min(train(corpus, config).history["valid_loss"]))
+    return np.array(losses), time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", choices=("generated", "YouTube"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    root = Path(os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    print("| Corpus | Scan | Best validation loss of each seed | Mean ± deviation | Seconds |\n|---|---|---|---|---:|")
+    for name, corpus, epochs in corpora(root):
+        if options.only not in (None, name):
+            continue
+        for label in ("step by step", "auto"):
+            with mock.patch("m3er_fast.cpu_scan.takes", (lambda *_: False) if label == "step by step" else takes):
+                losses, seconds = best_losses(corpus, epochs, options.seeds)
+            each = ", ".join(f"{loss:.4f}" for loss in losses)
+            deviation = losses.std(ddof=1) if len(losses) > 1 else 0.0
+            print(f"| {name} | {label} | {each} | {losses.mean():.4f} ± {deviation:.4f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
