@@ -1,21 +1,27 @@
-"""The Ray runner: a pool of actors, each of which calls the function of one shard that the local runner calls too.
+"""The Ray runner: workers on one machine or a cluster, each of which scores a shard at a time, as the local runner does.
 
-Ray Data hands out the *list* of shards, a row each; data are read and written by the actors themselves. What Ray does
-about failures is not relied on. A shard may be scored twice, which gives the same bytes; an error of ours comes back as
-a value and is raised here; and what came back is counted against the list: a shard whose worker died over and over goes
-to quarantine instead of being dropped, or of killing workers for ever.
+Ray starts the workers and carries messages of a few hundred bytes: shards go out, counts come back. Data are read and
+written by the workers themselves. What Ray does about failures is not relied on: a worker that is lost is replaced and
+its shard begun again, which gives the same bytes; a shard that has lost several goes to quarantine; what our own code
+raises in a worker is raised here.
+
+Workers are plain actors. Ray Data's pool of actors waits for ever for one that left with exit code 0
+(ray-project/ray#62746), retries the innocent shards queued behind one that kills workers, and takes seconds to start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-import os
 import pickle
 import signal
 import threading
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,17 +30,13 @@ from m3er_fast.scoring.plan import Shard
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shard
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
-# Times that a task is begun before the death of its worker is blamed on it.
-_ATTEMPTS = 3
-# Tasks that Ray is told of one by one: each costs about 3 ms of the driver, and it holds them all.
-_MOST_BLOCKS = 4096
-_OBJECT_STORE_BYTES = 200 * 2**20  # the tables of tasks and results are small
+_ATTEMPTS = 3  # times that a task is begun before the loss of its worker is blamed on it
+_PATIENCE_S = 60.0  # for the first worker, before somebody is told
+_GRACE_S = 10.0  # for a worker to drop what it has at hand
+_OBJECT_STORE_BYTES = 100 * 2**20  # beside the model
 
 
 def run_ray(
@@ -47,9 +49,9 @@ def run_ray(
     address: str | None = None,
     workers: int | None = None,
 ) -> Iterator[ShardResult]:
-    """Score shards with Ray, and yield what became of each, in no particular order.
+    """Score shards with Ray, and yield what became of each as they are finished.
 
-    Closing the iterator, or whatever is raised in it, ends the actors; the shards that they have at hand are dropped.
+    Closing the iterator, or whatever is raised in it, ends the workers; the shards that they have at hand are dropped.
 
     Args:
         job: where to read from and to write to; every worker must reach both.
@@ -57,22 +59,20 @@ def run_ray(
         model: sent to every worker once; where it is on CUDA, each gets a GPU.
         batch_frames: as the scorer of this machine resolved it.
         dtype: of the network.
-        address: of a cluster, such as ``"auto"`` or ``"ray://head:10001"``; None starts Ray on this machine.
-        workers: actors; None takes as many as there is room for.
+        address: of a cluster, such as ``"auto"`` or ``"10.0.0.1:6379"``; None starts Ray on this machine.
+        workers: how many; None takes as many as there is room for.
 
     Raises:
         ImportError: Ray is missing.
         OSError: scores cannot be written.
-        RuntimeError: a worker has another version, or Ray itself fails.
+        RuntimeError: no worker can be started, or it has another version.
+        ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
     """
-    from m3er_fast import __version__
-
     device = next(model.parameters()).device.type
-    content = pickle.dumps(model.to("cpu") if device != "cpu" else model)
-    work = _ScoreShard(job, content, device, batch_frames, dtype, torch.get_num_threads(), __version__)
+    work = _ScoreShard(job, model, device, batch_frames, dtype)
     for index, result in _run(work, shards, address=address, workers=workers, gpus=int(device == "cuda")):
         if isinstance(result, _Lost):
-            result = ShardResult(shards[index].name, 0, 0, f"its worker died {_ATTEMPTS} times: out of memory?")
+            result = ShardResult(shards[index].name, 0, 0, str(result))
         yield result
 
 
@@ -83,196 +83,248 @@ def ray_map(
     address: str | None = None,
     workers: int | None = None,
 ) -> Iterator[_Result]:
-    """Call a picklable function with every task in an actor pool, and yield the results in the order of the tasks.
+    """Call a picklable function with every task in workers of Ray, and yield the results in the order of the tasks.
 
     Raises:
         ImportError: Ray is missing.
-        RuntimeError: a task lost its worker again and again; and whatever the function raises.
+        RuntimeError: a task has lost several workers; and whatever the function raises.
+        ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
     """
-    waiting: dict[int, Any] = {}
+    early: dict[int, _Result] = {}
     following = 0
-    results = _run(_Threaded(function, torch.get_num_threads()), tasks, address=address, workers=workers, gpus=0)
-    for index, result in results:
+    for index, result in _run(_CallFunction(function), tasks, address=address, workers=workers, gpus=0):
         if isinstance(result, _Lost):
-            raise RuntimeError(f"task {index} of {len(tasks)}: its worker died {_ATTEMPTS} times: out of memory?")
-        waiting[index] = result
-        while following in waiting:
-            yield waiting.pop(following)
+            raise RuntimeError(f"task {index} of {len(tasks)}: {result}")
+        early[index] = result
+        while following in early:
+            yield early.pop(following)
             following += 1
 
 
+class _Work(Protocol):
+    """What a worker does with a task, until it is told to stop."""
+
+    def __call__(self, task: Any, stop: threading.Event) -> Any: ...
+
+
 class _ScoreShard:
-    """Scores a shard; the scorer is made where it is needed, once a worker."""
+    """Scores a shard. It can be pickled; the scorer is made where it is needed, once a worker."""
 
-    def __init__(
-        self, job: ScoringJob, model: bytes, device: str, batch_frames: int, dtype: str, threads: int, version: str
-    ) -> None:
-        self.job, self.model, self.device, self.batch_frames, self.dtype = job, model, device, batch_frames, dtype
-        self.threads, self.version = threads, version
-        self.scorer: Scorer | None = None
+    def __init__(self, job: ScoringJob, model: M3ERFusion, device: str, batch_frames: int, dtype: str) -> None:
+        from m3er_fast import __version__
 
-    def __call__(self, shard: Shard) -> ShardResult:
-        if self.scorer is None:
-            self.scorer = self._make_scorer()
-        # An earlier attempt may have died after it was done.
-        finished = self.job.output.finished(shard)
-        if finished is not None:
-            return ShardResult(shard.name, finished.rows, finished.errors)
-        return score_shard(self.job, shard, self.scorer)
+        # Workers are told of one shard at a time; the list of a hundred thousand is not sent to each.
+        self._job = replace(job, plan=job.plan._replace(shards=()), output=replace(job.output, shards=()))
+        self._model = pickle.dumps(copy.deepcopy(model).to("cpu"))
+        self._device, self._batch_frames, self._dtype = device, batch_frames, dtype
+        self._version = __version__
+        self._scorer: Scorer | None = None
+
+    def __call__(self, task: Shard, stop: threading.Event) -> ShardResult:
+        if self._scorer is None:
+            self._scorer = self._make_scorer()
+        finished = self._job.output.finished(task)
+        if finished is not None:  # a worker was lost after it had written them
+            return ShardResult(task.name, finished.rows, finished.errors)
+
+        def on_rows(_: int) -> None:
+            if stop.is_set():
+                raise RuntimeError("the run is over")
+
+        return score_shard(self._job, task, self._scorer, on_rows=on_rows)
 
     def _make_scorer(self) -> Scorer:
         from m3er_fast import __version__
 
-        if __version__ != self.version:
-            raise RuntimeError(f"a worker has m3er-fast {__version__}, but this run is of {self.version}")
-        # Another number of threads than the driver's may round otherwise; Ray sets one of its own.
-        torch.set_num_threads(self.threads)
-        model = pickle.loads(self.model)
-        scorer = Scorer(model.to(self.device), batch_frames=self.batch_frames, dtype=self.dtype)  # type: ignore[arg-type]
-        if scorer.signature != self.job.output.signature:
+        if __version__ != self._version:
+            raise RuntimeError(f"a worker has m3er-fast {__version__}, but this run is of {self._version}")
+        model = pickle.loads(self._model).to(self._device)
+        scorer = Scorer(model, batch_frames=self._batch_frames, dtype=self._dtype)  # type: ignore[arg-type]
+        if scorer.signature != self._job.output.signature:
             raise RuntimeError("the model has changed on its way to a worker")
         return scorer
 
 
-class _Threaded(NamedTuple):
-    """A function that computes with as many threads as the driver does."""
+class _CallFunction:
+    """Calls a function."""
 
-    function: Callable[[Any], Any]
-    threads: int
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
 
-    def __call__(self, task: Any) -> Any:
-        torch.set_num_threads(self.threads)
-        return self.function(task)
-
-
-class _Lost:
-    """In place of the result of a task whose worker died each time."""
+    def __call__(self, task: Any, stop: threading.Event) -> Any:
+        return self._function(task)
 
 
-class _Actor:
-    """What Ray Data makes one of in each actor: takes tables of one task, gives tables of one result."""
-
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
-        try:
-            result = pickle.dumps(self.work(pickle.loads(table["task"][0].as_py())))
-            failed = False
-        except Exception as error:
-            result, failed = _dump_error(error), True
-        return pa.table({"index": table["index"], "result": pa.array([result], pa.binary()), "failed": [failed]})
+class _Lost(str):
+    """In place of a result: why there is none."""
 
 
-def _dump_error(error: Exception) -> bytes:
-    try:
-        content = pickle.dumps(error)
-        pickle.loads(content)
-    except Exception:  # whatever its class demands
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    return content
+class _Worker:
+    """What Ray makes an actor of. It has a second thread, in which it can be told to stop."""
+
+    def __init__(self, work: _Work, threads: int) -> None:
+        self._work, self._threads, self._stop = work, threads, threading.Event()
+
+    def ready(self) -> None:
+        """Return once this worker runs."""
+
+    def do(self, task: Any) -> bytes:
+        """Return the pickled result; arrays that Ray carries would be read-only, and keep its store full."""
+        # Another number of threads than the driver's may round otherwise; Ray sets one of its own.
+        torch.set_num_threads(self._threads)
+        return pickle.dumps(self._work(task, self._stop))
+
+    def stop(self) -> None:
+        """Drop the task at hand."""
+        self._stop.set()
 
 
 def _run(
-    work: Callable[[Any], Any], tasks: Sequence[Any], *, address: str | None, workers: int | None, gpus: int
+    work: _Work, tasks: Sequence[Any], *, address: str | None, workers: int | None, gpus: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (index, result) of every task, :class:`_Lost` where there is none."""
+    """Yield (index, result) of every task as they are finished, :class:`_Lost` where there is no result."""
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be a positive int, got {workers!r}")
+    ray = _import_ray()
     if not tasks:
         return
-    ray = _import_ray()
     cpus = 1 if gpus else torch.get_num_threads()
-    with _connected(ray, address, workers, cpus, len(pickle.dumps(work))):
-        if workers is None:
-            resources = ray.cluster_resources()
-            workers = max(1, int(resources.get("GPU", 0) if gpus else resources.get("CPU", 1) // cpus))
-        pending = set(range(len(tasks)))
-        a_block = -(-len(tasks) // _MOST_BLOCKS)
-        while pending:
-            for index, result in _attempt(
-                work, tasks, sorted(pending), a_block, min(workers, len(pending)), cpus, gpus
-            ):
-                pending.discard(index)
-                yield index, result
-            if a_block == 1:
-                break
-            a_block = 1  # those that shared a block with one that kills workers may be all right
-        for index in sorted(pending):
-            yield index, _Lost()
+    sent = len(pickle.dumps(work))
+    with _connected(ray, address, None if workers is None else workers * cpus, _OBJECT_STORE_BYTES + 2 * sent):
+        pool = _Pool(ray, work, tasks, cpus, gpus)
+        try:
+            yield from pool.run(workers or _room(ray, cpus, gpus))
+        finally:
+            pool.close()
 
 
-def _attempt(
-    work: Callable[[Any], Any],
-    tasks: Sequence[Any],
-    chosen: Sequence[int],
-    a_block: int,
-    workers: int,
-    cpus: int,
-    gpus: int,
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, result) of the chosen tasks that have one."""
-    import pyarrow as pa
-    import ray.data
+class _Pool:
+    """Workers with one task each at a time, so that it is known what a worker was lost with."""
 
-    blocks = [
-        pa.table({"index": part, "task": pa.array([pickle.dumps(tasks[index]) for index in part], pa.binary())})
-        for part in (chosen[start : start + a_block] for start in range(0, len(chosen), a_block))
-    ]
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.max_errored_blocks
-    # Errors of ours are values, so an errored block is a dead worker's: the others go on, and it is counted as missing.
-    context.enable_progress_bars, context.max_errored_blocks = False, -1
-    try:
-        results = ray.data.from_arrow(blocks).map_batches(
-            _Actor,
-            fn_constructor_args=(work,),
-            batch_size=1,
-            batch_format="pyarrow",  # pandas would turn a fixed-size list into objects
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=_ATTEMPTS - 1,
+    def __init__(self, ray: Any, work: _Work, tasks: Sequence[Any], cpus: int, gpus: int) -> None:
+        self._ray, self._tasks = ray, tasks
+        self._needs = f"{gpus} GPU" if gpus else f"{cpus} CPUs (the threads of this process)"
+        self._work, self._threads = ray.put(work), torch.get_num_threads()
+        self._actor = ray.remote(_Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_concurrency=2, scheduling_strategy="SPREAD"
         )
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for index, content, failed in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-                result = pickle.loads(content)
-                if failed:
-                    raise result
-                yield index, result
-    finally:
-        context.enable_progress_bars, context.max_errored_blocks = before
+        self._waiting = deque(range(len(tasks)))
+        self._attempts = [0] * len(tasks)
+        # By what is waited for: a worker and its task, which is None while the worker starts.
+        self._busy: dict[Any, tuple[Any, int | None]] = {}
+
+    def run(self, workers: int) -> Iterator[tuple[int, Any]]:
+        """Yield (index, result) of every task."""
+        from ray.exceptions import RayError, RayTaskError
+
+        undone, stillborn = len(self._tasks), 0
+        for _ in range(min(workers, undone)):
+            self._start()
+        self._expect_a_worker()
+        while undone:
+            [ref], _ = self._ray.wait(list(self._busy))
+            worker, index = self._busy.pop(ref)
+            try:
+                result = self._ray.get(ref)
+            except RayTaskError as error:
+                raise error.cause from error
+            except RayError as error:
+                self._ray.kill(worker)
+                result = self._lost(index, error)
+                stillborn = stillborn + 1 if index is None else 0
+                if stillborn == _ATTEMPTS:
+                    raise RuntimeError(f"no worker can be started: {_last_line(error)}") from error
+                if self._waiting:
+                    self._start()
+            else:
+                stillborn = 0
+                self._give(worker)
+            if result is not None and index is not None:
+                undone -= 1
+                yield index, result if isinstance(result, _Lost) else pickle.loads(result)
+
+    def close(self) -> None:
+        """End all workers, after they had the time to drop what they have at hand."""
+        working = {ref: worker for ref, (worker, index) in self._busy.items() if index is not None}
+        for worker in working.values():
+            worker.stop.remote()
+        if working:
+            self._ray.wait(list(working), num_returns=len(working), timeout=_GRACE_S)
+        for worker, _ in self._busy.values():
+            self._ray.kill(worker)
+
+    def _start(self) -> None:
+        worker = self._actor.remote(self._work, self._threads)
+        self._busy[worker.ready.remote()] = worker, None
+
+    def _expect_a_worker(self) -> None:
+        """Wait for the first; a cluster that grows may take minutes, one that is too small takes for ever."""
+        ready, _ = self._ray.wait(list(self._busy), timeout=_PATIENCE_S)
+        if not ready:
+            warnings.warn(
+                f"no worker has started in {_PATIENCE_S:.0f} s: is there a machine with {self._needs} free?",
+                stacklevel=2,
+            )
+
+    def _give(self, worker: Any) -> None:
+        """Give a worker its next task; where there is none, it makes room for others."""
+        if self._waiting:
+            index = self._waiting.popleft()
+            self._busy[worker.do.remote(self._tasks[index])] = worker, index
+        else:
+            self._ray.kill(worker)
+
+    def _lost(self, index: int | None, error: Exception) -> _Lost | None:
+        if index is None:
+            return None
+        self._attempts[index] += 1
+        if self._attempts[index] < _ATTEMPTS:
+            self._waiting.appendleft(index)
+            return None
+        return _Lost(f"its worker was lost {_ATTEMPTS} times ({type(error).__name__}); was it out of memory?")
+
+
+def _room(ray: Any, cpus: int, gpus: int) -> int:
+    """How many workers there is room for."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(int(had.get("GPU", 0)) if gpus else int(had.get("CPU", 0) // cpus) for had in machines))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _import_ray() -> Any:
     try:
         import ray
-        import ray.data
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray: pip install 'm3er-fast[ray]'") from error
+        raise ImportError("engine 'ray' needs Ray: pip install 'm3er-fast[ray]'") from error
     return ray
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None, workers: int | None, cpus: int, sent: int) -> Iterator[None]:
+def _connected(ray: Any, address: str | None, cpus: int | None, object_store_bytes: int) -> Iterator[None]:
     """A connection to Ray: the one that there is, or a new one, which ends with the block."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
+        if address is not None:
+            raise ValueError(f"address: this process is connected to Ray already, got {address!r}")
         yield
         return
     options: dict[str, Any] = {"address": address}
     if address is None:
         options = {
             "address": "local",
-            "num_cpus": None if workers is None else workers * cpus,
-            "object_store_memory": _OBJECT_STORE_BYTES + 2 * sent,
+            "num_cpus": cpus,
+            "object_store_memory": object_store_bytes,
             "include_dashboard": False,
         }
-    with _handlers_kept(), _quiet():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        with _handlers_kept():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise
+        raise ValueError(f"address: no Ray cluster to be used answers at {address!r}: {_last_line(error)}") from error
     try:
         yield
     finally:
@@ -290,16 +342,3 @@ def _handlers_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's own processes log to files of their own; on this one's stderr they would only repeat what is handled."""
-    name = "RAY_BACKEND_LOG_LEVEL"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "fatal")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
