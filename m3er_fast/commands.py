@@ -148,7 +148,7 @@ def score(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one, or URI.")],
     model: Annotated[Path, typer.Option(metavar="RUN", help="What train wrote, or any folder of save_pretrained.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder or URI for the scores, one Parquet file a shard.")],
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it; this version has local only.")] = (
+    engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it: this process, or workers of Ray.")] = (
         "local"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what DIR holds; an empty DIR just starts.")] = (
@@ -165,6 +165,11 @@ def score(
         typer.Option(help="Such as cpu or cuda:1, or several with commas.  [default: every GPU, or else cpu]"),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare pages with their checksums, where CORPUS has any.")] = True,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster, such as auto or HOST:PORT.  [default: Ray is started on this machine]"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray.  [default: as many as there is room for]")] = None,
 ) -> None:
     """Score a corpus, with or without labels.
 
@@ -175,13 +180,13 @@ def score(
     from m3er_fast.scoring import load_model
     from m3er_fast.scoring import score as score_corpus
 
-    if engine == "ray":
-        raise typer.BadParameter("this version has no ray engine; use --engine local", param_hint="--engine")
-    if engine != "local":
+    if engine not in ("local", "ray"):
         raise typer.BadParameter(f"{engine!r} is neither local nor ray", param_hint="--engine")
     if batch_frames != "auto" and not (batch_frames.isdecimal() and int(batch_frames)):
         raise typer.BadParameter(f"{batch_frames!r} is neither auto nor a positive number", param_hint="--batch-frames")
     loaded, devices = load_model(model), _devices(device)
+    if engine == "ray" and device is None:
+        devices = devices[:1]  # each worker has one of its own
     with ProgressDisplay("score", "shards") as display:
 
         def show(progress: ScoreProgress) -> None:
@@ -197,6 +202,9 @@ def score(
             batch_frames="auto" if batch_frames == "auto" else int(batch_frames),
             dtype=dtype,  # type: ignore[arg-type]  # which score checks
             verify=verify,
+            engine=engine,  # type: ignore[arg-type]
+            address=address,
+            workers=workers,
             progress=show,
         )
     resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""

@@ -1,4 +1,4 @@
-"""The Ray runner: workers on one machine or a cluster, each of which scores a shard at a time, as the local runner does.
+"""The Ray runner: workers on one machine or a cluster, each of which scores a shard at a time as the local runner does.
 
 Ray starts the workers and carries messages of a few hundred bytes: shards go out, counts come back. Data are read and
 written by the workers themselves. What Ray does about failures is not relied on: a worker that is lost is replaced and
@@ -16,6 +16,7 @@ import copy
 import logging
 import pickle
 import signal
+import socket
 import threading
 import warnings
 from collections import deque
@@ -35,6 +36,7 @@ _Result = TypeVar("_Result")
 
 _ATTEMPTS = 3  # times that a task is begun before the loss of its worker is blamed on it
 _PATIENCE_S = 60.0  # for the first worker, before somebody is told
+_CONNECT_S = 10.0
 _GRACE_S = 10.0  # for a worker to drop what it has at hand
 _OBJECT_STORE_BYTES = 100 * 2**20  # beside the model
 
@@ -99,6 +101,32 @@ def ray_map(
         while following in early:
             yield early.pop(following)
             following += 1
+
+
+def check_ray(address: str | None = None, workers: int | None = None) -> Any:
+    """Return the package, if there is a chance to run with these arguments; nothing is started.
+
+    Raises:
+        ImportError: Ray is missing.
+        ValueError: nobody listens at ``address``, or ``workers`` is out of range.
+    """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers must be a positive int, got {workers!r}")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("engine 'ray' needs Ray: pip install 'm3er-fast[ray]'") from error
+    if address is None:
+        return ray
+    if ray.is_initialized():
+        raise ValueError(f"address must be None where this process is connected to Ray already, got {address!r}")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in address:
+        try:  # Ray itself would try for a quarter of an hour
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"address: nobody listens at {address!r}: {error}") from error
+    return ray
 
 
 class _Work(Protocol):
@@ -183,9 +211,7 @@ def _run(
     work: _Work, tasks: Sequence[Any], *, address: str | None, workers: int | None, gpus: int
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, result) of every task as they are finished, :class:`_Lost` where there is no result."""
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise ValueError(f"workers must be a positive int, got {workers!r}")
-    ray = _import_ray()
+    ray = check_ray(address, workers)
     if not tasks:
         return
     cpus = 1 if gpus else torch.get_num_threads()
@@ -294,20 +320,10 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("engine 'ray' needs Ray: pip install 'm3er-fast[ray]'") from error
-    return ray
-
-
 @contextlib.contextmanager
 def _connected(ray: Any, address: str | None, cpus: int | None, object_store_bytes: int) -> Iterator[None]:
     """A connection to Ray: the one that there is, or a new one, which ends with the block."""
     if ray.is_initialized():
-        if address is not None:
-            raise ValueError(f"address: this process is connected to Ray already, got {address!r}")
         yield
         return
     options: dict[str, Any] = {"address": address}

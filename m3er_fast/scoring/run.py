@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -89,8 +90,12 @@ def score(
         raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
     if engine == "local" and (address, workers) != (None, None):
         raise ValueError("address and workers are for engine 'ray'")
-    if engine == "ray" and devices is not None and len(devices) > 1:
-        raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
+    if engine == "ray":
+        from m3er_fast.scoring.ray import check_ray, run_ray
+
+        if devices is not None and len(devices) > 1:
+            raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
+        check_ray(address, workers)
     plan = plan_shards(corpus)
     location = locate(out)
     check_folder(location, resume=resume)
@@ -110,25 +115,13 @@ def score(
     results: Iterator[ShardResult | int] = (
         run_local(job, pending, scorers)
         if engine == "local"
-        else _run_ray(job, pending, scorers[0], dtype, address, workers)
+        else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, address=address, workers=workers)
     )
-    try:
+    with closing(results):  # type: ignore[type-var]
         for result in results:
             tally.add(result)
-    finally:
-        results.close()  # type: ignore[attr-defined]
     output.finish()
     return tally.summary(time.perf_counter() - start)
-
-
-def _run_ray(
-    job: ScoringJob, shards: Sequence[Shard], scorer: Scorer, dtype: str, address: str | None, workers: int | None
-) -> Iterator[ShardResult | int]:
-    from m3er_fast.scoring.ray import run_ray
-
-    return run_ray(
-        job, shards, scorer.model, batch_frames=scorer.batch_frames, dtype=dtype, address=address, workers=workers
-    )
 
 
 def iter_scores(
