@@ -134,7 +134,10 @@ class OutputFolder:
         self._write_json(QUARANTINE, [entry._asdict() for entry in listed])
 
     def finish(self) -> None:
-        """Say that everything is done."""
+        """Say that everything is done, when what workers that were lost had half-written is removed."""
+        for name in _list_folder(self.location):
+            if name.endswith(_PARTIAL):
+                self._delete(name)
         with self._written(SUCCESS):
             pass
 
@@ -238,10 +241,16 @@ def check_folder(location: Location, *, resume: bool) -> list[str]:
         raise ValueError(f"{location} is a file, wanted a folder to write scores to")
     if found.type != fs.FileType.Directory:
         return []
-    held = [str(file.base_name) for file in location.filesystem.get_file_info(fs.FileSelector(location.path))]
+    held = _list_folder(location)
     if held and not resume:
         raise ValueError(f"{location} is not empty: resume what it holds (--resume), or name another folder")
     return held
+
+
+def _list_folder(location: Location) -> list[str]:
+    from pyarrow import fs
+
+    return [str(file.base_name) for file in location.filesystem.get_file_info(fs.FileSelector(location.path))]
 
 
 def read_manifest(location: Location) -> dict[str, Any] | None:

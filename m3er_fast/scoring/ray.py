@@ -116,16 +116,14 @@ def check_ray(address: str | None = None, workers: int | None = None) -> Any:
         import ray
     except ImportError as error:
         raise ImportError("engine 'ray' needs Ray: pip install 'm3er-fast[ray]'") from error
-    if address is None:
-        return ray
-    if ray.is_initialized():
-        raise ValueError(f"address must be None where this process is connected to Ray already, got {address!r}")
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in address:
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
         try:  # Ray itself would try for a quarter of an hour
             socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         except (OSError, OverflowError) as error:
             raise ValueError(f"address: nobody listens at {address!r}: {error}") from error
+    if address is not None and ray.is_initialized():
+        raise ValueError(f"address must be None where this process is connected to Ray already, got {address!r}")
     return ray
 
 

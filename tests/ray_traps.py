@@ -1,0 +1,60 @@
+"""What workers of Ray run into in tests/test_scoring_ray.py, in a module of its own because workers import it."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
+
+
+class TrappedFiles(LocalFileSystem):
+    """Local files, some of which harm the workers that open them; the driver opens all of them unharmed.
+
+    Args:
+        traps: folder of files, each named as the file that it is about, which hold one of
+
+            * ``kill``: who reads it dies by SIGKILL, each time;
+            * ``kill once``, ``leave once``: the first who reads it dies by SIGKILL, or leaves with exit code 0;
+            * ``full``: it cannot be written, for lack of space.
+        driver: process id of the driver.
+    """
+
+    protocol = "trapped"
+    cachable = False
+
+    def __init__(self, traps, driver, **options):
+        super().__init__(**options)
+        self.traps, self.driver = traps, driver
+
+    def _open(self, path, mode="rb", **options):
+        if os.getpid() != self.driver:
+            for trap in Path(self.traps).iterdir():
+                if trap.name in Path(path).name:
+                    self._spring(trap, mode)
+        return super()._open(path, mode, **options)
+
+    def _spring(self, trap, mode):
+        kind = trap.read_text()
+        if "w" in mode:
+            if kind == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return
+        if kind.endswith("once"):
+            trap.unlink()
+        if kind.startswith("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind.startswith("leave"):
+            os._exit(0)
+
+
+def slow_first(task):
+    """A task's double; the first takes longest, and the first who does the fourth is killed."""
+    import time
+
+    number, mark = task
+    if number == 3 and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1.0 if number == 0 else 0.0)
+    return 2 * number

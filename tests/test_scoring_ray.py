@@ -1,0 +1,413 @@
+"""The Ray runner leaves what the local one leaves, whoever dies on the way."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from corpus_fixtures import real_data
+from pyarrow import fs
+
+from m3er_fast import M3ERFusion
+from m3er_fast.cli import main
+from m3er_fast.corpus import convert, write_parquet
+from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.metrics import classification_report
+from m3er_fast.scoring import OutputMismatchError, load_model, score
+from m3er_fast.scoring.ray import ray_map
+from m3er_fast.training import evaluate
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
+
+from ray_traps import TrappedFiles, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+
+DIMS = {"text": 6, "audio": 5, "face": 4}
+SHARD_ROWS, SHARDS, MANY = 20, 10, 300
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Workers find this folder, and Ray's files are removed; a short path, because sockets are among them."""
+    folder = tempfile.mkdtemp(prefix="m3er")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def connected(environment):
+    """Ray on this machine with room for two workers."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address="local",
+        num_cpus=2 * torch.get_num_threads(),
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return make_synthetic(200 + SHARD_ROWS * SHARDS, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(both):
+    return fitted_model(both.select(slice(0, 200)))
+
+
+@pytest.fixture(scope="module")
+def model_dir(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(both, tmp_path_factory):
+    """Ten shards, of which one cannot be read and another has a row that cannot be scored."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_parquet(both.select(slice(200, None)), folder, rows_per_shard=SHARD_ROWS)
+    (folder / "part-00003.parquet").write_bytes(b"PAR1")
+    path = folder / "part-00006.parquet"
+    table = pq.read_table(path)
+    ids = table["id"].to_pylist()
+    ids[7] = None
+    pq.write_table(table.set_column(0, "id", pa.array(ids, pa.string())), path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(corpus_dir, model, tmp_path_factory):
+    """Folder and summary of a local run."""
+    folder = tmp_path_factory.mktemp("local")
+    return folder, score(corpus_dir, model, folder)
+
+
+@pytest.fixture(scope="module")
+def on_ray(connected, corpus_dir, model, tmp_path_factory):
+    """Folder, summary and progress of a run of two workers."""
+    folder, seen = tmp_path_factory.mktemp("ray"), []
+    return folder, score(corpus_dir, model, folder, engine="ray", workers=2, progress=seen.append), seen
+
+
+def fitted_model(corpus):
+    torch.manual_seed(0)
+    model = M3ERFusion(corpus.input_dims, len(corpus.classes), classes=corpus.classes).eval()
+    return model.fit(corpus.features, corpus.lengths, corpus.available)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def copy_unfinished(folder, to, missing):
+    shutil.copytree(folder, to)
+    for name in ("_SUCCESS", *missing):
+        (to / name).unlink()
+
+
+@pytest.fixture
+def trapped(tmp_path):
+    """A filesystem, and what lays a trap in it."""
+    traps = tmp_path / "traps"
+    traps.mkdir()
+    filesystem = fs.PyFileSystem(fs.FSSpecHandler(TrappedFiles(traps=str(traps), driver=os.getpid())))
+
+    def lay(kind, *shards):
+        for shard in shards:
+            (traps / f"part-{shard:05d}").write_text(kind)
+
+    return filesystem, lay
+
+
+# --- the same as the local runner ---
+
+
+def test_ray_leaves_the_bytes_of_the_local_runner_quarantine_and_row_errors_among_them(local, on_ray):
+    assert contents(on_ray[0]) == contents(local[0])
+    assert json.loads((on_ray[0] / "quarantine.json").read_text())[0]["shard"] == "part-00003.parquet"
+    assert local[1].errors == 1
+    assert dataclasses.replace(on_ray[1], seconds=local[1].seconds) == local[1]
+
+
+def test_progress_counts_every_shard_and_row(local, on_ray):
+    seen = on_ray[2]
+    assert [progress.done for progress in seen] == list(range(1, SHARDS + 1))
+    assert seen[-1].rows == local[1].rows == SHARD_ROWS * (SHARDS - 1)
+    assert seen[-1].seconds_left == 0
+
+
+def test_ray_resumes_a_local_run(connected, corpus_dir, model, local, tmp_path):
+    copy_unfinished(local[0], tmp_path / "out", ["part-00002.parquet", "part-00009.parquet"])
+    summary = score(corpus_dir, model, tmp_path / "out", engine="ray", workers=1, resume=True)
+    assert summary.resumed == SHARDS - 3  # the one in quarantine is tried again
+    assert contents(tmp_path / "out") == contents(local[0])
+
+
+def test_the_local_runner_resumes_a_run_of_ray(corpus_dir, model, local, on_ray, tmp_path):
+    copy_unfinished(on_ray[0], tmp_path / "out", ["part-00002.parquet", "part-00009.parquet"])
+    assert score(corpus_dir, model, tmp_path / "out", resume=True).resumed == SHARDS - 3
+    assert contents(tmp_path / "out") == contents(local[0])
+
+
+def test_a_changed_model_is_refused(corpus_dir, model_dir, on_ray, tmp_path):
+    copy_unfinished(on_ray[0], tmp_path / "out", ["part-00002.parquet"])
+    before = contents(tmp_path / "out")
+    other = load_model(model_dir)
+    with torch.no_grad():
+        next(other.network.parameters()).add_(1e-3)
+    with pytest.raises(OutputMismatchError, match="another model"):
+        score(corpus_dir, other, tmp_path / "out", engine="ray", resume=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_real_data_have_the_metrics_of_evaluation_in_training(connected, tmp_path):
+    corpus = convert(real_data("mosi_utterance"), "utterance-csv", tmp_path / "whole")
+    write_parquet(corpus, tmp_path / "corpus", rows_per_shard=len(corpus) // 3)
+    model = fitted_model(corpus.subset("train"))
+    score(tmp_path / "corpus", model, tmp_path / "local")
+    score(tmp_path / "corpus", model, tmp_path / "out", engine="ray", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    table = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out").glob("*.parquet"))])
+    probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in corpus.classes], axis=1)
+    assert table["id"].to_pylist() == corpus.ids.tolist()
+    found = classification_report(probabilities, corpus.target, corpus.classes)
+    expected = evaluate(model, corpus).report
+    assert (found.overall, found.per_class) == (expected.overall, expected.per_class)
+    np.testing.assert_array_equal(found.confusion, expected.confusion)
+
+
+# --- workers that are lost, and what they raise ---
+
+
+def test_a_shard_that_loses_every_worker_is_quarantined_and_those_that_lose_one_are_scored(
+    connected, trapped, corpus_dir, model, local, tmp_path
+):
+    filesystem, lay = trapped
+    lay("kill", 1)
+    lay("kill once", 4)
+    lay("leave once", 7)
+    out = tmp_path / "out"
+    summary = score((filesystem, str(corpus_dir)), model, (filesystem, str(out)), engine="ray", workers=2)
+    lost, unreadable = summary.quarantined
+    assert (lost.shard, unreadable.shard) == ("part-00001.parquet", "part-00003.parquet")
+    assert "its worker was lost 3 times" in lost.reason
+    expected = contents(local[0])
+    del expected["part-00001.parquet"], expected["quarantine.json"]
+    found = contents(out)
+    assert json.loads(found.pop("quarantine.json")) == [entry._asdict() for entry in summary.quarantined]
+    assert found == expected
+
+
+def test_a_full_disk_in_a_worker_is_raised_here_and_leaves_nothing_half_written(
+    connected, trapped, corpus_dir, model, local, tmp_path
+):
+    filesystem, lay = trapped
+    lay("full", 5)
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left on device"):
+        score(corpus_dir, model, (filesystem, str(out)), engine="ray", workers=2)
+    found, expected = contents(out), contents(local[0])
+    assert "_SUCCESS" not in found
+    found.pop("quarantine.json", None)
+    assert found
+    assert found == {name: expected[name] for name in found}
+
+
+def test_what_progress_raises_ends_the_workers(connected, corpus_dir, model, local, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(corpus_dir, model, tmp_path / "out", engine="ray", workers=1, progress=interrupt)
+    found, expected = contents(tmp_path / "out"), contents(local[0])
+    found.pop("quarantine.json", None)
+    assert found == {name: expected[name] for name in found}
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tmp_path):
+    tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
+    assert list(ray_map(slow_first, tasks, workers=2)) == [2 * number for number in range(8)]
+    assert (tmp_path / "mark").exists()
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--address", "127.0.0.1:1"], "nobody listens at '127.0.0.1:1'"),
+        (["--workers", "0"], "--workers"),
+        (["--device", "cpu,cpu"], "each worker has one"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(options, words, corpus_dir, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["score", str(corpus_dir), "--model", str(model_dir), "--out", str(out), "--engine", "ray"]
+    assert main([*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_without_ray_the_extra_is_named_before_anything_is_written(
+    corpus_dir, model_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["score", str(corpus_dir), "--model", str(model_dir), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--engine", "ray"]) == 2
+    assert "pip install 'm3er-fast[ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def many_dir(both, tmp_path_factory):
+    """A corpus of so many shards that a run can be caught in the middle."""
+    folder = tmp_path_factory.mktemp("many")
+    write_parquet(both.select(slice(200, 202)), folder, rows_per_shard=2)
+    content = (folder / "part-00000.parquet").read_bytes()
+    for shard in range(1, MANY):
+        (folder / f"part-{shard:05d}.parquet").write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many_scores(many_dir, model_dir, tmp_path_factory):
+    """What an uninterrupted local run leaves of it."""
+    folder = tmp_path_factory.mktemp("many-scores")
+    score(many_dir, load_model(model_dir), folder)
+    return contents(folder)
+
+
+def start_scoring(corpus, model, out, *more, mark="", **environment):
+    command = [sys.executable, "-m", "m3er_fast.cli", "score", corpus, "--model", model, "--out", out]
+    return subprocess.Popen(
+        [*command, "--engine", "ray", *more],
+        cwd=TESTS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "M3ER_TEST_RUN": mark, **environment},
+    )
+
+
+def wait_for_scores(out, run, number=1):
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("part-*"))) < number and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def processes_of(mark):
+    """Process ids of a run and of everything that it has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"M3ER_TEST_RUN={mark}\0".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_an_interrupt_is_exit_code_130_and_leaves_no_process_and_nothing_half_written(
+    number, many_dir, model_dir, tmp_path
+):
+    out, mark = tmp_path / "out", uuid.uuid4().hex
+    run = start_scoring(many_dir, model_dir, out, "--workers", "1", mark=mark)
+    wait_for_scores(out, run)
+    run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    assert error.decode() == "m3er-fast: error: interrupted\n"
+    assert not list(out.glob(".*"))
+    assert not (out / "_SUCCESS").exists()
+    deadline = time.monotonic() + 20
+    while processes_of(mark):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_driver_is_resumed_to_the_bytes_of_an_uninterrupted_run(
+    kills, many_dir, many_scores, model_dir, tmp_path
+):
+    out, moments = tmp_path / "out", random.Random(0)
+    for kill in range(kills):
+        run = start_scoring(many_dir, model_dir, out, "--workers", "2", "--resume")
+        wait_for_scores(out, run, 1 + 50 * kill)
+        time.sleep(moments.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL
+    assert not (out / "_SUCCESS").exists()
+    score(many_dir, load_model(model_dir), out, resume=True)
+    assert contents(out) == many_scores
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_workers_killed_at_five_random_moments_lose_no_row(many_dir, many_scores, model_dir, tmp_path):
+    out, mark, moments = tmp_path / "out", uuid.uuid4().hex, random.Random(0)
+    run = start_scoring(many_dir, model_dir, out, "--workers", "2", mark=mark)
+    for kill in range(5):
+        wait_for_scores(out, run, 1 + 50 * kill)
+        time.sleep(moments.uniform(0, 0.1))
+        workers = [process for process in processes_of(mark) if b"_Worker" in command_of(process)]
+        os.kill(moments.choice(workers), signal.SIGKILL)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 0, error
+    assert contents(out) == many_scores
+
+
+def command_of(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+def test_a_machine_of_a_cluster_that_is_lost_takes_no_row_with_it(many_dir, many_scores, model_dir, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    try:
+        machine = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        out = tmp_path / "out"
+        run = start_scoring(many_dir, model_dir, out, "--address", cluster.address)  # one worker a machine
+        wait_for_scores(out, run, 50)
+        cluster.remove_node(machine, allow_graceful=False)
+        _, error = run.communicate(timeout=120)
+    finally:
+        cluster.shutdown()
+    assert run.returncode == 0, error
+    assert contents(out) == many_scores
