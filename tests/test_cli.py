@@ -147,7 +147,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, words, run, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--engine", "ray"], ["no ray engine", "--engine local"]),
+        (["--address", "auto"], ["address", "engine 'ray'"]),
         (["--engine", "dask"], ["dask"]),
         (["--batch-frames", "0"], ["--batch-frames", "auto"]),
         (["--device", "abacus"], ["--device", "abacus"]),

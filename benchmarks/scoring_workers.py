@@ -1,0 +1,133 @@
+"""Score generated corpora with Ray at 1, 2 and 4 workers of one thread on this machine, beside the local runner.
+
+``python benchmarks/scoring_workers.py --out results.json`` generates two corpora in a temporary folder: *tiny*,
+shards of one utterance, whose time is that of everything but scoring, and *full*, shards of ``--rows-per-shard``
+utterances of up to 20 frames and 410 features. Of each run it reports
+
+* ``first_s``: until the first shard was done, the start of workers among it;
+* ``per_shard_s``: time a shard, over all workers, once each could have finished one;
+* ``utterances_per_second``: in the same time.
+
+Ray is started once, before.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+import numpy as np
+import ray
+import torch
+from scoring import CLASSES, make_model
+
+from m3er_fast import M3ERFusion
+from m3er_fast.corpus import generate_corpus, read_parquet
+from m3er_fast.scoring import score
+from m3er_fast.scoring.plan import plan_shards
+
+TINY_DIMS = {"text": 6, "audio": 5, "face": 4}
+
+
+def make_tiny(folder, shards):
+    """A corpus of copies of one shard, and a model for it."""
+    generate_corpus(folder, utterances=200, rows_per_shard=200, input_dims=TINY_DIMS, steps=4)
+    some = read_parquet(folder / "part-00000.parquet")
+    model = M3ERFusion(some.input_dims, len(CLASSES), classes=CLASSES).eval()
+    model.fit(some.features, some.lengths, some.available)
+    (folder / "part-00000.parquet").unlink()
+    generate_corpus(folder, utterances=1, rows_per_shard=1, input_dims=TINY_DIMS, steps=4)
+    content = (folder / "part-00000.parquet").read_bytes()
+    for shard in range(1, shards):
+        (folder / f"part-{shard:05d}.parquet").write_bytes(content)
+    return model
+
+
+def measure(corpus, model, out, **options):
+    """Times of one run, as the module says."""
+    done = []
+
+    def note(progress):
+        if progress.done > len(done):
+            done.append((time.perf_counter(), progress.rows))
+
+    start = time.perf_counter()
+    summary = score(corpus, model, out, progress=note, **options)
+    apart = options.get("workers", 1)
+    (begun, before), (last, rows) = done[apart - 1], done[-1]
+    assert (len(done), summary.quarantined, summary.errors) == (summary.shards, (), 0)
+    return {
+        "first_s": done[0][0] - start,
+        "per_shard_s": (last - begun) / (len(done) - apart),
+        "utterances_per_second": (rows - before) / (last - begun),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny-shards", type=int, default=400)
+    parser.add_argument("--full-shards", type=int, default=16)
+    parser.add_argument("--rows-per-shard", type=int, default=1024)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=3, help="of all runs, in turn; medians are reported")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ray.init(
+        address="local",
+        num_cpus=max(options.workers),
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    runs = {"local": {}} | {f"ray, {n} workers": {"engine": "ray", "workers": n} for n in options.workers}
+    found = {corpus: {name: [] for name in runs} for corpus in ("tiny", "full")}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        models = {"tiny": make_tiny(root / "tiny", options.tiny_shards)}
+        generate_corpus(
+            root / "full",
+            utterances=options.full_shards * options.rows_per_shard,
+            rows_per_shard=options.rows_per_shard,
+        )
+        models["full"] = make_model(plan_shards(root / "full"))
+        for turn in range(options.rounds):
+            for corpus, model in models.items():
+                for name, how in runs.items():
+                    out = root / f"scores-{corpus}-{turn}-{name}"
+                    found[corpus][name].append(measure(root / corpus, model, out, **how))
+    ray.shutdown()
+    result = {
+        "command": " ".join(sys.argv),
+        "commit": harness.commit(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads_per_worker": 1,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "ray": ray.__version__,
+        "shards": {"tiny": options.tiny_shards, "full": options.full_shards},
+        "utterances_per_shard": {"tiny": 1, "full": options.rows_per_shard},
+        "medians": {
+            corpus: {
+                name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+                for name, rounds in runs_of.items()
+            }
+            for corpus, runs_of in found.items()
+        },
+        "rounds": found,
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
