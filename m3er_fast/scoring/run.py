@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,6 +20,9 @@ from m3er_fast.scoring.shard import ScoringJob, ShardResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_THREADS = 16  # looking for finished shards waits for storage, not for a core
 
 
 class ScoreProgress(NamedTuple):
@@ -164,9 +168,11 @@ class Tally:
 
     def skip_finished(self) -> list[Shard]:
         """Count the shards that an earlier run finished, and return the others."""
+        shards = self._job.plan.shards
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(self._job.output.finished, shards))
         pending = []
-        for shard in self._job.plan.shards:
-            finished = self._job.output.finished(shard)
+        for shard, finished in zip(shards, found, strict=True):
             if finished is None:
                 pending.append(shard)
                 continue
