@@ -6,7 +6,7 @@ its shard begun again, which gives the same bytes; a shard that has lost several
 raises in a worker is raised here.
 
 Workers are plain actors. Ray Data's pool of actors waits for ever for one that left with exit code 0
-(ray-project/ray#62746), retries the innocent shards queued behind one that kills workers, and takes seconds to start.
+(ray-project/ray#62746), makes a lost shard a row that is missing, and takes seconds longer to start.
 """
 
 from __future__ import annotations
