@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,30 @@ def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tm
     tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
     assert list(ray_map(slow_first, tasks, workers=2)) == [2 * number for number in range(8)]
     assert (tmp_path / "mark").exists()
+
+
+class Unwelcome:
+    """A function that no worker can unpickle."""
+
+    def __reduce__(self):
+        return eval, ("1 / 0",)
+
+    def __call__(self, task):
+        return task
+
+
+def test_workers_that_cannot_be_started_are_an_error_and_not_tried_for_ever(connected):
+    with pytest.raises(RuntimeError, match=r"no worker can be started: .*division by zero"):
+        list(ray_map(Unwelcome(), [1], workers=1))
+
+
+def test_a_cluster_without_room_is_said(connected, monkeypatch):
+    monkeypatch.setattr("m3er_fast.scoring.ray._PATIENCE_S", 0.2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="a machine with 1000 CPUs"):
+            list(ray_map(slow_first, [(1, "")], workers=1))
 
 
 # --- the command line ---
