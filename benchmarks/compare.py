@@ -1,8 +1,8 @@
 """Whether ours has become slower beside the baselines of its own run: two JSONs of pytest-benchmark.
 
 Seconds are never compared, since they belong to a machine and its day. Of every group and baseline the ratio
-"time of the baseline : time of ours" is, with the median of each, and its range with the quartiles of their rounds.
-A ratio has fallen if the ranges of the two runs lie apart, and by more than ``--least`` beyond that.
+"time of the baseline : time of ours" is, and the range that the quartiles of the rounds give it. A ratio has fallen if
+the ranges of the two runs lie apart, and by more than ``--least`` beyond that.
 
     python benchmarks/compare.py BEFORE.json AFTER.json
 
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 OURS = "ours"
+_QUARTILES = ("q1", "median", "q3")
 # Two runs of one commit differ by more than the rounds of each: memory lies elsewhere, the machine has other work.
 LEAST = 0.1
 
@@ -32,36 +32,33 @@ class Ratio(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, baseline: Sequence[float], ours: Sequence[float]) -> Ratio:
-        """Of the seconds of their rounds."""
-        b, o = _quartiles(baseline), _quartiles(ours)
-        return cls(b[0] / o[2], b[1] / o[1], b[2] / o[0])
+    def of(cls, baseline: dict[str, Any], ours: dict[str, Any]) -> Ratio:
+        """Of two results, each of which may count several calls as one."""
+        b, o = ([result["stats"][key] for key in _QUARTILES] for result in (baseline, ours))
+        calls = ours["extra_info"].get("calls", 1) / baseline["extra_info"].get("calls", 1)
+        return cls(calls * b[0] / o[2], calls * b[1] / o[1], calls * b[2] / o[0])
 
     def has_fallen_since(self, before: Ratio, least: float) -> bool:
         """Whether all of this range lies below all of that one, by more than the share ``least``."""
         return self.high < before.low * (1.0 - least)
 
 
-def _quartiles(seconds: Sequence[float]) -> list[float]:
-    if len(seconds) < 2:
-        return [seconds[0]] * 3
-    return statistics.quantiles(seconds, n=4, method="inclusive")
-
-
 def ratios(run: dict[str, Any]) -> dict[tuple[str, str], Ratio]:
     """By group and baseline, of a run as pytest-benchmark writes it."""
-    groups: dict[str, dict[str, list[float]]] = {}
-    for result in run.get("benchmarks", []):
+    found = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in run["benchmarks"]:
         info = result["extra_info"]
         if "contestant" in info:
-            groups.setdefault(info["group"], {})[info["contestant"]] = result["stats"]["data"]
-    return {
-        (group, name): Ratio.of(seconds, contestants[OURS])
-        for group, contestants in groups.items()
-        if OURS in contestants
-        for name, seconds in contestants.items()
-        if not name.startswith(OURS)
-    }
+            groups.setdefault(info["group"], {})[info["contestant"]] = result
+        for name, shown in info.get("contestants", {}).items():  # took turns: the ratios of the rounds are known
+            if "ours" not in name and "ratio_q1" in shown:
+                found[result["name"], name] = Ratio(shown["ratio_q1"], shown["ratio"], shown["ratio_q3"])
+    for group, contestants in groups.items():
+        for name, result in contestants.items():
+            if OURS in contestants and not name.startswith(OURS):
+                found[group, name] = Ratio.of(result, contestants[OURS])
+    return found
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, least: float = LEAST) -> tuple[list[str], bool]:

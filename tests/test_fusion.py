@@ -656,6 +656,7 @@ def test_a_whole_training_step_under_autocast_has_the_gradients_of_single_precis
         with torch.autocast("cpu", torch.bfloat16, **autocast):
             output = model(features)
             loss = model.loss(output, target)
+        assert output.logits.dtype == (torch.float32 if autocast else torch.bfloat16)
         assert loss.dtype == torch.float32
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
