@@ -187,15 +187,17 @@ def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict
 
 
 def report(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    """Print and return the medians, and the median ratio to ours."""
-    lines = {
-        name: (statistics.median(t), statistics.median(a / b for a, b in zip(t, times[ours], strict=True)))
-        for name, t in times.items()
-    }
+    """Print and return the medians, and the quartiles of the rounds' ratios to ours."""
+    lines = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times[ours], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        milliseconds = 1e3 * statistics.median(seconds)
+        lines[name] = {"milliseconds": milliseconds, "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
     print()
-    for name, (median, ratio) in lines.items():
-        print(f"  {name:34s} {1e3 * median:9.2f} ms {ratio:7.2f}x")
-    return {name: {"milliseconds": 1e3 * median, "ratio": ratio} for name, (median, ratio) in lines.items()}
+    for name, line in lines.items():
+        print(f"  {name:34s} {line['milliseconds']:9.2f} ms {line['ratio']:7.2f}x")
+    return lines
 
 
 def works(step: Callable[[], Any]) -> bool:

@@ -34,7 +34,9 @@ _BLOCK_QUERIES = 2048
 # Rows of a set, of which only the smallest value is looked at first.
 _SET_ROWS = 32
 # About so many rows of the bank, evenly spread, say where its middle is.
-_CENTER_ROWS = 256
+_CENTER_ROWS = 32
+# Of so few rows a coarse product saves less time than measuring the rows that it leaves costs.
+_SMALL_BANK = 1024
 # Half squared norms of a tile, and norms of a query, between which float32 neither overflows nor underflows.
 _SAFE_HALF = (1e-25, 1e34)
 _SAFE_NORM = 1e17
@@ -159,6 +161,8 @@ def _search_by_bounds(
     # Upper bounds on k rows of each query. The rows behind them are always among the hits.
     least = torch.full((query.shape[0], k), torch.inf, dtype=torch.float64)
     precisions = _product_precisions()
+    if bank.shape[0] <= _SMALL_BANK:
+        precisions = precisions[-1:]
     hits = []
     for start in range(0, bank.shape[0], width):
         tile = _tile(bank, center, allowed, start, width)

@@ -641,6 +641,39 @@ def test_double_precision_runs_through_and_half_keeps_the_verdict(model):
             assert torch.equal(getattr(narrow, name), getattr(wanted, name))
 
 
+@pytest.mark.parametrize("steps", [4, 12])
+def test_a_whole_training_step_under_autocast_has_the_gradients_of_single_precision(steps):
+    """By the reference's loop (4 steps) and the rearranged scan (12), with a modality that is noise and one missing."""
+    model = build(seed=3).fit(sequences(600, steps=steps)).train()
+    features = sequences(32, steps=steps, seed=1)
+    features["face"][:8] *= 50.0
+    features["audio"][8:12] = float("nan")
+    # One class prevails: of balanced ones the head's gradients cancel, and what is left is mostly rounding.
+    target = (torch.arange(32) % 4 == 0).long()
+
+    def gradients(**autocast):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            output = model(features)
+            loss = model.loss(output, target)
+        assert output.logits.dtype == (torch.float32 if autocast else torch.bfloat16)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    wanted, found = gradients(enabled=False), gradients()
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert grad.dtype == torch.float32
+        # bfloat16 keeps eight bits, and errors add up over the steps; a term that is missing would cost far more.
+        assert (grad - wanted[name]).norm() < 0.1 * wanted[name].norm(), name
+    before = [p.detach().clone() for p in model.parameters()]
+    torch.optim.Adam(model.parameters()).step()
+    assert all(
+        bool(p.isfinite().all()) and not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)
+    )
+
+
 # --- saving ---
 
 

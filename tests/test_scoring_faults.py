@@ -360,7 +360,10 @@ def test_killed_at_random_moments_and_resumed_leaves_the_bytes_of_an_uninterrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_exit_code_130_and_leaves_nothing_half_written(number, corpus, model_dir, tmp_path):
+def test_an_interrupt_is_exit_code_130_and_leaves_nothing_half_written(number, corpus, model_dir, tmp_path, request):
+    # A shell that starts tests in the background has them ignore SIGINT, and what is ignored a new process inherits.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     make_tiny_shards(tmp_path / "corpus", corpus, 2000)
     out = tmp_path / "out"
     run = start_scoring(tmp_path / "corpus", model_dir, out)

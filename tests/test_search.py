@@ -47,6 +47,7 @@ def products_start_with(request, monkeypatch):
     if coarsest is not None:
         steps = tuple(dict.fromkeys((coarsest, torch.float32)))
         monkeypatch.setattr(search, "_product_precisions", lambda: steps)
+        monkeypatch.setattr(search, "_SMALL_BANK", 0)  # small banks too
 
 
 @BOTH

@@ -1,0 +1,123 @@
+"""Whether ours has become slower beside the baselines of its own run: two JSONs of pytest-benchmark.
+
+Seconds are never compared, since they belong to a machine and its day. Of every group and baseline the ratio
+"time of the baseline : time of ours" is, and the range that the quartiles of the rounds give it. A ratio has fallen if
+the ranges of the two runs lie apart, and by more than ``--least`` beyond that.
+
+    python benchmarks/compare.py BEFORE.json AFTER.json
+
+Exit codes: 0 no ratio has fallen; 1 some have; 2 nothing can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OURS = "ours"
+_QUARTILES = ("q1", "median", "q3")
+# Two runs of one commit differ by more than the rounds of each: memory lies elsewhere, the machine has other work.
+LEAST = 0.1
+
+
+class Ratio(NamedTuple):
+    """Time of a baseline : time of ours, in one run."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, baseline: dict[str, Any], ours: dict[str, Any]) -> Ratio:
+        """Of two results, each of which may count several calls as one."""
+        b, o = ([result["stats"][key] for key in _QUARTILES] for result in (baseline, ours))
+        calls = ours["extra_info"].get("calls", 1) / baseline["extra_info"].get("calls", 1)
+        return cls(calls * b[0] / o[2], calls * b[1] / o[1], calls * b[2] / o[0])
+
+    def has_fallen_since(self, before: Ratio, least: float) -> bool:
+        """Whether all of this range lies below all of that one, by more than the share ``least``."""
+        return self.high < before.low * (1.0 - least)
+
+
+def ratios(run: dict[str, Any]) -> dict[tuple[str, str], Ratio]:
+    """By group and baseline, of a run as pytest-benchmark writes it."""
+    found = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in run["benchmarks"]:
+        info = result["extra_info"]
+        if "contestant" in info:
+            groups.setdefault(info["group"], {})[info["contestant"]] = result
+        for name, shown in info.get("contestants", {}).items():  # took turns: the ratios of the rounds are known
+            if "ours" not in name and "ratio_q1" in shown:
+                found[result["name"], name] = Ratio(shown["ratio_q1"], shown["ratio"], shown["ratio_q3"])
+    for group, contestants in groups.items():
+        for name, result in contestants.items():
+            if OURS in contestants and not name.startswith(OURS):
+                found[group, name] = Ratio.of(result, contestants[OURS])
+    return found
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], *, least: float = LEAST) -> tuple[list[str], bool]:
+    """Lines of a Markdown table, and whether some ratio has fallen.
+
+    Raises:
+        ValueError: the runs are of different devices or numbers of threads, or have no group and baseline in common.
+    """
+    for key in ("device", "threads"):
+        was, now = (run.get("machine_info", {}).get("m3er_fast", {}).get(key) for run in (before, after))
+        if was != now:
+            raise ValueError(f"{key} differs: {was!r} before, {now!r} after; a ratio belongs to its device")
+    was, now = ratios(before), ratios(after)
+    common = [key for key in was if key in now]
+    if not common:
+        raise ValueError("the two runs have no group with ours and a baseline in common")
+    lines = ["| | baseline | before | after | |", "|---|---|---|---|---|"]
+    fallen = False
+    for group, name in common:
+        old, new = was[group, name], now[group, name]
+        verdict = "fallen" if new.has_fallen_since(old, least) else "risen" if old.has_fallen_since(new, least) else ""
+        fallen |= verdict == "fallen"
+        lines.append(f"| {group} | {name} | {_shown(old)} | {_shown(new)} | {verdict} |")
+    for title, only in (("not in AFTER", was.keys() - now.keys()), ("not in BEFORE", now.keys() - was.keys())):
+        lines += [f"| {group} | {name} | | | {title} |" for group, name in sorted(only)]
+    return lines, fallen
+
+
+def _shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare as the command line says; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--least", type=float, default=LEAST, help="share that a ratio must have lost (%(default)s)")
+    options = parser.parse_args(arguments)
+    if not 0.0 <= options.least < 1.0:
+        parser.error(f"--least must lie in [0, 1), got {options.least}")
+    try:
+        lines, fallen = compare(*map(_read, (options.before, options.after)), least=options.least)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return int(fallen)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("benchmarks"), list):
+        raise ValueError(f"{path} is not what pytest --benchmark-json writes: it has no list of benchmarks")
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Comparing two benchmark runs by the ratios within each."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+_PATH = Path(__file__).parents[1] / "benchmarks" / "compare.py"
+_spec = importlib.util.spec_from_file_location("benchmarks_compare", _PATH)
+compare = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(compare)
+
+NOISE = (0.99, 1.0, 1.01)
+
+
+def a_run(seconds, group="loss", noise=NOISE, device="cpu", threads=2, calls=1):
+    """What pytest-benchmark would write of contestants with these median seconds; noise makes their quartiles."""
+    results = [
+        {
+            "name": "test_it",
+            "extra_info": {"group": group, "contestant": name, "calls": calls if name.endswith("graphed") else 1},
+            "stats": dict(zip(("q1", "median", "q3"), (median * x for x in noise), strict=True)),
+        }
+        for name, median in seconds.items()
+    ]
+    return {"machine_info": {"m3er_fast": {"device": device, "threads": threads}}, "benchmarks": results}
+
+
+def in_turns(ratio, low, high):
+    """The same of contestants that took turns in one benchmark."""
+    run = a_run({})
+    ours, other = (
+        {"milliseconds": 1.0, "ratio": r, "ratio_q1": a, "ratio_q3": b} for r, a, b in ((1, 1, 1), (ratio, low, high))
+    )
+    run["benchmarks"] = [
+        {"name": "test_search[0]", "extra_info": {"contestants": {"torch (ours)": ours, "faiss": other}}}
+    ]
+    return run
+
+
+@pytest.fixture
+def command(tmp_path):
+    def run(before, after, *options):
+        paths = tmp_path / "before.json", tmp_path / "after.json"
+        for path, content in zip(paths, (before, after), strict=True):
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return compare.main([*map(str, paths), *options])
+
+    return run
+
+
+def test_ours_slower_beside_its_baseline_is_exit_code_1(command, capsys):
+    assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.5, "eager": 3.0})) == 1
+    assert "| loss | eager | 3.00 (2.94 to 3.06) | 2.00 (1.96 to 2.04) | fallen |" in capsys.readouterr().out
+
+
+def test_a_slower_machine_is_none_of_ours(command):
+    assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 5.0, "eager": 15.0})) == 0
+
+
+def test_a_faster_ours_is_exit_code_0_and_said(command, capsys):
+    assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 0.5, "eager": 3.0})) == 0
+    assert "| risen |" in capsys.readouterr().out
+
+
+def test_one_baseline_among_several_is_enough(command):
+    before = a_run({"ours": 1.0, "eager": 3.0, "compiled": 2.0})
+    assert command(before, a_run({"ours": 1.0, "eager": 3.0, "compiled": 1.0})) == 1
+
+
+def test_within_the_noise_of_the_rounds_nothing_has_fallen(command):
+    noisy = (0.8, 1.0, 1.2)
+    before, after = {"ours": 1.0, "eager": 3.0}, {"ours": 1.4, "eager": 3.0}
+    assert command(a_run(before, noise=noisy), a_run(after, noise=noisy)) == 0
+    assert command(a_run(before), a_run(after)) == 1
+
+
+@pytest.mark.parametrize(("least", "code"), [("0.0", 1), ("0.1", 0)])
+def test_a_small_loss_counts_only_where_it_is_asked_for(command, least, code):
+    assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.08, "eager": 3.0}), "--least", least) == code
+
+
+def test_the_range_is_of_the_quartiles_of_both():
+    run = a_run({"ours": 0.5})
+    run["benchmarks"] += a_run({"eager": 3.0}, noise=(0.5, 1.0, 2.0))["benchmarks"]
+    ratio = compare.ratios(run)["loss", "eager"]
+    assert ratio == pytest.approx((1.5 / 0.505, 6.0, 6.0 / 0.495))
+
+
+def test_what_counts_several_calls_as_one_is_divided_by_them():
+    ratio = compare.ratios(a_run({"ours": 1.0, "eager, graphed": 32.0}, calls=16))["loss", "eager, graphed"]
+    assert ratio.median == pytest.approx(2.0)
+
+
+def test_contestants_that_took_turns_are_compared_by_the_ratios_of_their_rounds(command, capsys):
+    assert command(in_turns(3.0, 2.9, 3.1), in_turns(2.0, 1.9, 2.1)) == 1
+    assert "| test_search[0] | faiss | 3.00 (2.90 to 3.10) | 2.00 (1.90 to 2.10) | fallen |" in capsys.readouterr().out
+    assert command(in_turns(3.0, 1.0, 4.0), in_turns(2.0, 1.9, 2.1)) == 0
+
+
+def test_other_ways_of_ours_are_no_baselines():
+    run = a_run({"ours": 1.0, "ours, graphed": 0.5, "eager": 3.0})
+    assert list(compare.ratios(run)) == [("loss", "eager")]
+
+
+def test_what_only_one_run_has_is_said_and_not_judged(command, capsys):
+    before, after = a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0})
+    before["benchmarks"] += a_run({"ours": 1.0, "eager": 9.0}, group="gone")["benchmarks"]
+    assert command(before, after) == 0
+    assert "| gone | eager | | | not in AFTER |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0}, device="H200"), "device differs"),
+        (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0}, threads=1), "threads differs"),
+        (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0}), "no group"),
+        (a_run({"ours": 1.0, "eager": 3.0}), "{", "no JSON"),
+        (a_run({"ours": 1.0, "eager": 3.0}), "[]", "no list of benchmarks"),
+    ],
+)
+def test_what_cannot_be_compared_is_exit_code_2_in_one_line(command, capsys, before, after, said):
+    assert command(before, after) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_committed_run_has_fallen_where_all_of_ours_is_made_three_times_slower():
+    text = (_PATH.parent / "results" / "cpu-2-cores.json").read_text()
+    before, after = json.loads(text), json.loads(text)
+    for result in after["benchmarks"]:
+        if result["extra_info"]["contestant"] == "ours":
+            result["stats"] |= {key: 3 * result["stats"][key] for key in ("q1", "median", "q3")}
+    lines, fallen = compare.compare(before, after)
+    assert fallen
+    assert len(lines) > 10
+    assert all(line.endswith("| fallen |") for line in lines[2:])
+    assert not compare.compare(before, before)[1]

@@ -1,0 +1,74 @@
+"""The harness of the benchmarks, by two small groups; how long anything takes is not asserted."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a run printed, and its JSON."""
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path_factory.mktemp("benchmarks") / "run.json"
+    loss, gate = "test_fusion_loss.py::test_loss_and_gradient", "test_correlation_gate.py::test_gate"
+    selected = [
+        f"benchmarks/{name}[{case}]"
+        for name, cases in (
+            (loss, ("batch of 256, 6 classes-m3er-ours", "batch of 256, 6 classes-m3er-eager")),
+            (gate, ("ours-fp32-32", "eager-fp32-32")),
+        )
+        for case in cases
+    ]
+    command = [sys.executable, "-m", "pytest", *selected, "-q", "-p", "no:cacheprovider", "--benchmark-only"]
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [*command, f"--benchmark-json={out}"],
+        cwd=_ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_a_run_has_ours_and_a_baseline_in_each_group(run):
+    groups = {}
+    for result in run[1]["benchmarks"]:
+        groups.setdefault(result["extra_info"]["group"], set()).add(result["extra_info"]["contestant"])
+    assert list(groups.values()) == [{"ours", "eager"}] * 2
+
+
+def test_every_result_says_what_it_must_do_at_least(run):
+    rates = run[1]["machine_info"]["m3er_fast"]
+    for result in run[1]["benchmarks"]:
+        info = result["extra_info"]
+        shortest = max(
+            info["bytes"] / rates["copy_bytes_per_second"], info["flops"] / rates["operations_per_second"]["fp32"]
+        )
+        assert info["floor"] == pytest.approx(shortest)
+        assert info["median"] > 0
+
+
+def test_a_run_says_where_and_of_which_commit_it_is(run):
+    about = run[1]["machine_info"]["m3er_fast"]
+    assert about["device"] == platform.processor() or about["device"] == "cpu"
+    assert about["packages"]["torch"] == torch.__version__
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
+    if head.returncode == 0:
+        assert about["commit"] == head.stdout.strip()
+
+
+def test_a_run_ends_in_one_table_a_group(run):
+    printed, content = run
+    for group in {result["extra_info"]["group"] for result in content["benchmarks"]}:
+        assert f"**{group}**" in printed
