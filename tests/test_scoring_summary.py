@@ -4,6 +4,8 @@ import dataclasses
 import html.parser
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +18,11 @@ import torch
 from pyarrow import ipc
 from score_folder import contents, counted
 
-from m3er_fast import M3ERFusion
+from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.scoring import reader, score, summary
+from m3er_fast.scoring import Scorer, reader, score, summary
 from m3er_fast.scoring.summary_page import render
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -213,7 +215,6 @@ def test_without_groups_there_are_none(model, corpus_dir, tmp_path):
 def test_what_is_counted_does_not_depend_on_how_much_is_read_at_a_time(scored, corpus, model, tmp_path, monkeypatch):
     expected = summary_of(scored[0])
     monkeypatch.setattr(summary, "_ROWS", 17)
-    monkeypatch.setattr(summary, "_SHARDS", 1)
     monkeypatch.setattr(reader, "_GROUP_ROWS", 23)
     score(scored[0].parent / "corpus", model, tmp_path)
     found = summary_of(tmp_path)
@@ -496,3 +497,52 @@ def test_every_field_of_the_json_is_listed_in_the_docs(scored):
     names = set(keys(summary_of(scored[0]))) - set(DIMS)
     assert len(names) > 20
     assert {name for name in names if f"`{name}`" not in section} == set()
+
+
+# --- memory ---
+
+_PEAK = """
+import resource, sys
+from m3er_fast import M3ERConfig, M3ERFusion
+from m3er_fast.scoring import Scorer, summary
+from m3er_fast.scoring.output import OutputFolder
+from m3er_fast.scoring.plan import locate, plan_shards
+from m3er_fast.scoring.shard import ScoringJob
+plan = plan_shards(sys.argv[1])
+job = ScoringJob(plan, OutputFolder(locate(sys.argv[2]), plan.shards, "", {}))
+few, many = ({plan.shards[index].name: rows} for index, rows in ((0, 1000), (1, int(sys.argv[3]))))
+summary.summarize(job, few, ())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(summary.summarize(job, many, ())["utterances"]["scored"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
+def test_a_summary_takes_no_more_memory_the_larger_a_shard_is(tmp_path):
+    model = M3ERFusion(DIMS, 3, M3ERConfig(check=None))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "out").mkdir()
+    rows = 3_000_000
+    for number, size in enumerate((1000, rows)):
+        group = pa.array(np.arange(size) // 1000).cast(pa.string())
+        pq.write_table(pa.table({"group": group}), tmp_path / "corpus" / f"part-{number}.parquet")
+        columns = []
+        for field in Scorer(model).schema:
+            if field.name == "error":
+                columns.append(pa.nulls(size, field.type))
+            elif pa.types.is_boolean(field.type):
+                columns.append(pa.array(np.arange(size) % 3 == 0))
+            elif pa.types.is_string(field.type):
+                columns.append(pa.repeat("1", size))
+            else:
+                columns.append(pa.array(np.linspace(0, 1, size, dtype=np.float32)))
+        table = pa.Table.from_arrays(columns, schema=Scorer(model).schema)
+        pq.write_table(table, tmp_path / "out" / f"part-{number}.parquet", row_group_size=2**16, compression="none")
+    whole = sum(column.nbytes for column in table.columns)
+    arguments = [sys.executable, "-c", _PEAK, tmp_path / "corpus", tmp_path / "out", str(rows)]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    scored_rows, growth_kib = map(int, found.stdout.split())
+    assert scored_rows == rows
+    assert whole > 100 * 2**20
+    assert 1024 * growth_kib < whole / 2

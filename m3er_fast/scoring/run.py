@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError, naming
@@ -18,7 +19,7 @@ from m3er_fast.scoring.plan import Location, Plan, Shard, Source, locate, plan_s
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult
-from m3er_fast.scoring.summary import RunRecord, write_summary
+from m3er_fast.scoring.summary import MapFunction, RunRecord, map_in_threads, write_summary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -127,7 +128,7 @@ def score(
         for result in results:
             tally.add(result)
     summary = tally.summary(time.perf_counter() - start)
-    tally.write_summary(engine, summary.seconds)
+    tally.write_summary(engine, summary.seconds, _map_function(engine, address, workers))
     output.finish()
     return summary
 
@@ -214,11 +215,11 @@ class Tally:
             self.rows, self.errors, len(order), self.resumed, listed, self._job.output.signature, seconds
         )
 
-    def write_summary(self, engine: str, seconds: float) -> None:
+    def write_summary(self, engine: str, seconds: float, map_tasks: MapFunction) -> None:
         """Write what the folder of a finished run is summarised by."""
         finished = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         run = RunRecord(engine, self._own_rows, seconds, self.resumed, finished)
-        write_summary(self._job, self._shard_rows, self.quarantined, run)
+        write_summary(self._job, self._shard_rows, self.quarantined, run, map_tasks)
 
     def _report(self) -> None:
         if self._progress is None:
@@ -228,6 +229,21 @@ class Tally:
         own = max(self._own_rows, self._live_rows)
         rows = self.rows - self._own_rows + own
         self._progress(ScoreProgress(self.done, len(self._sizes), rows, own / elapsed, left))
+
+
+def _map_function(engine: str, address: str | None, workers: int | None) -> MapFunction:
+    """What counts the scores of a finished run: a cluster where there is one, or else threads.
+
+    Starting Ray once more on this machine would take longer.
+    """
+    if engine == "ray":
+        import ray
+
+        from m3er_fast.scoring.ray import ray_map
+
+        if ray.is_initialized() or address is not None:
+            return partial(ray_map, address=None if ray.is_initialized() else address, workers=workers)
+    return map_in_threads
 
 
 def check_model_fits(plan: Plan, scorer: Scorer) -> None:

@@ -13,11 +13,11 @@ Dimension legend: N rows, M modalities, C classes, K = 3 + M columns of counts, 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _ROWS = 2**16  # read at a time
 _THREADS = 4
-_SHARDS = 32  # counted, and only then added up, at a time
+_MOST_SHARDS = 32  # that are counted in one go, of many
 _MOST_GROUPS = 10_000
 _MOST_NAME = 200  # characters of a group's name
 _MOST_PROBLEMS, _MOST_MESSAGE = 20, 500  # are listed; characters of each
@@ -47,6 +47,8 @@ _COLUMNS = ("rows", "scored", "abstained")
 _SCORED, _ABSTAINED, _INEFFECTUAL = 1, 2, 3
 
 Counts = NDArray[np.int64]
+MapFunction = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+"""Calls a function with every task, and yields the results in the order of the tasks."""
 
 
 class RunRecord(NamedTuple):
@@ -59,8 +61,28 @@ class RunRecord(NamedTuple):
     finished: str  # date and time, UTC
 
 
+def map_in_threads(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+    """Call a function with every task in a few threads, and yield the results in the order of the tasks."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) > 2 * _THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def write_summary(
-    job: ScoringJob, rows: Mapping[str, int], quarantined: Sequence[QuarantinedShard], run: RunRecord
+    job: ScoringJob,
+    rows: Mapping[str, int],
+    quarantined: Sequence[QuarantinedShard],
+    run: RunRecord,
+    map_tasks: MapFunction = map_in_threads,
 ) -> None:
     """Count a folder of scores whose shards are all there, and write ``summary.json`` and ``summary.html`` to it.
 
@@ -69,17 +91,23 @@ def write_summary(
         rows: of every shard that has scores.
         quarantined: the other shards.
         run: told as it is, with its rate.
+        map_tasks: what counts shards; the result does not depend on it.
 
     Raises:
         CorpusError: scores cannot be read back.
         OSError: the summary cannot be written.
     """
-    summary = summarize(job, rows, quarantined)
+    summary = summarize(job, rows, quarantined, map_tasks)
     summary["run"] = {**run._asdict(), "rows_per_second": _share(run.rows, run.seconds)}
     job.output.write_summary(summary, render(summary))
 
 
-def summarize(job: ScoringJob, rows: Mapping[str, int], quarantined: Sequence[QuarantinedShard]) -> dict[str, Any]:
+def summarize(
+    job: ScoringJob,
+    rows: Mapping[str, int],
+    quarantined: Sequence[QuarantinedShard],
+    map_tasks: MapFunction = map_in_threads,
+) -> dict[str, Any]:
     """Return what ``summary.json`` holds, as docs/scoring.md lists it, without ``run``.
 
     Arguments are those of :func:`write_summary`.
@@ -92,7 +120,7 @@ def summarize(job: ScoringJob, rows: Mapping[str, int], quarantined: Sequence[Qu
     shards = [shard for shard in job.plan.shards if shard.name in rows]
     starts = np.cumsum([0, *(rows[shard.name] for shard in shards)])
     edges = _part_edges(int(starts[-1]))
-    names, found = _count_shards(job, shards, starts, edges)
+    names, found = _count_shards(job, shards, starts, edges, map_tasks)
     scored = found.total[_SCORED]
     order = {shard.name: index for index, shard in enumerate(job.plan.shards)}
     return {
@@ -239,19 +267,40 @@ class _Found:
         self.unread_groups = (self.unread_groups + later.unread_groups)[:_MOST_PROBLEMS]
 
 
-def _count_shards(job: ScoringJob, shards: Sequence[Shard], starts: Counts, edges: Counts) -> tuple[_Names, _Found]:
+def _count_shards(
+    job: ScoringJob, shards: Sequence[Shard], starts: Counts, edges: Counts, map_tasks: MapFunction
+) -> tuple[_Names, _Found]:
+    size = min(max(len(shards) // 64, 1), _MOST_SHARDS)
+    placed = [(shard, int(start)) for shard, start in zip(shards, starts[:-1], strict=True)]
+    tasks = [placed[first : first + size] for first in range(0, len(placed), size)]
+    # Workers are told of some shards at a time; the list of a hundred thousand is not sent to each.
+    job = replace(job, plan=job.plan._replace(shards=()), output=replace(job.output, shards=()))
     names = _Names([], [])
     found = _Found.nothing(names, edges)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(shards), _SHARDS):
-            some = range(first, min(first + _SHARDS, len(shards)))
-            # Added in order: rounding, and which groups are the first, must not depend on who was faster.
-            for its_names, its in pool.map(lambda i: _count_shard(job, shards[i], int(starts[i]), edges), some):
-                if not names.classes:
-                    names, found = its_names, its
-                else:
-                    found.add(its)
+    # Added in order: rounding, and which groups are the first, must not depend on who was faster.
+    results = map_tasks(_CountSome(job, edges), tasks)
+    with closing(results):  # type: ignore[type-var]
+        for its_names, its in results:
+            if not names.classes:
+                names, found = its_names, its
+            else:
+                found.add(its)
     return names, found
+
+
+@dataclass(frozen=True)
+class _CountSome:
+    """Counts some shards that follow each other. It can be pickled."""
+
+    job: ScoringJob
+    edges: Counts
+
+    def __call__(self, placed: Sequence[tuple[Shard, int]]) -> tuple[_Names, _Found]:
+        counted = (_count_shard(self.job, shard, start, self.edges) for shard, start in placed)
+        names, found = next(counted)
+        for _, later in counted:
+            found.add(later)
+        return names, found
 
 
 def _count_shard(job: ScoringJob, shard: Shard, start: int, edges: Counts) -> tuple[_Names, _Found]:
