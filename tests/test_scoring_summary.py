@@ -370,7 +370,7 @@ def test_a_resumed_run_counts_what_an_uninterrupted_one_does_and_tells_its_own_t
     runs = [summary_of(tmp_path / name)["run"] for name in ("whole", "out")]
     assert [(run["engine"], run["rows"], run["resumed"]) for run in runs] == [("local", 700, 0), ("local", 100, 2)]
     for run, result in zip(runs, (whole, resumed), strict=True):
-        assert run["seconds"] == result.seconds
+        assert 0 < run["seconds"] < result.seconds
         assert run["rows_per_second"] == run["rows"] / run["seconds"]
 
 

@@ -127,10 +127,9 @@ def score(
     with closing(results):  # type: ignore[type-var]
         for result in results:
             tally.add(result)
-    summary = tally.summary(time.perf_counter() - start)
-    tally.write_summary(engine, summary.seconds, _map_function(engine, address, workers))
+    tally.write_summary(engine, time.perf_counter() - start, _map_function(engine, address, workers))
     output.finish()
-    return summary
+    return tally.summary(time.perf_counter() - start)
 
 
 def iter_scores(
