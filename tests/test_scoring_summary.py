@@ -329,7 +329,8 @@ def test_a_corpus_of_nothing_has_a_summary(kind, corpus, model, tmp_path):
     found = summary_of(tmp_path / "out")
     assert found["utterances"] == {"rows": 0, "scored": 0, "errors": 0, "abstained": 0}
     assert found["order"] == []
-    assert (tmp_path / "out" / "summary.html").read_text().endswith("</html>\n")
+    page = assert_harmless((tmp_path / "out" / "summary.html").read_text())
+    assert ("1 of 1 shard could not be read" if kind == "quarantined" else "There was no utterance.") in page.text
 
 
 @pytest.mark.parametrize("position", [0.3, 0.7])
@@ -367,6 +368,7 @@ def test_a_resumed_run_counts_what_an_uninterrupted_one_does_and_tells_its_own_t
     assert "summary.json" not in {path.name for path in (tmp_path / "out").iterdir()}
     resumed = score(corpus_dir, model, tmp_path / "out", resume=True)
     assert counted(tmp_path / "out") == counted(tmp_path / "whole")
+    assert "Every utterance was scored (700)." in (tmp_path / "out" / "summary.html").read_text()
     runs = [summary_of(tmp_path / name)["run"] for name in ("whole", "out")]
     assert [(run["engine"], run["rows"], run["resumed"]) for run in runs] == [("local", 700, 0), ("local", 100, 2)]
     for run, result in zip(runs, (whole, resumed), strict=True):

@@ -45,7 +45,7 @@ th { text-align: left; font-weight: 500; font-size: .85rem; padding: .25rem .8re
   overflow-wrap: normal; }
 td { padding: .25rem .8rem .25rem 0; border-top: 1px solid var(--line); vertical-align: middle; }
 th:last-child, td:last-child { padding-right: 0; }
-td:first-child { min-width: clamp(5rem, 16vw, 9.5rem); }
+td:first-child { min-width: clamp(6rem, 16vw, 9.5rem); }
 .number { text-align: right; }
 td.number { white-space: nowrap; }
 .share { display: flex; flex-wrap: wrap; align-items: center; column-gap: .6rem; min-width: 4.5rem; }
@@ -60,7 +60,7 @@ svg { display: block; width: 100%; }
 .columns span { white-space: nowrap; }
 .columns svg { height: 7rem; border-bottom: 1px solid var(--quiet); }
 .columns rect { fill: var(--bar); }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.25rem 1.5rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.25rem 1.5rem; }
 .plot { display: grid; grid-template-columns: auto 1fr; column-gap: .4rem; font-size: .8rem; color: var(--quiet); }
 .plot .scale { display: flex; flex-direction: column; justify-content: space-between; text-align: right; }
 .plot svg { height: 6rem; border-left: 1px solid var(--line); border-bottom: 1px solid var(--quiet); }
@@ -119,7 +119,8 @@ def _status(summary: Mapping[str, Any]) -> str:
     if rows["errors"]:
         bad.append(f"{_of(rows['errors'], rows['rows'], 'utterance')} could not be scored")
     if not bad:
-        return f'<p class="status">All {_plural(rows["rows"], "utterance")} were scored.</p>\n'
+        told = f"Every utterance was scored ({_number(rows['rows'])})." if rows["rows"] else "There was no utterance."
+        return f'<p class="status">{told}</p>\n'
     return f'<p class="status alarm"><strong>Not everything was scored:</strong> {", and ".join(bad)}.</p>\n'
 
 
@@ -213,7 +214,7 @@ def _modalities(summary: Mapping[str, Any]) -> str:
         for entry in summary["modalities"]
     ]
     about = "Judged ineffectual, or not there at all. A p-value of 0 is that of a modality without any signal."
-    heads = ("Modality", "Ineffectual in", "Utterances", "Of them p-value 0")
+    heads = ("Modality", "Ineffectual in", "Utterances", f"Of them p{_NARROW_SPACE}={_NARROW_SPACE}0")
     return f"<h2>Ineffectual modalities</h2>\n{_table(heads, rows, about, numbers=(2, 3))}"
 
 
