@@ -33,7 +33,7 @@ from m3er_fast.training import evaluate
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
 
-from ray_traps import TrappedFiles, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+from ray_traps import TrappedFiles, held_until_others_stop, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS, SHARDS, MANY = 20, 10, 300
@@ -258,6 +258,14 @@ def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tm
     assert (tmp_path / "mark").exists()
 
 
+def test_ray_map_begins_few_tasks_before_it_is_their_turn(connected, tmp_path):
+    """While the first task lasts, two workers may begin the seven after it."""
+    tasks = [(number, str(tmp_path)) for number in range(40)]
+    begun_before_the_first_ended, *others = ray_map(held_until_others_stop, tasks, workers=2)
+    assert begun_before_the_first_ended == 2 * 4
+    assert others == [None] * 39
+
+
 class Unwelcome:
     """A function that no worker can unpickle."""
 
@@ -301,6 +309,24 @@ def test_bad_options_are_one_line_and_exit_code_2(options, words, corpus_dir, mo
     assert words in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_machine_without_a_cluster_is_said_before_anything_is_written(
+    corpus_dir, model_dir, tmp_path, capsys, monkeypatch
+):
+    """What Ray raises is made up here: "auto" would find any Ray of this machine, whoever started it."""
+
+    def init(**_):
+        raise ConnectionError("could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    arguments = ["score", str(corpus_dir), "--model", str(model_dir), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--engine", "ray", "--address", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "no Ray cluster to be used answers at 'auto': could not find any" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_ray_the_extra_is_named_before_anything_is_written(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -95,11 +95,11 @@ def score(
     if engine == "local" and (address, workers) != (None, None):
         raise ValueError("address and workers are for engine 'ray'")
     if engine == "ray":
-        from m3er_fast.scoring.ray import check_ray, run_ray
+        from m3er_fast.scoring.ray import check_ray, ray_cluster, run_ray
 
         if devices is not None and len(devices) > 1:
             raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
-        check_ray(address, workers)
+        check_ray(workers)
     plan = plan_shards(corpus)
     location = locate(out)
     check_folder(location, resume=resume)
@@ -113,18 +113,20 @@ def score(
     settings = {"batch_frames": least, "dtype": dtype}
     output = OutputFolder(location, plan.shards, scorers[0].signature, settings)
     job = ScoringJob(plan, output, verify)
-    output.begin(resume=resume)
-    tally = Tally(job, progress)
-    pending = tally.skip_finished()
-    results: Iterator[ShardResult | int] = (
-        run_local(job, pending, scorers)
-        if engine == "local"
-        else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, address=address, workers=workers)
-    )
-    with closing(results):  # type: ignore[type-var]
-        for result in results:
-            tally.add(result)
-    output.finish()
+    # A cluster that does not answer is known before anything is written.
+    with nullcontext() if address is None else ray_cluster(address):
+        output.begin(resume=resume)
+        tally = Tally(job, progress)
+        pending = tally.skip_finished()
+        results: Iterator[ShardResult | int] = (
+            run_local(job, pending, scorers)
+            if engine == "local"
+            else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, workers=workers)
+        )
+        with closing(results):  # type: ignore[type-var]
+            for result in results:
+                tally.add(result)
+        output.finish()
     return tally.summary(time.perf_counter() - start)
 
 
