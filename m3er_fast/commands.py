@@ -209,7 +209,8 @@ def score(
         )
     resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
     scored = summary.shards - len(summary.quarantined)
-    print(f"{out}: {summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s")
+    took = f"{summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s"
+    print(f"{out}: {took}; see {out.rstrip('/')}/summary.html")
     if summary.quarantined:
         first = summary.quarantined[0]
         typer.echo(

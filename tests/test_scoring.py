@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus_fixtures import real_data
+from score_folder import SUMMARY, contents
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__
@@ -80,10 +81,6 @@ def probabilities(table, corpus):
     return matrix(table, "p", corpus.classes)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def edit_shard(path, edit):
     pq.write_table(edit(pq.read_table(path)), path)
 
@@ -134,7 +131,7 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
 def test_ids_order_and_shard_names_are_those_of_the_corpus(corpus, model, corpus_dir, tmp_path):
     summary = score(corpus_dir, model, tmp_path)
     names = [f"part-{shard:05d}.parquet" for shard in range(4)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["_SUCCESS", "manifest.json", *names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_SUCCESS", "manifest.json", *names, *sorted(SUMMARY)]
     assert read_scores(tmp_path)["id"].to_pylist() == corpus.ids.tolist()
     assert (summary.rows, summary.shards, summary.resumed, summary.quarantined) == (200, 4, 0, ())
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from corpus_fixtures import real_data
 from pyarrow import fs
+from score_folder import contents, counted
 
 from m3er_fast import M3ERFusion
 from m3er_fast.cli import main
@@ -119,10 +120,6 @@ def fitted_model(corpus):
     return model.fit(corpus.features, corpus.lengths, corpus.available)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def copy_unfinished(folder, to, missing):
     shutil.copytree(folder, to)
     for name in ("_SUCCESS", *missing):
@@ -148,6 +145,7 @@ def trapped(tmp_path):
 
 def test_ray_leaves_the_bytes_of_the_local_runner_quarantine_and_row_errors_among_them(local, on_ray):
     assert contents(on_ray[0]) == contents(local[0])
+    assert counted(on_ray[0]) == counted(local[0])
     assert json.loads((on_ray[0] / "quarantine.json").read_text())[0]["shard"] == "part-00003.parquet"
     assert local[1].errors == 1
     assert dataclasses.replace(on_ray[1], seconds=local[1].seconds) == local[1]

@@ -5,6 +5,7 @@ from m3er_fast.scoring.output import OutputMismatchError, QuarantinedShard
 from m3er_fast.scoring.run import ScoreProgress, ScoreSummary, iter_scores, score
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ShardResult
+from m3er_fast.scoring.utterance import UtteranceScores, predict
 
 __all__ = [
     "OutputMismatchError",
@@ -13,8 +14,10 @@ __all__ = [
     "ScoreSummary",
     "Scorer",
     "ShardResult",
+    "UtteranceScores",
     "iter_scores",
     "load_model",
     "model_signature",
+    "predict",
     "score",
 ]

@@ -5,9 +5,11 @@
 * one Parquet file a shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.scorer`). It gets its name
   when it is whole and on the disk, so a file that is there is finished;
 * ``quarantine.json``, only if there is something in it: the shards that could not be read, each with the reason;
+* ``summary.json`` and ``summary.html``: what a look at the scores shows (:mod:`m3er_fast.scoring.summary`);
 * ``_SUCCESS``, empty, written last: every shard is either scored or in quarantine.
 
-All of it depends on the model and the corpus alone: an interrupted and resumed run leaves the same bytes as another.
+All but the summary's times depends on the model and the corpus alone: an interrupted and resumed run leaves the same
+bytes as another.
 The folder may lie on any Arrow filesystem. On this machine's own, files are synced before they get their names; on an
 object store the name is given by a copy, which appears whole.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST, QUARANTINE, SUCCESS = "manifest.json", "quarantine.json", "_SUCCESS"
+SUMMARY, SUMMARY_PAGE = "summary.json", "summary.html"
 INPUT_KEY = b"m3er_fast.input"
 _PARTIAL = ".partial"
 # Few rows of scores are gathered into one row group, so that a group is worth its metadata.
@@ -82,7 +85,7 @@ class OutputFolder:
             self._check_fingerprint()
         self.location.filesystem.create_dir(self.location.path, recursive=True)
         for name in held:
-            if name in (SUCCESS, QUARANTINE) or name.endswith(_PARTIAL):
+            if name in (SUCCESS, QUARANTINE, SUMMARY, SUMMARY_PAGE) or name.endswith(_PARTIAL):
                 self._delete(name)
         self._write_json(MANIFEST, self._fingerprint())
 
@@ -132,6 +135,16 @@ class OutputFolder:
         order = {shard.name: index for index, shard in enumerate(self.shards)}
         listed = sorted(entries, key=lambda entry: order[entry.shard])
         self._write_json(QUARANTINE, [entry._asdict() for entry in listed])
+
+    def write_summary(self, summary: Mapping[str, Any], page: str) -> None:
+        """Write the summary, as JSON and as a page.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._write_json(SUMMARY, summary)
+        with self._written(SUMMARY_PAGE) as file:
+            file.write(page.encode())
 
     def finish(self) -> None:
         """Say that everything is done, when what workers that were lost had half-written is removed."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.corpus.parquet import modality_columns
@@ -30,6 +32,7 @@ _MOST_ID_BYTES = 64 * 2**10
 _MOST_EXPANSION = 1000
 _SMALL_SHARD = 2**30
 _BUFFER = 2**20
+_GROUP_ROWS = 2**16  # of the column of groups that are read at a time
 
 
 def read_windows(
@@ -247,3 +250,85 @@ def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
             return parquet.read_schema(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
+
+
+def read_groups(
+    corpus: Location, shard: Shard, *, verify: bool = True
+) -> Generator[tuple[list[str | None], np.ndarray], None, None]:
+    """Yield the column ``group`` of a shard, some rows at a time; nothing if it has none.
+
+    It comes as names, and for each row the index of its name, or -1 for null.
+
+    Args:
+        corpus: whose filesystem the shard is on.
+        shard: a Parquet or Arrow IPC file.
+        verify: as :func:`read_windows` takes it.
+
+    Raises:
+        CorpusError: the column cannot be read, holds no strings, or claims more than its rows can hold.
+    """
+    import pyarrow as pa
+
+    with naming(shard.name):
+        try:
+            with corpus.filesystem.open_input_file(shard.path) as file:
+                is_ipc = file.read(6) == b"ARROW1"
+                columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(file, verify)
+                for column in columns:
+                    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+                    names = coded.dictionary.to_pylist()
+                    yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+            raise CorpusError(f"column 'group' is not readable: {' '.join(str(error).split())}") from error
+
+
+def _parquet_groups(source: Any, verify: bool) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(source)
+    if not _has_groups(metadata.schema.to_arrow_schema()):
+        return
+    for index in range(metadata.num_row_groups):
+        row_group = metadata.row_group(index)
+        chunks = (row_group.column(number) for number in range(row_group.num_columns))
+        size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == "group")
+        if size > 1024 * row_group.num_rows + _MOST_ID_BYTES:
+            raise CorpusError(f"column 'group' would unpack to {size} bytes for {row_group.num_rows} rows")
+    with parquet.ParquetFile(
+        source,
+        metadata=metadata,
+        read_dictionary=["group"],  # so that one huge name, repeated, is not unpacked
+        buffer_size=_BUFFER,
+        pre_buffer=False,
+        page_checksum_verification=verify,
+    ) as file:
+        for batch in file.iter_batches(_GROUP_ROWS, columns=["group"], use_threads=False):
+            yield batch.column(0)
+
+
+def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    with _mapped(corpus, shard) as (source, forget):
+        _refuse_compressed(source)
+        with ipc.open_file(source) as reader:
+            if not _has_groups(reader.schema):
+                return
+            for index in range(reader.num_record_batches):
+                column = reader.get_batch(index).column("group")
+                column.validate(full=True)
+                for start in range(0, len(column), _GROUP_ROWS):
+                    yield column.slice(start, _GROUP_ROWS)
+                    forget()
+
+
+def _has_groups(schema: pa.Schema) -> bool:
+    import pyarrow as pa
+
+    if "group" not in schema.names:
+        return False
+    kind = schema.field("group").type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        raise CorpusError(f"column 'group' holds {kind}, wanted string")
+    return True

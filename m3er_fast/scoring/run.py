@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError, naming
@@ -17,6 +18,7 @@ from m3er_fast.scoring.plan import Location, Plan, Shard, Source, locate, plan_s
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult
+from m3er_fast.scoring.summary import RunRecord, write_summary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,8 +128,10 @@ def score(
         with closing(results):  # type: ignore[type-var]
             for result in results:
                 tally.add(result)
+        summary = tally.summary(time.perf_counter() - start)
+        tally.write_summary(engine, summary.seconds)
         output.finish()
-    return tally.summary(time.perf_counter() - start)
+    return summary
 
 
 def iter_scores(
@@ -165,6 +169,7 @@ class Tally:
         self._sizes = {shard.name: shard.size for shard in job.plan.shards}
         self._start = time.perf_counter()
         self.quarantined: list[QuarantinedShard] = []
+        self._shard_rows: dict[str, int] = {}
         self.done = self.resumed = self.rows = self.errors = 0
         self._own_rows = self._live_rows = self._bytes = self._all_bytes = 0
 
@@ -180,6 +185,7 @@ class Tally:
                 continue
             self.done, self.resumed = self.done + 1, self.resumed + 1
             self.rows, self.errors = self.rows + finished.rows, self.errors + finished.errors
+            self._shard_rows[shard.name] = finished.rows
         self._all_bytes = sum(shard.size for shard in pending)
         self._start = time.perf_counter()
         if self.resumed:
@@ -195,7 +201,9 @@ class Tally:
             self.rows, self.errors = self.rows + result.rows, self.errors + result.errors
             self._own_rows += result.rows
             self._bytes += self._sizes[result.name]
-            if result.reason is not None:
+            if result.reason is None:
+                self._shard_rows[result.name] = result.rows
+            else:
                 self.quarantined.append(QuarantinedShard(result.name, result.reason))
                 self._job.output.quarantine(self.quarantined)
         self._report()
@@ -207,6 +215,12 @@ class Tally:
         return ScoreSummary(
             self.rows, self.errors, len(order), self.resumed, listed, self._job.output.signature, seconds
         )
+
+    def write_summary(self, engine: str, seconds: float) -> None:
+        """Write what the folder of a finished run is summarised by."""
+        finished = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+        run = RunRecord(engine, self._own_rows, seconds, self.resumed, finished)
+        write_summary(self._job, self._shard_rows, self.quarantined, run)
 
     def _report(self) -> None:
         if self._progress is None:

@@ -35,7 +35,7 @@ from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.model import model_signature
+from m3er_fast.scoring.model import eval_mode, model_signature
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import WINDOW_BYTES
 
@@ -50,7 +50,7 @@ _CPU_FRAMES = 10240
 _CUDA_FRAMES = 2**20  # the most that are tried
 _PROBE_FRAMES = 2**14
 # An utterance of more is not scored: it would be a batch of its own, and no utterance takes half an hour of words.
-_MOST_FRAMES = 2**16
+MOST_FRAMES = 2**16
 
 
 class Scorer:
@@ -135,15 +135,11 @@ class Scorer:
             rows = decode_rows(table, self.model.input_dims)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise CorpusError(f"not readable: {error}") from error
-        for row in np.flatnonzero(rows.lengths > _MOST_FRAMES):
-            rows.problems.setdefault(int(row), f"it has {rows.lengths[row]} frames, more than {_MOST_FRAMES}")
+        for row in np.flatnonzero(rows.lengths > MOST_FRAMES):
+            rows.problems.setdefault(int(row), f"it has {rows.lengths[row]} frames, more than {MOST_FRAMES}")
         scores = _Scores.empty(table.num_rows, self.model)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             self._score_rows(rows, scores)
-        finally:
-            self.model.train(was_training)
         return self._to_table(table, rows, scores)
 
     @torch.inference_mode()
@@ -234,13 +230,8 @@ class Scorer:
             name: torch.randn(size, steps, dim, device=self.device, generator=generator)
             for name, dim in self.model.input_dims.items()
         }
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                self.model(features)
-        finally:
-            self.model.train(was_training)
+        with eval_mode(self.model), torch.inference_mode():
+            self.model(features)
         torch.cuda.synchronize(self.device)
         taken = max(1, torch.cuda.max_memory_allocated(self.device) - before)
         del features

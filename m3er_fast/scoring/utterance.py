@@ -1,0 +1,118 @@
+"""The scores of one utterance, from arrays in memory: no file, no Arrow.
+
+Dimension legend: T frames, d features of a modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3er_fast.fusion import M3ERFusion
+from m3er_fast.scoring.model import eval_mode
+from m3er_fast.scoring.scorer import MOST_FRAMES
+
+
+@dataclass(frozen=True)
+class UtteranceScores:
+    """What a model says of one utterance: a row of :mod:`m3er_fast.scoring.scorer`'s columns."""
+
+    prediction: str  # the class with the highest probability; of equal ones the first
+    probabilities: dict[str, float]  # by class, in the model's order
+    effective: dict[str, bool]  # by modality: whether it was judged good and used as it came
+    p_value: dict[str, float]  # by modality: behind this verdict; 0 where it is unavailable
+    reliability: dict[str, float]  # by modality: 1 where it is effective, that of its proxy if the settings ask for one
+    abstained: bool  # no modality was effective, or a proxy was refused: nothing here can be trusted
+
+
+def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
+    """Score one utterance, as :func:`score` does with a row of a corpus.
+
+    The model is in eval mode meanwhile, whatever mode it is in.
+
+    Args:
+        model: with a fitted check, if it has one.
+        features: modality -> (T, d) tensor, array or nested list of real numbers, or (d,) for a single frame. T is the
+            same for all. A modality that is missing or None is unavailable; NaN and ±inf need no preparation.
+
+    Raises:
+        NotFittedError: the model's check is not fitted.
+        ValueError: naming the modality, what came and what was wanted.
+
+    Example:
+        >>> scores = predict(model, {"text": torch.randn(12, 300), "audio": torch.randn(12, 74)})
+        >>> scores.prediction, scores.probabilities[scores.prediction]
+    """
+    given = _frames(model.input_dims, features)
+    length = next(iter(given.values())).shape[0]
+    device = next(model.parameters()).device
+    # Of an utterance without frames there is one that is padding, as in a corpus.
+    batch = {name: (x if length else x.new_zeros(1, x.shape[1]))[None].to(device) for name, x in given.items()}
+    with eval_mode(model), torch.inference_mode():
+        output = model(batch, torch.tensor([length], device=device))
+        probabilities = model.probabilities(output)[0].float()
+    best = int(probabilities.cpu().numpy().argmax())  # NumPy's: of equal ones the first
+
+    def by_modality(values: Tensor) -> dict[str, Any]:
+        return dict(zip(model.input_dims, values[0].tolist(), strict=True))
+
+    return UtteranceScores(
+        prediction=model.classes[best],
+        probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
+        effective=by_modality(output.effective),
+        p_value=by_modality(output.p_value.float()),
+        reliability=by_modality(output.reliability.float()),
+        abstained=bool(output.abstained[0]),
+    )
+
+
+def _frames(input_dims: Mapping[str, int], features: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The modalities that are there, each as (T, d) float32, in the order of the model."""
+    if not isinstance(features, Mapping):
+        raise ValueError(f"features must map modality names to arrays, got {type(features).__name__}")
+    for name in features:
+        if name not in input_dims:
+            raise ValueError(f"features: unknown modality {name!r}; this model knows {list(input_dims)}")
+    given = {
+        name: _as_frames(name, features[name], dim)
+        for name, dim in input_dims.items()
+        if features.get(name) is not None
+    }
+    if not given:
+        raise ValueError(f"features: none of the modalities {list(input_dims)} was given")
+    first, steps = next((name, x.shape[0]) for name, x in given.items())
+    for name, x in given.items():
+        if x.shape[0] != steps:
+            raise ValueError(
+                f"features[{name!r}] has {x.shape[0]} frames, but features[{first!r}] has {steps}: wanted equally many"
+            )
+    if steps > MOST_FRAMES:
+        raise ValueError(f"features[{first!r}] has {steps} frames, wanted at most {MOST_FRAMES}")
+    return given
+
+
+def _as_frames(name: str, value: Any, dim: int) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"features[{name!r}] must hold real numbers, got {value.dtype}")
+        frames = value.detach().float()
+    else:
+        try:
+            array = np.array(value)  # a copy: torch wants to be able to write
+        except (TypeError, ValueError) as error:  # such as lists of unequal lengths
+            raise ValueError(f"features[{name!r}] is no array of numbers: {error}") from error
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"features[{name!r}] must hold real numbers, got {array.dtype}")
+        with np.errstate(over="ignore"):  # infinite is what the model takes it for
+            frames = torch.from_numpy(array.astype(np.float32))
+    shape = tuple(frames.shape)
+    if frames.ndim == 1:
+        frames = frames[None]
+    if frames.ndim != 2 or frames.shape[1] != dim:
+        raise ValueError(f"features[{name!r}] has shape {shape}, wanted (T, {dim}) or ({dim},)")
+    return frames
