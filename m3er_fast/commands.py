@@ -180,6 +180,10 @@ def score(
         typer.Option(help="Such as cpu or cuda:1, or several with commas.  [default: every GPU, or else cpu]"),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare pages with their checksums, where CORPUS has any.")] = True,
+    checksum: Annotated[
+        str,
+        typer.Option(metavar="sampled|full", help="What tells a changed shard on --resume: its ends, or every byte."),
+    ] = "sampled",
     address: AddressOption = None,
     workers: WorkersOption = None,
 ) -> None:
@@ -213,6 +217,7 @@ def score(
             batch_frames="auto" if batch_frames == "auto" else int(batch_frames),
             dtype=dtype,  # type: ignore[arg-type]  # which score checks
             verify=verify,
+            checksum=checksum,  # type: ignore[arg-type]
             engine=engine,  # type: ignore[arg-type]
             address=address,
             workers=workers,
