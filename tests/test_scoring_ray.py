@@ -23,12 +23,13 @@ from corpus_fixtures import real_data
 from pyarrow import fs
 from score_folder import contents, counted
 
-from m3er_fast import M3ERFusion
+from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
+from m3er_fast.config import ProxyConfig
 from m3er_fast.corpus import convert, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
-from m3er_fast.scoring import OutputMismatchError, load_model, score
+from m3er_fast.scoring import OutputMismatchError, fit_statistics, load_model, score
 from m3er_fast.scoring.ray import ray_map
 from m3er_fast.training import evaluate
 
@@ -196,6 +197,19 @@ def test_real_data_have_the_metrics_of_evaluation_in_training(connected, tmp_pat
     expected = evaluate(model, corpus).report
     assert (found.overall, found.per_class) == (expected.overall, expected.per_class)
     np.testing.assert_array_equal(found.confusion, expected.confusion)
+
+
+def test_ray_learns_the_statistics_that_one_process_learns_to_the_last_bit(connected, corpus_dir):
+    """Part 3 cannot be read, and in part 6 a row cannot."""
+    config = M3ERConfig(proxy=ProxyConfig(max_bank=100))
+    seen = []
+    local = fit_statistics(corpus_dir, config)
+    found = fit_statistics(corpus_dir, config, engine="ray", workers=2, progress=seen.append)
+    assert found.state.keys() == local.state.keys()
+    assert all(torch.equal(value, local.state[name]) for name, value in found.state.items())
+    assert dataclasses.replace(found, state={}) == dataclasses.replace(local, state={})
+    assert [entry.shard for entry in found.quarantined] == ["part-00003.parquet"]
+    assert (seen[-1].done, seen[-1].groups) == (20, 20)
 
 
 # --- workers that are lost, and what they raise ---

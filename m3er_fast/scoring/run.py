@@ -14,7 +14,7 @@ from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.local import make_scorers, run_local
 from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, QuarantinedShard, check_folder, read_manifest
-from m3er_fast.scoring.plan import Location, Plan, Shard, Source, locate, plan_shards
+from m3er_fast.scoring.plan import Checksum, Location, Plan, Shard, Source, locate, plan_shards
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult
@@ -61,6 +61,7 @@ def score(
     batch_frames: int | Literal["auto"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     verify: bool = True,
+    checksum: Checksum = "sampled",
     address: str | None = None,
     workers: int | None = None,
     progress: Callable[[ScoreProgress], None] | None = None,
@@ -81,6 +82,8 @@ def score(
         batch_frames: as :class:`Scorer` takes it; "auto" keeps the number of the run that is resumed.
         dtype: as :class:`Scorer` takes it.
         verify: compare pages of Parquet with their checksums, where they have any.
+        checksum: what of each shard the run remembers, to refuse a resumption with another one: size and both ends
+            ("sampled"), or every byte ("full"), for which the corpus is read once more.
         address: of a Ray cluster; None starts Ray on this machine.
         workers: of Ray; None takes as many as there is room for.
         progress: called after every shard and, of the local engine, after every table of about 64 MiB.
@@ -102,7 +105,7 @@ def score(
         if devices is not None and len(devices) > 1:
             raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
         check_ray(workers)
-    plan = plan_shards(corpus)
+    plan = plan_shards(corpus, checksum)
     location = locate(out)
     check_folder(location, resume=resume)
     if batch_frames == "auto":
@@ -112,7 +115,7 @@ def score(
     for scorer in scorers:
         scorer.batch_frames = least
     check_model_fits(plan, scorers[0])
-    settings = {"batch_frames": least, "dtype": dtype}
+    settings = {"batch_frames": least, "dtype": dtype, "checksum": checksum}
     output = OutputFolder(location, plan.shards, scorers[0].signature, settings)
     job = ScoringJob(plan, output, verify)
     # A cluster that does not answer is known before anything is written.
