@@ -637,6 +637,8 @@ def _all_finite(matrix: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+# Looked for once: torch.compile does not trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_KERNEL_NEIGHBORS = 64
 # What float32 loses of a Gram matrix of 64 neighbours is some 1e-6 of its trace: a smaller ridge would not stand out.
@@ -680,7 +682,7 @@ def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int, beyond:
         reason = f"it computes float16, bfloat16 and float32, got {tensor.dtype}"
     elif modalities > _MOST_KERNEL_MODALITIES:
         reason = f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
-    elif importlib.util.find_spec("triton") is None:
+    elif not _HAS_TRITON:
         reason = "triton is not installed: pip install triton (Linux only)"
     else:
         from m3er_fast.kernels import _launch
