@@ -5,6 +5,8 @@ take: nearly a floor. On the CPU the sizes end where the loop takes seconds, and
 takes minutes.
 """
 
+import functools
+
 import harness
 import pytest
 import torch
@@ -15,9 +17,11 @@ from m3er_fast import MemoryFusionNetwork, functional, reference
 DIMS = {"text": 300, "audio": 74, "face": 36}
 HIDDEN = 32
 SIZES = [(batch, steps) for batch in (1, 32, 256, 4096) for steps in (1, 20, 100)]
-MOST_FRAMES_ON_CPU = 2**15
+MOST_FRAMES_ON_CPU = 2**17
 MOST_COMPILED_STEPS = 20
+RECOMPUTE = 128
 CONTESTANTS = ("ours", "eager", "compiled", "nn.LSTM")
+RECOMPUTED = f"ours, {RECOMPUTE} at a time"
 GPU_CONTESTANTS = ("ours, graphed", "eager, graphed")
 
 
@@ -27,9 +31,10 @@ def pytest_generate_tests(metafunc):
         (*size, way, contestant)
         for size in SIZES
         for way in ("forward", "training step")
-        for contestant in CONTESTANTS + (GPU_CONTESTANTS if on_gpu else ())
+        for contestant in (*CONTESTANTS, RECOMPUTED, *(GPU_CONTESTANTS if on_gpu else ()))
         if (on_gpu or size[0] * size[1] <= MOST_FRAMES_ON_CPU)
         and (contestant != "compiled" or size[1] <= MOST_COMPILED_STEPS)
+        and (contestant != RECOMPUTED or (way == "training step" and size[0] > RECOMPUTE))
     ]
     ids = [f"B{batch}-T{steps}-{way}-{contestant}" for batch, steps, way, contestant in cases]
     metafunc.parametrize(("batch", "steps", "way", "contestant"), cases, ids=ids)
@@ -79,7 +84,9 @@ def test_scan(benchmark, contest, device, batch, steps, way, contestant):
     if contestant == "nn.LSTM":
         model = LSTMs().to(device)
     else:
-        model = Scan(functional.memory_scan if contestant.startswith("ours") else reference.memory_scan).to(device)
+        recompute = RECOMPUTE if contestant == RECOMPUTED else None
+        ours = functools.partial(functional.memory_scan, recompute=recompute)
+        model = Scan(ours if contestant.startswith("ours") else reference.memory_scan).to(device)
     run = harness.compiled(model) if contestant == "compiled" else model
     parameters = list(model.parameters())
 

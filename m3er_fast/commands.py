@@ -21,7 +21,7 @@ from m3er_fast.progress import ProgressDisplay
 if TYPE_CHECKING:
     from m3er_fast.ablation import AblationResult
     from m3er_fast.fusion import M3ERFusion
-    from m3er_fast.scoring import ScoreProgress
+    from m3er_fast.scoring import FitProgress, ModelStatistics, ScoreProgress
     from m3er_fast.training import EpochRecord
 
 # Plain help: rich's boxes break option names over lines on a narrow terminal.
@@ -35,6 +35,18 @@ ConfigOption = Annotated[
     typer.Option("--config", metavar="FILE", help="JSON file of settings, such as the config.json of a run."),
 ]
 PaperOption = Annotated[bool, typer.Option("--paper", help="Use the settings of the paper instead of the defaults.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", metavar="local|ray", help="What runs it: this process, or workers of Ray.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="Of a Ray cluster, such as auto or HOST:PORT.  [default: Ray is started on this machine]"
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Of Ray.  [default: as many as there is room for]")
+]
 EpochsOption = Annotated[int | None, typer.Option(help="The most epochs; overrides the settings.")]
 # One by default: at the model's own sizes a second thread gains little on an idle machine, and spins for most of the
 # time on a busy one (an epoch on two cores, one of them taken: 0.8 s with one thread, 28 s with two).
@@ -105,6 +117,10 @@ def convert(
 def train(
     corpus: CorpusArgument,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the model, its history and plots.")],
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What fit-stats learned; it is used in place of what CORPUS would teach."),
+    ] = None,
     config: ConfigOption = None,
     paper: PaperOption = False,
     epochs: EpochsOption = None,
@@ -123,9 +139,10 @@ def train(
     from m3er_fast.training import train as train_model
 
     _use_threads(threads)
+    statistics = None if stats is None else _load_statistics(stats)
     data = _read_for_training(corpus)
     settings = _settings(
-        data, config, paper, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
+        data, config, paper, statistics, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
     )
     with ProgressDisplay("train", "epochs") as display:
 
@@ -133,7 +150,7 @@ def train(
             note = f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}"
             display.update(record.epoch, record.epochs, note)
 
-        result = train_model(data, settings, out=out, resume=resume, progress=show)
+        result = train_model(data, settings, statistics=statistics, out=out, resume=resume, progress=show)
     losses = result.history["valid_loss"]
     best = result.best_epoch
     print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
@@ -148,9 +165,7 @@ def score(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one, or URI.")],
     model: Annotated[Path, typer.Option(metavar="RUN", help="What train wrote, or any folder of save_pretrained.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder or URI for the scores, one Parquet file a shard.")],
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="What runs it: this process, or workers of Ray.")] = (
-        "local"
-    ),
+    engine: EngineOption = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what DIR holds; an empty DIR just starts.")] = (
         False
     ),
@@ -165,11 +180,12 @@ def score(
         typer.Option(help="Such as cpu or cuda:1, or several with commas.  [default: every GPU, or else cpu]"),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare pages with their checksums, where CORPUS has any.")] = True,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster, such as auto or HOST:PORT.  [default: Ray is started on this machine]"),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray.  [default: as many as there is room for]")] = None,
+    checksum: Annotated[
+        str,
+        typer.Option(metavar="sampled|full", help="What tells a changed shard on --resume: its ends, or every byte."),
+    ] = "sampled",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Score a corpus, with or without labels.
 
@@ -180,8 +196,7 @@ def score(
     from m3er_fast.scoring import load_model
     from m3er_fast.scoring import score as score_corpus
 
-    if engine not in ("local", "ray"):
-        raise typer.BadParameter(f"{engine!r} is neither local nor ray", param_hint="--engine")
+    _check_engine(engine)
     if batch_frames != "auto" and not (batch_frames.isdecimal() and int(batch_frames)):
         raise typer.BadParameter(f"{batch_frames!r} is neither auto nor a positive number", param_hint="--batch-frames")
     loaded, devices = load_model(model), _devices(device)
@@ -202,6 +217,7 @@ def score(
             batch_frames="auto" if batch_frames == "auto" else int(batch_frames),
             dtype=dtype,  # type: ignore[arg-type]  # which score checks
             verify=verify,
+            checksum=checksum,  # type: ignore[arg-type]
             engine=engine,  # type: ignore[arg-type]
             address=address,
             workers=workers,
@@ -221,6 +237,52 @@ def score(
     if summary.errors:
         typer.echo(f"m3er-fast: {summary.errors} utterances could not be scored: see their column error", err=True)
     if summary.quarantined or summary.errors:
+        raise typer.Exit(QUARANTINED)
+
+
+@app.command()
+def fit_stats(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, or one, or URI.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for what was learned; is replaced.")],
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Fit a model's statistics to a corpus that need not fit into memory.
+
+    Learns standardiser, modality check and proxy bank from the training split, or from everything where there are no
+    splits; labels are not needed. Then: train --stats FILE. Shards that cannot be read are left out; the exit code is
+    then 3.
+    """
+    from m3er_fast.cli import QUARANTINED
+    from m3er_fast.scoring import fit_statistics
+
+    _check_engine(engine)
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder, wanted a file to write", param_hint="--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ProgressDisplay("fit-stats", "groups of shards") as display:
+
+        def show(progress: FitProgress) -> None:
+            display.update(progress.done, progress.groups, f"{progress.rows} utterances read")
+
+        statistics = fit_statistics(
+            corpus,
+            _named_settings(config, paper),
+            engine=engine,  # type: ignore[arg-type]
+            address=address,
+            workers=workers,
+            progress=show,
+        )
+    statistics.save(out)
+    print(f"{out}: learned from {statistics.rows} utterances with {statistics.frames} paired frames")
+    for shard, reason in statistics.quarantined:
+        typer.echo(f"m3er-fast: {shard} was left out: {reason.removeprefix(f'{shard}: ')}", err=True)
+    if statistics.errors:
+        typer.echo(f"m3er-fast: {statistics.errors} utterances that cannot be read were left out", err=True)
+    if statistics.quarantined or statistics.errors:
         raise typer.Exit(QUARANTINED)
 
 
@@ -351,20 +413,38 @@ def _split_sizes(corpus: Corpus) -> str:
     return ", ".join(f"{name} {len(corpus.subset(name))}" for name in SPLITS)
 
 
-def _settings(corpus: Corpus, path: Path | None, paper: bool, **overrides: float | None) -> M3ERConfig:
+def _settings(
+    corpus: Corpus,
+    path: Path | None,
+    paper: bool,
+    statistics: ModelStatistics | None = None,
+    **overrides: float | None,
+) -> M3ERConfig:
     """The settings of a file, of the paper, or the defaults for this corpus, with overrides of the training's."""
     from m3er_fast.training import default_config
 
+    config = _named_settings(path, paper)
+    if config is None:
+        config = default_config(corpus)
+        if statistics is not None:
+            config = config.replace(check=statistics.check, proxy=statistics.proxy)
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    return config.replace(training=replace(config.training, **given))
+
+
+def _named_settings(path: Path | None, paper: bool) -> M3ERConfig | None:
+    """The settings of a file or of the paper, or None for the defaults."""
     if path is not None and paper:
         raise typer.BadParameter("--config and --paper exclude each other")
     if path is not None:
-        config = _read_config(path)
-    elif paper:
-        config = M3ERConfig.paper()
-    else:
-        config = default_config(corpus)
-    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    return config.replace(training=replace(config.training, **given))
+        return _read_config(path)
+    return M3ERConfig.paper() if paper else None
+
+
+def _load_statistics(path: Path) -> ModelStatistics:
+    from m3er_fast.scoring import ModelStatistics
+
+    return ModelStatistics.load(path)
 
 
 def _read_config(path: Path) -> M3ERConfig:
@@ -379,6 +459,11 @@ def _read_config(path: Path) -> M3ERConfig:
         return M3ERConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"{engine!r} is neither local nor ray", param_hint="--engine")
 
 
 def _devices(names: str | None) -> list[str]:

@@ -95,6 +95,7 @@ class NetworkConfig:
     head: int = 64
     dropout: float = 0.0
     feedback: bool = True
+    recompute: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "memory", "fusion", "head"):
@@ -107,6 +108,8 @@ class NetworkConfig:
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         _boolean("feedback", self.feedback)
+        if self.recompute is not None:
+            _positive_int("recompute", self.recompute)
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ _ROWS = 512
 _MANY = 4096
 # Of fewer steps the reference is as fast: reordering weights takes a call about as long as three steps.
 _FEWEST_STEPS = 8
-# A training step of more samples, unless it has many steps, is as fast by the reference (docs/memory_scan.md).
+# A training step of more samples, unless it has many frames, is as fast by the reference (docs/memory_scan.md).
 _MOST_TRAINED = 128
-_MANY_STEPS = 50
+_MANY_FRAMES = 8192
 
 
 def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
@@ -53,7 +53,7 @@ def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
         return False
     dtype = weights.recurrent.dtype
     tensors = [*features, *tensors_of(weights)]
-    if batch > _MOST_TRAINED and steps < _MANY_STEPS and _wants_gradients(tensors):
+    if batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES and _wants_gradients(tensors):
         return False
     return (
         dtype in (torch.float32, torch.float64)

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from m3er_fast import autograd, cpu, cpu_lstsq, cpu_scan, neighbors, reference
 from m3er_fast.reference import (
@@ -518,6 +519,7 @@ def memory_scan(
     weights: MemoryScanWeights,
     *,
     dropout: float = 0.0,
+    recompute: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The recurrent core: one LSTM a modality, attention over their cells, and a gated memory.
@@ -539,6 +541,9 @@ def memory_scan(
         weights: see :class:`MemoryScanWeights`.
         dropout: probability of dropping a unit after each hidden relu, in 0..1 (exclusive); 0 for inference. Under
             one seed the kernel drops other units than the reference, and as many.
+        recompute: in training, how many samples' activations are held at a time: so many samples are scanned, then
+            the next, and the way back scans them again, one forward pass more for less memory. None holds them all.
+            Under one seed other units are dropped than without. Transforms of torch.func hold them all.
         backend: "auto" (on CUDA the kernel, on the CPU the rearranged scan of ``cpu_scan``, each where it takes the
             arguments, else "torch"), "torch" or "triton". The kernel takes float16, bfloat16 and float32, all sizes
             but d_m and that of û's inner layer multiples of 16, and both γ's inner layers of one size.
@@ -561,7 +566,33 @@ def memory_scan(
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({features[0].shape[0]},)")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    if recompute is not None and (isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1):
+        raise ValueError(f"recompute must be None or a positive int, got {recompute!r}")
     tensors = [x for x in (*features, *tensors_of(weights)) if x is not None]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recompute is None or not trains or not len(lengths) or _in_transform():
+        return _memory_scan(features, lengths, weights, tensors, dropout, backend)
+
+    def scan(start: int) -> tuple[Tensor, Tensor]:
+        part = slice(start, start + recompute)
+        return _memory_scan([x[part] for x in features], lengths[part], weights, tensors, dropout, backend)
+
+    parts = [
+        # Without dropout nothing is drawn, and a CUDA graph can record it.
+        checkpoint(scan, start, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+        for start in range(0, len(lengths), recompute)
+    ]
+    return torch.cat([hidden for hidden, _ in parts], 1), torch.cat([memory for _, memory in parts])
+
+
+def _memory_scan(
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    tensors: Sequence[Tensor],
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     if _uses_triton(
         "memory_scan", backend, features[0], len(features), _beyond_memory_scan(features, weights, tensors)
     ):
@@ -606,6 +637,8 @@ def _all_finite(matrix: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+# Looked for once: torch.compile does not trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_KERNEL_NEIGHBORS = 64
 # What float32 loses of a Gram matrix of 64 neighbours is some 1e-6 of its trace: a smaller ridge would not stand out.
@@ -649,7 +682,7 @@ def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int, beyond:
         reason = f"it computes float16, bfloat16 and float32, got {tensor.dtype}"
     elif modalities > _MOST_KERNEL_MODALITIES:
         reason = f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
-    elif importlib.util.find_spec("triton") is None:
+    elif not _HAS_TRITON:
         reason = "triton is not installed: pip install triton (Linux only)"
     else:
         from m3er_fast.kernels import _launch

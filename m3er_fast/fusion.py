@@ -315,6 +315,8 @@ class M3ERFusion(
         map_location: str = "cpu",
         **model_kwargs: Any,
     ) -> Self:
+        for name in ("proxies", "resume_download"):  # what the mixin of huggingface-hub before 1.0 adds
+            model_kwargs.pop(name, None)
         missing = [name for name in ("input_dims", "num_classes") if name not in model_kwargs]
         if missing:
             raise ValueError(f"{model_id} is no m3er-fast model: its {_CONFIG_FILE} is missing or lacks {missing}")

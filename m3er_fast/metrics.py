@@ -162,7 +162,6 @@ def auroc(scores: Any, positives: Any) -> float:
     Raises:
         ValueError: if the shapes differ, a score is NaN, or the positives or the negatives are missing.
     """
-    from scipy.stats import rankdata
     from sklearn.metrics import roc_auc_score
 
     s, positive = _as_array(scores), _as_array(positives)
@@ -174,7 +173,8 @@ def auroc(scores: Any, positives: Any) -> float:
         raise ValueError("scores must not be NaN")
     if positive.all() or not positive.any():
         raise ValueError(f"positives must hold both True and False, got {int(positive.sum())} True of {len(positive)}")
-    return float(roc_auc_score(positive, rankdata(s)))
+    ranks = np.unique(s, return_inverse=True)[1]  # finite, where scores need not be
+    return float(roc_auc_score(positive, ranks))
 
 
 def mean_std(values: Iterable[float]) -> tuple[float, float | None]:

@@ -45,6 +45,8 @@ class MemoryFusionNetwork(nn.Module):
         head: size of the inner layer of the fused head.
         dropout: share of units dropped after each inner relu while training.
         feedback: whether the attended cells reach the LSTMs.
+        recompute: how many samples' activations training holds at a time (:func:`m3er_fast.functional.memory_scan`),
+            or None for all.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -61,14 +63,16 @@ class MemoryFusionNetwork(nn.Module):
         head: int = 64,
         dropout: float = 0.0,
         feedback: bool = True,
+        recompute: int | None = None,
     ) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
-        config = NetworkConfig(hidden, memory, tuple(attention), fusion, head, dropout, feedback)  # type: ignore[arg-type]
+        sizes: Any = tuple(attention)
+        config = NetworkConfig(hidden, memory, sizes, fusion, head, dropout, feedback, recompute)
         self.num_classes = num_classes
-        self.dropout = config.dropout
+        self.dropout, self.recompute = config.dropout, config.recompute
         modalities = len(self.input_dims)
         cells = 2 * hidden * modalities  # old and new cells of all modalities side by side
         attention_inner, candidate_inner, gate_inner = config.attention
@@ -105,7 +109,7 @@ class MemoryFusionNetwork(nn.Module):
         weights = self.scan_weights()
         features = [x.to(weights.bias.dtype) for x in features]
         dropout = self.dropout if self.training else 0.0
-        hidden, memory = functional.memory_scan(features, lengths, weights, dropout=dropout)
+        hidden, memory = functional.memory_scan(features, lengths, weights, dropout=dropout, recompute=self.recompute)
         states = hidden.unbind(0)
         fused = torch.stack([layer(h) for layer, h in zip(self.fusion, states, strict=True)]).prod(dim=0)
         fused = torch.cat([fused, memory], dim=1)

@@ -169,39 +169,51 @@ class ProxyGenerator(FittedModule):
         )
 
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
-        """:meth:`fit` from standardised batches, held one at a time; for a bank of all frames they are read twice."""
+        """:meth:`fit` from standardised batches, held one at a time; for a bank of neighbours they are read twice."""
         if self.config.bank == "basis":
             self._fit_basis(batches())
-        elif self.config.max_bank is None:
-            self._learn_bank(*self._collect(batches))
-        else:
-            self.fit_sample(self.sample(batches()))
-        return self
+            return self
+        total = sum(map(count_paired, batches()))
+        return self.fit_sample(self.sample(batches(), total=total))
 
-    def sample(self, batches: Iterable[StandardizedBatch], *, start: int = 0) -> BankSample:
-        """A uniform choice of at most ``max_bank`` frames from some of the training data; samples of all can be merged.
+    def sample(
+        self, batches: Iterable[StandardizedBatch], *, total: int, start: int = 0, stop: int | None = None
+    ) -> BankSample:
+        """What ``fit`` takes from some of the training data into the bank; what it takes from the rest can be joined.
+
+        Frames are counted that have two valid modalities or more, as :func:`count_paired` does. Which of them are
+        taken depends on their numbers alone, not on how the data is cut into batches or shared among workers.
 
         Args:
             batches: standardised samples that follow each other in the training data.
-            start: number of their first frame among the frames of the training data with two valid modalities or more.
+            total: frames of the whole training data, of which ``max_bank`` are taken, a seeded uniform choice.
+            start: number of the first frame of ``batches`` among them.
+            stop: number of the frame that follows the last one; None is ``total``.
 
         Raises:
-            ValueError: if the bank is a basis, which is no choice of frames by chance.
+            ValueError: if ``batches`` hold another number of frames, or the bank is a basis, which is no choice of
+                frames by chance.
         """
         if self.config.bank != "neighbours":
             raise ValueError(f"sample: wanted bank='neighbours', got {self.config.bank!r}")
-        limit = self.config.max_bank
-        parts = [BankSample(self._empty_bank(0), torch.zeros(0, dtype=torch.float64), 0)]
+        stop = total if stop is None else stop
+        chosen = _choose(total, self.config.max_bank)
+        chosen = chosen[(chosen >= start) & (chosen < stop)] - start
+        # Written in its place: joined from batches the bank would take twice its size.
+        bank = self._empty_bank(len(chosen))
+        filled = end = 0
         for rows in self._paired(batches):
-            draws = _draws(start, rows[0].shape[0])
-            start += len(draws)
-            parts.append(BankSample(rows, draws, len(draws)))
-            if limit is not None and sum(len(part.draws) for part in parts) > 2 * limit:
-                parts = [BankSample.join(parts, limit)]
-        return BankSample.join(parts, limit)
+            begin, end = end, end + rows[0].shape[0]
+            here = torch.from_numpy(chosen[filled : np.searchsorted(chosen, end)] - begin)
+            for whole, part in zip(bank, rows, strict=True):
+                torch.index_select(part, 0, here, out=whole[filled : filled + len(here)])
+            filled += len(here)
+        if end != stop - start:
+            raise ValueError(f"features gave {stop - start} frames when read first, {end} when read again")
+        return BankSample(bank, end)
 
     def fit_sample(self, sample: BankSample) -> Self:
-        """:meth:`fit` from what :meth:`sample` gave for all of the training data, merged."""
+        """:meth:`fit` from what :meth:`sample` gave for all of the training data, joined in its order."""
         self._learn_bank(sample.rows[:-1], sample.rows[-1], sample.seen)
         return self
 
@@ -336,23 +348,6 @@ class ProxyGenerator(FittedModule):
     def _empty_bank(self, size: int) -> list[Tensor]:
         bank = [torch.empty((size, dim), dtype=self._first_buffer.dtype) for dim in self.input_dims.values()]
         return [*bank, torch.empty((size, len(self.input_dims)), dtype=torch.bool)]
-
-    def _collect(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> tuple[list[Tensor], Tensor, int]:
-        """All frames: M tensors (n, d_m), the (n, M) mask of what is valid, and n.
-
-        Counted first, so that the bank is written in its place: joined from batches it would take twice its size.
-        """
-        size = sum(int((batch.frame_valid.sum(dim=2) >= 2).sum()) for batch in batches())
-        bank = self._empty_bank(size)
-        end = 0
-        for rows in self._paired(batches()):
-            begin, end = end, end + rows[0].shape[0]
-            if end <= size:
-                for whole, part in zip(bank, rows, strict=True):
-                    whole[begin:end] = part
-        if end != size:
-            raise ValueError(f"features gave {size} frames when read first, {end} when read again")
-        return bank[:-1], bank[-1], size
 
     def _learn_bank(self, rows: list[Tensor], valid: Tensor, seen: int) -> None:
         self.register_learned(**{f"bank_{m}": bank for m, bank in enumerate(rows)}, bank_valid=valid)
@@ -613,25 +608,21 @@ class ProxyGenerator(FittedModule):
 
 
 class BankSample(NamedTuple):
-    """Frames that a bank may be made of, from :meth:`ProxyGenerator.sample`.
-
-    Each frame of the training data draws a number, and those with the smallest stay: a uniform choice, which does not
-    depend on how the data is cut into batches or shared among workers.
-    """
+    """Frames that become a bank, from :meth:`ProxyGenerator.sample`."""
 
     rows: list[Tensor]  # M of (n, d_m), and the (n, M) mask of what is valid
-    draws: Tensor  # (n,) float64
     seen: int  # frames that they were chosen from
 
     @staticmethod
-    def join(samples: Sequence[BankSample], limit: int | None) -> BankSample:
-        """All together, in their order, of which the ``limit`` frames with the smallest draws stay."""
-        *rows, draws = (torch.cat(columns) for columns in zip(*((*s.rows, s.draws) for s in samples), strict=True))
-        seen = sum(sample.seen for sample in samples)
-        if limit is None or len(draws) <= limit:
-            return BankSample(rows, draws, seen)
-        chosen = draws.argsort()[:limit].sort().values
-        return BankSample([column[chosen] for column in rows], draws[chosen], seen)
+    def join(samples: Sequence[BankSample]) -> BankSample:
+        """All together, in their order."""
+        rows = [torch.cat(columns) for columns in zip(*(sample.rows for sample in samples), strict=True)]
+        return BankSample(rows, sum(sample.seen for sample in samples))
+
+
+def count_paired(batch: StandardizedBatch) -> int:
+    """Frames that a bank can be made of: those with two valid modalities or more."""
+    return int((batch.frame_valid.sum(dim=2) >= 2).sum())
 
 
 class _BankPart(NamedTuple):
@@ -677,9 +668,9 @@ def _pivots(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return chosen
 
 
-def _draws(start: int, size: int) -> Tensor:
-    """(size,) uniform numbers in [0, 1): those of the frames that are number ``start`` and so on of all."""
-    # A generator that counts can begin anywhere. It makes four numbers at each count.
-    bits = np.random.Philox(key=0)
-    bits.advance(start // 4)
-    return torch.from_numpy(np.random.Generator(bits).random(start % 4 + size)[start % 4 :])
+def _choose(total: int, limit: int | None) -> np.ndarray[Any, Any]:
+    """Ascending numbers of a seeded uniform choice of at most ``limit`` of ``total`` frames."""
+    if limit is None or total <= limit:
+        return np.arange(total)
+    # Of a few among many this takes neither the time nor the memory that a permutation of all would.
+    return np.sort(np.random.default_rng(0).choice(total, limit, replace=False, shuffle=False))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
+
+if TYPE_CHECKING:
+    from m3er_fast.scoring import ModelStatistics
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.json"
@@ -86,6 +89,7 @@ def train(
     corpus: Corpus,
     config: M3ERConfig | None = None,
     *,
+    statistics: ModelStatistics | None = None,
     out: Path | None = None,
     resume: bool = True,
     progress: Callable[[EpochRecord], None] | None = None,
@@ -99,7 +103,9 @@ def train(
 
     Args:
         corpus: with labels and splits; without a validation split one is carved out of train, by group.
-        config: all settings; None takes :func:`default_config`.
+        config: all settings; None takes :func:`default_config`, and those of check and proxies from ``statistics``.
+        statistics: standardiser, check and proxies, learned from a larger corpus by
+            :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
         out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
             if matplotlib is there, history.png.
         resume: go on from what ``out`` holds; False begins anew.
@@ -107,11 +113,14 @@ def train(
 
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
-            the configuration's activation.
-        ResumeMismatchError: if ``out`` was begun with another corpus or configuration.
+            the configuration's activation; or ``statistics`` are of other modalities or settings.
+        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics.
         TrainingError: if the loss is no longer finite.
     """
-    config = default_config(corpus) if config is None else config
+    if config is None:
+        config = default_config(corpus)
+        if statistics is not None:
+            config = config.replace(check=statistics.check, proxy=statistics.proxy)
     _check_task(corpus, config)
     corpus = ensure_validation(corpus, seed=config.training.seed)
     training, validation = corpus.subset("train"), corpus.subset("valid")
@@ -121,7 +130,7 @@ def train(
     if config.training.balance_classes and config.loss.class_weight is None:
         config = config.replace(loss=replace(config.loss, class_weight=class_weights(training)))
 
-    fingerprint = _fingerprint(corpus, config)
+    fingerprint = _fingerprint(corpus, config, statistics)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         if resume and (out / HISTORY_FILE).exists() and not (out / CHECKPOINT_FILE).exists():
@@ -129,7 +138,10 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
         model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes)
-        model.fit(training.features, training.lengths, training.available)
+        if statistics is None:
+            model.fit(training.features, training.lengths, training.available)
+        else:
+            statistics.apply(model)
         state = _State(model, fingerprint)
         if out is not None and resume and (out / CHECKPOINT_FILE).exists():
             state.load(out / CHECKPOINT_FILE)
@@ -138,7 +150,7 @@ def train(
     model.eval()
     history = state.history()
     if out is not None:
-        _save(model, out, training, validation, history)
+        _save(model, out, training, validation, history, statistics)
         _write_plot(history, out / HISTORY_PLOT)
         _write_atomically(out / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -371,20 +383,23 @@ def _check_task(corpus: Corpus, config: M3ERConfig) -> None:
         )
 
 
-def _fingerprint(corpus: Corpus, config: M3ERConfig) -> str:
+def _fingerprint(corpus: Corpus, config: M3ERConfig, statistics: ModelStatistics | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([config.to_dict(), corpus.input_dims, corpus.classes, corpus.task]).encode())
     digest.update("\n".join(corpus.ids).encode())
     digest.update("\n".join([] if corpus.split is None else corpus.split).encode())
     for values in (*corpus.features.values(), corpus.lengths, corpus.available, _labels(corpus)):
         digest.update(np.ascontiguousarray(values).data)
+    if statistics is not None:
+        digest.update(statistics.digest.encode())
     return digest.hexdigest()
 
 
 def _check_fingerprint(found: str, wanted: str, out: Path) -> None:
     if found != wanted:
         raise ResumeMismatchError(
-            f"{out} holds a training with another corpus or configuration: give another folder, or begin anew"
+            f"{out} holds a training with another corpus or configuration, or other statistics: "
+            "give another folder, or begin anew"
         )
 
 
@@ -394,7 +409,14 @@ def _finished(out: Path, fingerprint: str) -> TrainingResult:
     return TrainingResult(M3ERFusion.from_pretrained(out), history, history["best_epoch"])
 
 
-def _save(model: M3ERFusion, out: Path, training: Corpus, validation: Corpus, history: dict[str, Any]) -> None:
+def _save(
+    model: M3ERFusion,
+    out: Path,
+    training: Corpus,
+    validation: Corpus,
+    history: dict[str, Any],
+    statistics: ModelStatistics | None,
+) -> None:
     """Save the model with a card that tells what it was trained on and how it did on the validation split."""
     (out / "README.md").unlink(missing_ok=True)  # save_pretrained keeps the card of an earlier training
     best = history["best_epoch"]
@@ -403,6 +425,8 @@ def _save(model: M3ERFusion, out: Path, training: Corpus, validation: Corpus, hi
         f"choose the epoch. Best epoch: {best} of {len(history['valid_loss'])}, with a validation loss of "
         f"{history['valid_loss'][best - 1]:.4f}."
     )
+    if statistics is not None:
+        data += f" Standardiser, modality check and proxies were fitted to {statistics.rows} utterances by themselves."
     report = evaluate(model, validation).report
     metrics = (
         None

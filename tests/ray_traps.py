@@ -58,3 +58,20 @@ def slow_first(task):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1.0 if number == 0 else 0.0)
     return 2 * number
+
+
+def held_until_others_stop(task):
+    """Of the first task: how many have been begun when none has been for two seconds; of others, None."""
+    import time
+
+    number, folder = task
+    Path(folder, str(number)).touch()
+    if number:
+        return None
+    begun, since = 0, time.monotonic()
+    while time.monotonic() - since < 2.0:
+        now = len(list(Path(folder).iterdir()))
+        if now > begun:
+            begun, since = now, time.monotonic()
+        time.sleep(0.02)
+    return begun

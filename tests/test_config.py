@@ -12,7 +12,7 @@ from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 UNUSUAL = M3ERConfig(
     check=CheckConfig(n_components=7, statistic="energy", rule="any", threshold=[0.1, -0.2, 0.3], pooling="mean_std"),
     proxy=ProxyConfig(bank="basis", affine=True, max_bank=1000, max_basis=9, engine="faiss"),
-    network=NetworkConfig(hidden=3, attention=[1, 2, 3], dropout=0.25, feedback=False),
+    network=NetworkConfig(hidden=3, attention=[1, 2, 3], dropout=0.25, feedback=False, recompute=5),
     loss=LossConfig(
         variant="original", activation="sigmoid", class_weight=[1, 2.5], modality_weight=(0.5, 1, 0), margin=0.1
     ),
@@ -102,6 +102,7 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (NetworkConfig, "attention", [(1, 2), (1, 2, 3, 4), 128, (1, 2, 0), "abc"]),
         (NetworkConfig, "dropout", [1.0, -0.1, math.nan, "0.5"]),
         (NetworkConfig, "feedback", NOT_BOOLEANS),
+        (NetworkConfig, "recompute", [0, -1, 1.5, True, "5"]),
         (LossConfig, "variant", ["liu"]),
         (LossConfig, "activation", ["relu"]),
         (LossConfig, "beta", NOT_NONNEGATIVE),

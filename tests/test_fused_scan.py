@@ -299,3 +299,20 @@ def test_auto_takes_it_on_a_gpu(device, monkeypatch):
     features = {name: torch.randn(3, 9, d, device=device) for name, d in (("a", 5), ("b", 3))}
     network(features).logits.sum().backward()
     assert all(x.grad.isfinite().all() for x in network.scan_weights().input)
+
+
+@pytest.mark.parametrize("recompute", [2, 5])
+def test_activations_can_be_computed_again(device, recompute):
+    def scan(*given):
+        return memory_scan(*given, backend="triton", recompute=recompute)
+
+    features, lengths, weights = problem(device)
+    hidden, memory = scan(features, lengths, weights)
+    expected = memory_scan(features, lengths, weights, backend="torch")
+    for got, want in zip((hidden, memory), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    arguments = leaves(features, weights)
+    grads = torch.autograd.grad(hidden.square().sum() + memory.sum(), arguments)
+    wanted = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), arguments)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

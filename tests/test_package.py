@@ -190,8 +190,8 @@ def test_results_begin_with_what_is_documented(result, fields):
     ["fusion_loss", "class_costs", "gate_statistics", "nearest_neighbors", "local_least_squares", "memory_scan"],
 )
 def test_every_operation_has_a_reference(name):
-    """With the same arguments, less those that choose an implementation or a variant it is not defined for."""
-    chosen = {"backend", "engine"} | ({"variant"} if name == "class_costs" else set())
+    """With the same arguments, less those that choose an implementation, its memory or a variant without one."""
+    chosen = {"backend", "engine", "recompute"} | ({"variant"} if name == "class_costs" else set())
     wanted = [argument for argument in keywords(getattr(functional, name)) if argument not in chosen]
     assert keywords(getattr(reference, name)) == wanted
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from device_waits import counted_waits
 from sklearn.exceptions import NotFittedError
@@ -16,8 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from m3er_fast import ProxyGenerator
 from m3er_fast.inputs import prepare_batch
-from m3er_fast.proxy import _on_device
-from m3er_fast.standardize import clean_frames
+from m3er_fast.proxy import BankSample, _choose, _on_device, count_paired
+from m3er_fast.standardize import StandardizedBatch, clean_frames
 
 DIMS = {"text": 7, "audio": 5, "face": 4}
 
@@ -333,6 +334,54 @@ def test_max_bank_is_a_seeded_uniform_choice_that_the_cut_into_batches_does_not_
     assert abs(position.float().mean() / len(frames) - 0.5) < 3.29 / np.sqrt(12 * 100)
     same_rows = torch.cdist(whole.bank_1, train["audio"].flatten(0, 1)).amin(dim=1)
     assert same_rows.max() < 1e-2
+
+
+def test_the_choice_of_a_bank_is_uniform_without_a_pattern():
+    """20 000 of a million numbers: equally many everywhere, and gaps as chance has them."""
+    total, limit = 1_000_000, 20_000
+    chosen = _choose(total, limit)
+    assert len(np.unique(chosen)) == limit
+    assert (chosen.min() >= 0, chosen.max() < total) == (True, True)
+    # Without replacement the counts vary less, by the share that is not chosen.
+    counts = np.bincount(chosen * 100 // total, minlength=100)
+    chi_square = ((counts - limit / 100) ** 2 / (limit / 100)).sum() / (1 - limit / total)
+    assert 0.001 < scipy.stats.chi2.sf(chi_square, 99) < 0.999
+    last_digit = np.bincount(chosen % 10, minlength=10)
+    assert scipy.stats.chisquare(last_digit).pvalue > 0.001
+    gaps = np.minimum(np.diff(chosen), 200) // 20
+    edges = 1 - (1 - limit / total) ** (np.arange(0, 201, 20) - 1)
+    expected = np.append(np.diff(np.maximum(edges, 0)), 1 - edges[-1]) * len(gaps)
+    assert scipy.stats.chisquare(np.bincount(gaps, minlength=11), expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("max_bank", [None, 1, 40, 10_000])
+def test_what_parts_of_the_data_give_to_the_bank_is_joined_to_what_all_of_it_gives(max_bank):
+    available = torch.from_numpy(np.random.default_rng(0).random((60, 3)) > 0.3)
+    batch = clean_frames(prepare_batch(paired(60, steps=2), None, available, input_dims=DIMS))
+    parts = [
+        StandardizedBatch([x[rows] for x in batch.features], *(x[rows] for x in batch[1:]))
+        for rows in (slice(0, 1), slice(1, 20), slice(20, 20), slice(20, 60))
+    ]
+    total = count_paired(batch)
+    assert total == int(2 * (available.sum(dim=1) >= 2).sum())
+    samples, start = [], 0
+    for part in parts:
+        stop = start + count_paired(part)
+        sample = ProxyGenerator(DIMS, max_bank=max_bank).sample([part], total=total, start=start, stop=stop)
+        samples.append(sample)
+        start = stop
+    joined = ProxyGenerator(DIMS, max_bank=max_bank).fit_sample(BankSample.join(samples)).state_dict()
+    whole = ProxyGenerator(DIMS, max_bank=max_bank).fit(paired(60, steps=2), available=available).state_dict()
+    assert all(torch.equal(value, joined[name]) for name, value in whole.items())
+
+
+def test_a_sample_of_other_data_than_said_and_of_a_basis_is_refused():
+    batch = clean_frames(prepare_batch(paired(9), input_dims=DIMS))
+    for total in (8, 10):
+        with pytest.raises(ValueError, match=f"features gave {total} frames when read first, 9 when read again"):
+            ProxyGenerator(DIMS).sample([batch], total=total)
+    with pytest.raises(ValueError, match="wanted bank='neighbours', got 'basis'"):
+        ProxyGenerator(DIMS, bank="basis").sample([batch], total=9)
 
 
 def test_frames_of_a_lone_modality_take_no_place_in_the_bank():

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import hashlib
 import json
 import signal
 import subprocess
@@ -15,12 +16,12 @@ from score_folder import SUMMARY, contents
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__
-from m3er_fast.config import LossConfig
+from m3er_fast.config import LossConfig, TrainingConfig
 from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
-from m3er_fast.training import evaluate
+from m3er_fast.training import evaluate, train
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
@@ -141,7 +142,11 @@ def test_manifest_names_version_model_and_input_shards(model, corpus_dir, tmp_pa
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["signature"] == model_signature(model)
     assert manifest["version"] == __version__
-    assert manifest["settings"] == {"batch_frames": Scorer(model).batch_frames, "dtype": "float32"}
+    assert manifest["settings"] == {
+        "batch_frames": Scorer(model).batch_frames,
+        "dtype": "float32",
+        "checksum": "sampled",
+    }
     found = [(shard["name"], shard["bytes"]) for shard in manifest["shards"]]
     assert found == [(path.name, path.stat().st_size) for path in sorted(corpus_dir.iterdir())]
     assert len({shard["checksum"] for shard in manifest["shards"]}) == 4
@@ -413,6 +418,29 @@ def test_another_corpus_is_refused_on_resume(model, corpus_dir, own_corpus_dir, 
         score(own_corpus_dir, model, tmp_path / "out", resume=True)
 
 
+def test_a_byte_that_changes_amid_a_shard_is_refused_on_resume_with_full_checksums(model, tmp_path):
+    made = make_synthetic(2000, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4)
+    [path] = write_parquet(made, tmp_path / "corpus")
+    chunk = pq.read_metadata(path).row_group(0).column(1)
+    assert path.stat().st_size > 3 * 2**16
+    kinds = ("sampled", "full")
+    for kind in kinds:
+        score(tmp_path / "corpus", model, tmp_path / kind, checksum=kind)
+    sums = [json.loads((tmp_path / kind / "manifest.json").read_text())["shards"][0]["checksum"] for kind in kinds]
+    raw = bytearray(path.read_bytes())
+    assert sums[1] == hashlib.blake2b(str(len(raw)).encode() + raw, digest_size=16).hexdigest() != sums[0]
+    raw[len(raw) // 2] ^= 1
+    assert chunk.data_page_offset < len(raw) // 2
+    path.write_bytes(raw)
+    assert score(tmp_path / "corpus", model, tmp_path / "sampled", resume=True).resumed == 1  # it cannot tell
+    with pytest.raises(OutputMismatchError, match=r"part-00000\.parquet has changed since"):
+        score(tmp_path / "corpus", model, tmp_path / "full", resume=True, checksum="full")
+    with pytest.raises(OutputMismatchError, match=r"another setting.*'full'.*'sampled'"):
+        score(tmp_path / "corpus", model, tmp_path / "full", resume=True)
+    with pytest.raises(ValueError, match="checksum must be 'sampled' or 'full', got 'md5'"):
+        score(tmp_path / "corpus", model, tmp_path / "other", checksum="md5")
+
+
 @pytest.mark.parametrize("manifest", [None, b"{", b"[]", b'{"signature": 1}', b"\xff\xfe"])
 def test_a_folder_that_no_run_made_is_refused_on_resume(manifest, model, corpus_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
@@ -625,14 +653,23 @@ def test_importing_the_package_and_scoring_loads_no_optional_dependency():
 # --- real data ---
 
 
-def test_scores_of_real_data_have_the_metrics_of_evaluation(tmp_path):
-    corpus = convert(real_data("mosi_utterance"), "utterance-csv", tmp_path / "corpus")
-    model = fitted_model(corpus.subset("train"))
-    expected = evaluate(model, corpus).report
-    score(tmp_path / "corpus", model, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "kind", "resplit"),
+    [("mosi_utterance", "utterance-csv", False), ("youtube_sequences", "mfn-h5", True)],
+    ids=["mosi", "youtube"],
+)
+def test_scores_of_real_data_have_the_metrics_of_evaluation_in_training(name, kind, resplit, tmp_path):
+    if kind == "mfn-h5":
+        pytest.importorskip("h5py")
+    corpus = convert(real_data(name), kind, tmp_path / "whole", resplit=resplit)
+    write_parquet(corpus, tmp_path / "corpus", rows_per_shard=50)
+    config = M3ERConfig(training=TrainingConfig(epochs=2))
+    expected = evaluate(train(corpus, config, out=tmp_path / "run").model, corpus.subset("test")).report
+    score(tmp_path / "corpus", load_model(tmp_path / "run"), tmp_path / "out")
     table = read_scores(tmp_path / "out")
     assert table["id"].to_pylist() == corpus.ids.tolist()
-    report = classification_report(probabilities(table, corpus), corpus.target, corpus.classes)
+    test = corpus.split == "test"
+    report = classification_report(probabilities(table, corpus)[test], corpus.target[test], corpus.classes)
     assert report.overall == expected.overall
     assert report.per_class == expected.per_class
     np.testing.assert_array_equal(report.confusion, expected.confusion)

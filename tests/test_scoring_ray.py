@@ -23,18 +23,19 @@ from corpus_fixtures import real_data
 from pyarrow import fs
 from score_folder import contents, counted
 
-from m3er_fast import M3ERFusion
+from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
+from m3er_fast.config import ProxyConfig
 from m3er_fast.corpus import convert, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
-from m3er_fast.scoring import OutputMismatchError, load_model, score
+from m3er_fast.scoring import OutputMismatchError, fit_statistics, load_model, score
 from m3er_fast.scoring.ray import ray_map
 from m3er_fast.training import evaluate
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
 
-from ray_traps import TrappedFiles, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+from ray_traps import TrappedFiles, held_until_others_stop, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS, SHARDS, MANY = 20, 10, 300
@@ -198,6 +199,19 @@ def test_real_data_have_the_metrics_of_evaluation_in_training(connected, tmp_pat
     np.testing.assert_array_equal(found.confusion, expected.confusion)
 
 
+def test_ray_learns_the_statistics_that_one_process_learns_to_the_last_bit(connected, corpus_dir):
+    """Part 3 cannot be read, and in part 6 a row cannot."""
+    config = M3ERConfig(proxy=ProxyConfig(max_bank=100))
+    seen = []
+    local = fit_statistics(corpus_dir, config)
+    found = fit_statistics(corpus_dir, config, engine="ray", workers=2, progress=seen.append)
+    assert found.state.keys() == local.state.keys()
+    assert all(torch.equal(value, local.state[name]) for name, value in found.state.items())
+    assert dataclasses.replace(found, state={}) == dataclasses.replace(local, state={})
+    assert [entry.shard for entry in found.quarantined] == ["part-00003.parquet"]
+    assert (seen[-1].done, seen[-1].groups) == (20, 20)
+
+
 # --- workers that are lost, and what they raise ---
 
 
@@ -256,6 +270,14 @@ def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tm
     assert (tmp_path / "mark").exists()
 
 
+def test_ray_map_begins_few_tasks_before_it_is_their_turn(connected, tmp_path):
+    """While the first task lasts, two workers may begin the seven after it."""
+    tasks = [(number, str(tmp_path)) for number in range(40)]
+    begun_before_the_first_ended, *others = ray_map(held_until_others_stop, tasks, workers=2)
+    assert begun_before_the_first_ended == 2 * 4
+    assert others == [None] * 39
+
+
 class Unwelcome:
     """A function that no worker can unpickle."""
 
@@ -299,6 +321,24 @@ def test_bad_options_are_one_line_and_exit_code_2(options, words, corpus_dir, mo
     assert words in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_machine_without_a_cluster_is_said_before_anything_is_written(
+    corpus_dir, model_dir, tmp_path, capsys, monkeypatch
+):
+    """What Ray raises is made up here: "auto" would find any Ray of this machine, whoever started it."""
+
+    def init(**_):
+        raise ConnectionError("could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    arguments = ["score", str(corpus_dir), "--model", str(model_dir), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--engine", "ray", "--address", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "no Ray cluster to be used answers at 'auto': could not find any" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_ray_the_extra_is_named_before_anything_is_written(

@@ -1,13 +1,20 @@
-"""Scoring corpora: plan, read, score, write, with one scorer of Arrow tables and runners that share all of it."""
+"""Scoring corpora: plan, read, score, write, with one scorer of Arrow tables and runners that share all of it.
 
+:func:`fit_statistics` learns from corpora of that size what a model learns beside its network's weights.
+"""
+
+from m3er_fast.scoring.fit import FitProgress, fit_statistics
 from m3er_fast.scoring.model import load_model, model_signature
 from m3er_fast.scoring.output import OutputMismatchError, QuarantinedShard
 from m3er_fast.scoring.run import ScoreProgress, ScoreSummary, iter_scores, score
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ShardResult
+from m3er_fast.scoring.statistics import ModelStatistics
 from m3er_fast.scoring.utterance import UtteranceScores, predict
 
 __all__ = [
+    "FitProgress",
+    "ModelStatistics",
     "OutputMismatchError",
     "QuarantinedShard",
     "ScoreProgress",
@@ -15,6 +22,7 @@ __all__ = [
     "Scorer",
     "ShardResult",
     "UtteranceScores",
+    "fit_statistics",
     "iter_scores",
     "load_model",
     "model_signature",

@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from m3er_fast.corpus.base import CorpusError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 _SAMPLE = 64 * 2**10
+_CHUNK = 4 * 2**20
 _THREADS = 16  # checksums wait for storage, not for a core
+
+Checksum: TypeAlias = Literal["sampled", "full"]
+"""What of a shard is hashed: its size and first and last 64 KiB, or all of it."""
 
 Source: TypeAlias = "str | Path | tuple[Any, str]"
 """A local path, a URI such as ``s3://bucket/corpus``, or a pair of a ``pyarrow.fs.FileSystem`` and a path on it."""
@@ -43,7 +47,7 @@ class Shard(NamedTuple):
     name: str  # of the file in its folder
     path: str  # on the corpus's filesystem
     size: int  # bytes
-    checksum: str  # BLAKE2 of size, first and last 64 KiB: whatever writes a Parquet file anew changes its footer
+    checksum: str  # BLAKE2, sampled or full: whatever writes a Parquet file anew changes its footer
 
     @property
     def output_name(self) -> str:
@@ -80,14 +84,21 @@ def locate(source: Source) -> Location:
     return Location(filesystem, str(path))
 
 
-def plan_shards(source: Source) -> Plan:
+def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     """List the Parquet and Arrow IPC files of a corpus: a folder of them, or one file.
 
+    Args:
+        source: where it is.
+        checksum: what of a shard is hashed; "full" reads all of the corpus.
+
     Raises:
+        ValueError: ``checksum`` is neither.
         CorpusError: there is no such file, or none in the folder, or two would have scores of one name.
     """
     from pyarrow import fs
 
+    if checksum not in get_args(Checksum):
+        raise ValueError(f"checksum must be 'sampled' or 'full', got {checksum!r}")
     corpus = locate(source)
     found = corpus.filesystem.get_file_info(corpus.path)
     if found.type == fs.FileType.File:
@@ -101,7 +112,7 @@ def plan_shards(source: Source) -> Plan:
         raise CorpusError(f"{corpus}: no such file or folder")
     files.sort(key=lambda file: str(file.base_name))
     with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size), files)
+        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size, checksum), files)
         shards = tuple(
             Shard(file.base_name, file.path, file.size, checksum)
             for file, checksum in zip(files, checksums, strict=True)
@@ -118,14 +129,18 @@ def _check_names(shards: Iterable[Shard]) -> None:
         seen[shard.output_name] = shard.name
 
 
-def _checksum(filesystem: Any, path: str, size: int) -> str:
+def _checksum(filesystem: Any, path: str, size: int, kind: Checksum) -> str:
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     try:
         with filesystem.open_input_file(path) as file:
-            digest.update(file.read(_SAMPLE))
-            if size > _SAMPLE:
-                file.seek(max(_SAMPLE, size - _SAMPLE))
-                digest.update(file.read())
+            if kind == "full":
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+            else:
+                digest.update(file.read(_SAMPLE))
+                if size > _SAMPLE:
+                    file.seek(max(_SAMPLE, size - _SAMPLE))
+                    digest.update(file.read())
     except OSError as error:  # the run will put it in quarantine
         return f"unreadable: {type(error).__name__}"
     return digest.hexdigest()

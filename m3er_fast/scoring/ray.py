@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import heapq
 import logging
 import pickle
 import signal
 import socket
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -39,6 +39,7 @@ _PATIENCE_S = 60.0  # for the first worker, before somebody is told
 _CONNECT_S = 10.0
 _GRACE_S = 10.0  # for a worker to drop what it has at hand
 _OBJECT_STORE_BYTES = 100 * 2**20  # beside the model
+_AHEAD = 4  # tasks a worker
 
 
 def run_ray(
@@ -48,12 +49,12 @@ def run_ray(
     *,
     batch_frames: int,
     dtype: str,
-    address: str | None = None,
     workers: int | None = None,
 ) -> Iterator[ShardResult]:
     """Score shards with Ray, and yield what became of each as they are finished.
 
-    Closing the iterator, or whatever is raised in it, ends the workers; the shards that they have at hand are dropped.
+    Where this process is not connected to Ray, it is started on this machine, and ends with the iterator. Closing the
+    iterator, or whatever is raised in it, ends the workers; the shards that they have at hand are dropped.
 
     Args:
         job: where to read from and to write to; every worker must reach both.
@@ -61,18 +62,16 @@ def run_ray(
         model: sent to every worker once; where it is on CUDA, each gets a GPU.
         batch_frames: as the scorer of this machine resolved it.
         dtype: of the network.
-        address: of a cluster, such as ``"auto"`` or ``"10.0.0.1:6379"``; None starts Ray on this machine.
         workers: how many; None takes as many as there is room for.
 
     Raises:
         ImportError: Ray is missing.
         OSError: scores cannot be written.
         RuntimeError: no worker can be started, or it has another version.
-        ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
     """
     device = next(model.parameters()).device.type
     work = _ScoreShard(job, model, device, batch_frames, dtype)
-    for index, result in _run(work, shards, address=address, workers=workers, gpus=int(device == "cuda")):
+    for index, result in _run(work, shards, workers=workers, gpus=int(device == "cuda")):
         if isinstance(result, _Lost):
             result = ShardResult(shards[index].name, 0, 0, str(result))
         yield result
@@ -87,28 +86,39 @@ def ray_map(
 ) -> Iterator[_Result]:
     """Call a picklable function with every task in workers of Ray, and yield the results in the order of the tasks.
 
+    However long one task takes, few results of later ones are kept until it is their turn.
+
+    Args:
+        function: of one task.
+        tasks: what to call it with.
+        address: of a cluster, as :func:`ray_cluster` takes it; None uses the connection that there is, or starts Ray
+            on this machine.
+        workers: how many; None takes as many as there is room for.
+
     Raises:
         ImportError: Ray is missing.
         RuntimeError: a task has lost several workers; and whatever the function raises.
         ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
     """
+    check_ray(workers)
     early: dict[int, _Result] = {}
     following = 0
-    for index, result in _run(_CallFunction(function), tasks, address=address, workers=workers, gpus=0):
-        if isinstance(result, _Lost):
-            raise RuntimeError(f"task {index} of {len(tasks)}: {result}")
-        early[index] = result
-        while following in early:
-            yield early.pop(following)
-            following += 1
+    with contextlib.nullcontext() if address is None else ray_cluster(address):
+        for index, result in _run(_CallFunction(function), tasks, workers=workers, gpus=0, ahead=_AHEAD):
+            if isinstance(result, _Lost):
+                raise RuntimeError(f"task {index} of {len(tasks)}: {result}")
+            early[index] = result
+            while following in early:
+                yield early.pop(following)
+                following += 1
 
 
-def check_ray(address: str | None = None, workers: int | None = None) -> Any:
-    """Return the package, if there is a chance to run with these arguments; nothing is started.
+def check_ray(workers: int | None = None) -> Any:
+    """Return the package, if it is there; nothing is started.
 
     Raises:
         ImportError: Ray is missing.
-        ValueError: nobody listens at ``address``, or ``workers`` is out of range.
+        ValueError: ``workers`` is out of range.
     """
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be a positive int, got {workers!r}")
@@ -116,15 +126,37 @@ def check_ray(address: str | None = None, workers: int | None = None) -> Any:
         import ray
     except ImportError as error:
         raise ImportError("engine 'ray' needs Ray: pip install 'm3er-fast[ray]'") from error
-    host, _, port = (address or "").rpartition(":")
+    return ray
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str) -> Iterator[None]:
+    """A connection to a cluster, which ends with the block.
+
+    Args:
+        address: such as ``"10.0.0.1:6379"``, or ``"auto"`` for the cluster that this machine belongs to.
+
+    Raises:
+        ImportError: Ray is missing.
+        ValueError: no cluster answers at ``address``, or this process is connected to one already.
+    """
+    ray = check_ray()
+    host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         try:  # Ray itself would try for a quarter of an hour
             socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         except (OSError, OverflowError) as error:
             raise ValueError(f"address: nobody listens at {address!r}: {error}") from error
-    if address is not None and ray.is_initialized():
+    if ray.is_initialized():
         raise ValueError(f"address must be None where this process is connected to Ray already, got {address!r}")
-    return ray
+    try:
+        _init(ray, address=address)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"address: no Ray cluster to be used answers at {address!r}: {_last_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class _Work(Protocol):
@@ -206,18 +238,22 @@ class _Worker:
 
 
 def _run(
-    work: _Work, tasks: Sequence[Any], *, address: str | None, workers: int | None, gpus: int
+    work: _Work, tasks: Sequence[Any], *, workers: int | None, gpus: int, ahead: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (index, result) of every task as they are finished, :class:`_Lost` where there is no result."""
-    ray = check_ray(address, workers)
+    """Yield (index, result) of every task as they are finished, :class:`_Lost` where there is no result.
+
+    No task is begun that comes ``ahead`` a worker after one that is not finished; None is no limit.
+    """
+    ray = check_ray(workers)
     if not tasks:
         return
     cpus = 1 if gpus else torch.get_num_threads()
     sent = len(pickle.dumps(work))
-    with _connected(ray, address, None if workers is None else workers * cpus, _OBJECT_STORE_BYTES + 2 * sent):
-        pool = _Pool(ray, work, tasks, cpus, gpus)
+    with _ray_here(ray, None if workers is None else workers * cpus, _OBJECT_STORE_BYTES + 2 * sent):
+        workers = min(workers or _room(ray, cpus, gpus), len(tasks))
+        pool = _Pool(ray, work, tasks, cpus, gpus, len(tasks) if ahead is None else ahead * workers)
         try:
-            yield from pool.run(workers or _room(ray, cpus, gpus))
+            yield from pool.run(workers)
         finally:
             pool.close()
 
@@ -225,24 +261,25 @@ def _run(
 class _Pool:
     """Workers with one task each at a time, so that it is known what a worker was lost with."""
 
-    def __init__(self, ray: Any, work: _Work, tasks: Sequence[Any], cpus: int, gpus: int) -> None:
-        self._ray, self._tasks = ray, tasks
+    def __init__(self, ray: Any, work: _Work, tasks: Sequence[Any], cpus: int, gpus: int, ahead: int) -> None:
+        self._ray, self._tasks, self._ahead = ray, tasks, ahead
         self._needs = f"{gpus} GPU" if gpus else f"{cpus} CPUs (the threads of this process)"
         self._work, self._threads = ray.put(work), torch.get_num_threads()
         self._actor = ray.remote(_Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_concurrency=2, scheduling_strategy="SPREAD"
         )
-        self._waiting = deque(range(len(tasks)))
+        self._waiting = list(range(len(tasks)))  # a heap: those that were lost come first again
         self._attempts = [0] * len(tasks)
         # By what is waited for: a worker and its task, which is None while the worker starts.
         self._busy: dict[Any, tuple[Any, int | None]] = {}
+        self._idle: list[Any] = []
 
     def run(self, workers: int) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of every task."""
         from ray.exceptions import RayError, RayTaskError
 
         undone, stillborn = len(self._tasks), 0
-        for _ in range(min(workers, undone)):
+        for _ in range(workers):
             self._start()
         self._expect_a_worker()
         while undone:
@@ -262,7 +299,8 @@ class _Pool:
                     self._start()
             else:
                 stillborn = 0
-                self._give(worker)
+                self._idle.append(worker)
+            self._give()
             if result is not None and index is not None:
                 undone -= 1
                 yield index, result if isinstance(result, _Lost) else pickle.loads(result)
@@ -274,7 +312,7 @@ class _Pool:
             worker.stop.remote()
         if working:
             self._ray.wait(list(working), num_returns=len(working), timeout=_GRACE_S)
-        for worker, _ in self._busy.values():
+        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
             self._ray.kill(worker)
 
     def _start(self) -> None:
@@ -290,20 +328,23 @@ class _Pool:
                 stacklevel=2,
             )
 
-    def _give(self, worker: Any) -> None:
-        """Give a worker its next task; where there is none, it makes room for others."""
-        if self._waiting:
-            index = self._waiting.popleft()
+    def _give(self) -> None:
+        """Give the workers that have nothing to do the tasks that may be begun; those that none waits for make room."""
+        while self._idle and self._waiting:
+            unfinished = min((index for _, index in self._busy.values() if index is not None), default=self._waiting[0])
+            if self._waiting[0] >= unfinished + self._ahead:
+                return
+            worker, index = self._idle.pop(), heapq.heappop(self._waiting)
             self._busy[worker.do.remote(self._tasks[index])] = worker, index
-        else:
-            self._ray.kill(worker)
+        while self._idle:
+            self._ray.kill(self._idle.pop())
 
     def _lost(self, index: int | None, error: Exception) -> _Lost | None:
         if index is None:
             return None
         self._attempts[index] += 1
         if self._attempts[index] < _ATTEMPTS:
-            self._waiting.appendleft(index)
+            heapq.heappush(self._waiting, index)
             return None
         return _Lost(f"its worker was lost {_ATTEMPTS} times ({type(error).__name__}); was it out of memory?")
 
@@ -319,30 +360,21 @@ def _last_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None, cpus: int | None, object_store_bytes: int) -> Iterator[None]:
-    """A connection to Ray: the one that there is, or a new one, which ends with the block."""
+def _ray_here(ray: Any, cpus: int | None, object_store_bytes: int) -> Iterator[None]:
+    """The connection to Ray that there is, or Ray on this machine, which ends with the block."""
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        options = {
-            "address": "local",
-            "num_cpus": cpus,
-            "object_store_memory": object_store_bytes,
-            "include_dashboard": False,
-        }
-    try:
-        with _handlers_kept():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        if address is None:
-            raise
-        raise ValueError(f"address: no Ray cluster to be used answers at {address!r}: {_last_line(error)}") from error
+    _init(ray, address="local", num_cpus=cpus, object_store_memory=object_store_bytes, include_dashboard=False)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(ray: Any, **options: Any) -> None:
+    with _handlers_kept():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def read_windows(
     *,
     window_bytes: int = WINDOW_BYTES,
     verify: bool = True,
+    also: Sequence[str] = (),
     check: Callable[[pa.Schema], object] = bool,
 ) -> Iterator[pa.Table]:
     """Yield the columns of a shard that scoring looks at, some rows at a time; of no rows, one empty table.
@@ -50,6 +51,7 @@ def read_windows(
         shard: a Parquet or Arrow IPC file.
         window_bytes: about how much decoded frames a table may hold.
         verify: compare pages of Parquet with their checksums, where there are any.
+        also: other columns to be read, where there are such.
         check: called with the schema before anything is decoded; may raise a CorpusError.
 
     Raises:
@@ -62,15 +64,20 @@ def read_windows(
             with corpus.filesystem.open_input_file(shard.path) as file:
                 magic = file.read(6)
             if magic == b"ARROW1":
-                yield from _read_ipc(corpus, shard, window_bytes, check)
+                yield from _read_ipc(corpus, shard, window_bytes, also, check)
             else:
-                yield from _read_parquet(corpus, shard, window_bytes, verify, check)
+                yield from _read_parquet(corpus, shard, window_bytes, verify, also, check)
         except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
             raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
 
 
 def _read_parquet(
-    corpus: Location, shard: Shard, window_bytes: int, verify: bool, check: Callable[[pa.Schema], object]
+    corpus: Location,
+    shard: Shard,
+    window_bytes: int,
+    verify: bool,
+    also: Sequence[str],
+    check: Callable[[pa.Schema], object],
 ) -> Iterator[pa.Table]:
     import pyarrow as pa
     from pyarrow import parquet
@@ -91,7 +98,7 @@ def _read_parquet(
     ):
         schema = file.schema_arrow
         check(schema)
-        columns = _wanted(schema)
+        columns = _wanted(schema, also)
         row_bytes = _check_claims(file.metadata, schema, columns, shard.size)
         rows = max(1, window_bytes // row_bytes)
         yielded = False
@@ -102,9 +109,9 @@ def _read_parquet(
             yield schema.empty_table().select(columns)
 
 
-def _wanted(schema: pa.Schema) -> list[str]:
-    frames = modality_columns(schema)
-    return [name for name in schema.names if name in ("id", "length") or name in frames]
+def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
+    wanted = ("id", "length", *also, *modality_columns(schema))
+    return [name for name in schema.names if name in wanted]
 
 
 def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
@@ -161,7 +168,7 @@ def _with_checked_ids(table: pa.Table) -> pa.Table:
 
 
 def _read_ipc(
-    corpus: Location, shard: Shard, window_bytes: int, check: Callable[[pa.Schema], object]
+    corpus: Location, shard: Shard, window_bytes: int, also: Sequence[str], check: Callable[[pa.Schema], object]
 ) -> Iterator[pa.Table]:
     import pyarrow as pa
     from pyarrow import ipc
@@ -170,7 +177,7 @@ def _read_ipc(
         _refuse_compressed(source)
         with ipc.open_file(source) as reader:
             check(reader.schema)
-            columns = _wanted(reader.schema)
+            columns = _wanted(reader.schema, also)
             yielded = False
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index).select(columns)

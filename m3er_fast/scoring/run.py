@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.local import make_scorers, run_local
 from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, QuarantinedShard, check_folder, read_manifest
-from m3er_fast.scoring.plan import Location, Plan, Shard, Source, locate, plan_shards
+from m3er_fast.scoring.plan import Checksum, Location, Plan, Shard, Source, locate, plan_shards
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult
@@ -62,6 +62,7 @@ def score(
     batch_frames: int | Literal["auto"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     verify: bool = True,
+    checksum: Checksum = "sampled",
     address: str | None = None,
     workers: int | None = None,
     progress: Callable[[ScoreProgress], None] | None = None,
@@ -82,6 +83,8 @@ def score(
         batch_frames: as :class:`Scorer` takes it; "auto" keeps the number of the run that is resumed.
         dtype: as :class:`Scorer` takes it.
         verify: compare pages of Parquet with their checksums, where they have any.
+        checksum: what of each shard the run remembers, to refuse a resumption with another one: size and both ends
+            ("sampled"), or every byte ("full"), for which the corpus is read once more.
         address: of a Ray cluster; None starts Ray on this machine.
         workers: of Ray; None takes as many as there is room for.
         progress: called after every shard and, of the local engine, after every table of about 64 MiB.
@@ -98,12 +101,12 @@ def score(
     if engine == "local" and (address, workers) != (None, None):
         raise ValueError("address and workers are for engine 'ray'")
     if engine == "ray":
-        from m3er_fast.scoring.ray import check_ray, run_ray
+        from m3er_fast.scoring.ray import check_ray, ray_cluster, run_ray
 
         if devices is not None and len(devices) > 1:
             raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
-        check_ray(address, workers)
-    plan = plan_shards(corpus)
+        check_ray(workers)
+    plan = plan_shards(corpus, checksum)
     location = locate(out)
     check_folder(location, resume=resume)
     if batch_frames == "auto":
@@ -113,22 +116,24 @@ def score(
     for scorer in scorers:
         scorer.batch_frames = least
     check_model_fits(plan, scorers[0])
-    settings = {"batch_frames": least, "dtype": dtype}
+    settings = {"batch_frames": least, "dtype": dtype, "checksum": checksum}
     output = OutputFolder(location, plan.shards, scorers[0].signature, settings)
     job = ScoringJob(plan, output, verify)
-    output.begin(resume=resume)
-    tally = Tally(job, progress)
-    pending = tally.skip_finished()
-    results: Iterator[ShardResult | int] = (
-        run_local(job, pending, scorers)
-        if engine == "local"
-        else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, address=address, workers=workers)
-    )
-    with closing(results):  # type: ignore[type-var]
-        for result in results:
-            tally.add(result)
-    tally.write_summary(engine, time.perf_counter() - start, _map_function(engine, address, workers))
-    output.finish()
+    # A cluster that does not answer is known before anything is written.
+    with nullcontext() if address is None else ray_cluster(address):
+        output.begin(resume=resume)
+        tally = Tally(job, progress)
+        pending = tally.skip_finished()
+        results: Iterator[ShardResult | int] = (
+            run_local(job, pending, scorers)
+            if engine == "local"
+            else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, workers=workers)
+        )
+        with closing(results):  # type: ignore[type-var]
+            for result in results:
+                tally.add(result)
+        tally.write_summary(engine, time.perf_counter() - start, _map_function(engine, workers))
+        output.finish()
     return tally.summary(time.perf_counter() - start)
 
 
@@ -230,18 +235,16 @@ class Tally:
         self._progress(ScoreProgress(self.done, len(self._sizes), rows, own / elapsed, left))
 
 
-def _map_function(engine: str, address: str | None, workers: int | None) -> MapFunction:
-    """What counts the scores of a finished run: a cluster where there is one, or else threads.
+def _map_function(engine: str, workers: int | None) -> MapFunction:
+    """What counts the scores of a finished run: the cluster that this process is connected to, or else threads.
 
     Starting Ray once more on this machine would take longer.
     """
     if engine == "ray":
-        import ray
+        from m3er_fast.scoring.ray import check_ray, ray_map
 
-        from m3er_fast.scoring.ray import ray_map
-
-        if ray.is_initialized() or address is not None:
-            return partial(ray_map, address=None if ray.is_initialized() else address, workers=workers)
+        if check_ray(workers).is_initialized():
+            return partial(ray_map, workers=workers)
     return map_in_threads
 
 
