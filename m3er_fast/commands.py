@@ -6,6 +6,7 @@ Results go to stdout, progress and warnings to stderr.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -263,6 +264,7 @@ def fit_stats(
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder, wanted a file to write", param_hint="--out")
     out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # where nothing can be written it is said now, not after hours
     with ProgressDisplay("fit-stats", "groups of shards") as display:
 
         def show(progress: FitProgress) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,7 @@ from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
-
-if TYPE_CHECKING:
-    from m3er_fast.scoring import ModelStatistics
+from m3er_fast.scoring.statistics import ModelStatistics
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.json"

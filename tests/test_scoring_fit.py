@@ -570,6 +570,13 @@ def test_bad_options_are_exit_code_2_in_one_line(arguments, folder, tmp_path, ca
     assert not (tmp_path / "file").exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="writes to /proc")
+def test_where_nothing_can_be_written_is_exit_code_2_before_anything_is_read(tmp_path, capsys):
+    assert main(["fit-stats", str(tmp_path / "missing"), "--out", "/proc/statistics"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "/proc" in line
+
+
 def test_a_full_disk_is_exit_code_5_and_leaves_the_former_file(folder, fitted, tmp_path, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")

@@ -69,8 +69,8 @@ def fit_statistics(
     Args:
         corpus: a folder of Parquet or Arrow IPC files, or one file: a local path, a URI, or a pair of a
             ``pyarrow.fs.FileSystem`` and a path.
-        config: of which ``check`` and ``proxy`` count; None takes the defaults, with ``proxy.max_bank`` at
-            :data:`DEFAULT_MAX_BANK`. The bank is what memory grows with: a ``max_bank`` of None keeps every frame.
+        config: of which ``check`` and ``proxy`` count; None takes the defaults, with a
+            ``proxy.max_bank`` of 32,768. The bank is what memory grows with: a ``max_bank`` of None keeps every frame.
         input_dims: feature count of each modality, in order; None takes them from the corpus.
         engine: "local", in this process, or "ray". The result is the same.
         address: of a Ray cluster; None starts Ray on this machine.

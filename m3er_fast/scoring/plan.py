@@ -18,7 +18,7 @@ _THREADS = 16  # checksums wait for storage, not for a core
 Checksum: TypeAlias = Literal["sampled", "full"]
 """What of a shard is hashed: its size and first and last 64 KiB, or all of it."""
 
-Source: TypeAlias = "str | Path | tuple[Any, str]"
+Source: TypeAlias = str | Path | tuple[Any, str]
 """A local path, a URI such as ``s3://bucket/corpus``, or a pair of a ``pyarrow.fs.FileSystem`` and a path on it."""
 
 
