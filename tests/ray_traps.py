@@ -60,18 +60,16 @@ def slow_first(task):
     return 2 * number
 
 
-def held_until_others_stop(task):
-    """Of the first task: how many have been begun when none has been for two seconds; of others, None."""
+def held_while_others_begin(task):
+    """Of the first task: how many of all have been begun, a second after eight have; of others, None."""
     import time
 
     number, folder = task
     Path(folder, str(number)).touch()
     if number:
         return None
-    begun, since = 0, time.monotonic()
-    while time.monotonic() - since < 2.0:
-        now = len(list(Path(folder).iterdir()))
-        if now > begun:
-            begun, since = now, time.monotonic()
+    start = time.monotonic()
+    while len(list(Path(folder).iterdir())) < 8 and time.monotonic() - start < 100.0:
         time.sleep(0.02)
-    return begun
+    time.sleep(1.0)
+    return len(list(Path(folder).iterdir()))

@@ -35,7 +35,7 @@ from m3er_fast.training import evaluate
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
 
-from ray_traps import TrappedFiles, held_until_others_stop, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+from ray_traps import TrappedFiles, held_while_others_begin, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS, SHARDS, MANY = 20, 10, 300
@@ -273,7 +273,7 @@ def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tm
 def test_ray_map_begins_few_tasks_before_it_is_their_turn(connected, tmp_path):
     """While the first task lasts, two workers may begin the seven after it."""
     tasks = [(number, str(tmp_path)) for number in range(40)]
-    begun_before_the_first_ended, *others = ray_map(held_until_others_stop, tasks, workers=2)
+    begun_before_the_first_ended, *others = ray_map(held_while_others_begin, tasks, workers=2)
     assert begun_before_the_first_ended == 2 * 4
     assert others == [None] * 39
 
