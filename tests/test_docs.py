@@ -155,6 +155,13 @@ def test_commands_and_options_in_the_text_exist(path):
             assert {word for word in arguments if word.startswith("--")} <= options(command) | COMMON_OPTIONS, code
 
 
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_scripts_in_the_text_exist(path):
+    named = re.findall(r"(?<![\w/])(?:benchmarks|tests|\.ci)/[\w/.-]*\w", path.read_text(encoding="utf-8"))
+    given_by_the_reader = {"benchmarks/results/NAME.json", "benchmarks/results/my-gpu.json"}
+    assert [name for name in {*named} - given_by_the_reader if not (ROOT / name).exists()] == []
+
+
 def test_exit_codes_are_those_of_the_command_line():
     from m3er_fast import cli
 
