@@ -193,20 +193,20 @@ def draw_recognition(results, path):
         for axes, (corruption, statistics) in zip(row, corruptions.items(), strict=True):
             axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
             for statistic, modalities in statistics.items():
-                for m, (name, one) in enumerate(modalities.items()):
+                for m, one in enumerate(modalities.values()):
                     axes.plot(
                         *one["curve"],
                         color=COLORS[m % 3],
                         linestyle="-" if statistic == "combined" else "--",
                         linewidth=1.5,
-                        label=f"{name} {one['auroc']:.2f}",
+                        label=f"{THIRD_NAMED[m]}, {statistic}",
                     )
             axes.set_title(f"{case}: {corruption}", fontsize=9, loc="left")
-            axes.legend(fontsize=7, loc="best", ncols=2, title="AUROC: combined, correlation", title_fontsize=7)
     for axes in grid[-1]:
         axes.set_xlabel("share of clean ones flagged")
     for axes in grid[:, 0]:
         axes.set_ylabel("share of corrupted ones found")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, metadata={"Software": None})
 
 

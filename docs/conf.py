@@ -19,7 +19,7 @@ copyright = "2026, the m3er-fast authors"  # Sphinx's name for it
 version = release = m3er_fast.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # Markdown by myst_parser, and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -29,6 +29,9 @@ exclude_patterns = ["_build", "results/*"]
 
 # Markdown as GitHub reads it: links to headings by their text, tables, no other syntax.
 myst_heading_anchors = 3
+
+# Notebooks are committed with their results, which GitHub shows too; a test runs their code.
+nb_execution_mode = "off"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

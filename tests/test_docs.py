@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import pydoc
 import re
 import shlex
@@ -24,6 +25,7 @@ from m3er_fast.scoring import Scorer
 from m3er_fast.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
 COMMON_OPTIONS = {"--debug", "--help", "--version"}
@@ -44,8 +46,13 @@ def blocks(text):
     return [Block(match[1], text[: match.start()].count("\n") + 2, match[2]) for match in found]
 
 
+def prose(text):
+    """The text without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def inline_code(text):
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.findall(r"`([^`\n]+)`", prose(text))
 
 
 def console_commands(text):
@@ -83,6 +90,22 @@ def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
         for block in blocks(path.read_text(encoding="utf-8")):
             if block.language == "python":
                 exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=page_id)
+def test_notebooks_run_and_are_kept_with_what_they_show(path, tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"display_data", "execute_result", "stream"}
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    with torch.random.fork_rng(), matplotlib.rc_context({"backend": "agg"}):
+        for number, cell in enumerate(cells, 1):
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+        namespace["plt"].close("all")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
@@ -130,6 +153,13 @@ def test_commands_and_options_in_the_text_exist(path):
             command, *arguments = shlex.split(code)[1:]
             assert command in COMMANDS, code
             assert {word for word in arguments if word.startswith("--")} <= options(command) | COMMON_OPTIONS, code
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_scripts_in_the_text_exist(path):
+    named = re.findall(r"(?<![\w/])(?:benchmarks|tests|\.ci)/[\w/.-]*\w", path.read_text(encoding="utf-8"))
+    given_by_the_reader = {"benchmarks/results/NAME.json", "benchmarks/results/my-gpu.json"}
+    assert [name for name in {*named} - given_by_the_reader if not (ROOT / name).exists()] == []
 
 
 def test_exit_codes_are_those_of_the_command_line():
@@ -241,7 +271,7 @@ def anchors(path):
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_relative_links_lead_somewhere(path):
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text(encoding="utf-8"))):
         target, _, anchor = link.partition("#")
         if re.match(r"[a-z]+:", target):
             continue
@@ -253,7 +283,8 @@ def test_relative_links_lead_somewhere(path):
 
 def test_readme_links_to_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in PAGES[1:] if f"](docs/{path.name})" not in readme] == []
+    pages = [path.relative_to(ROOT) for path in (*PAGES[1:], *NOTEBOOKS)]
+    assert [str(path) for path in pages if f"]({path})" not in readme] == []
 
 
 def test_functions_of_the_method_page_exist():

@@ -794,7 +794,7 @@ def test_settings_may_be_replaced_at_loading(model, tmp_path):
 def test_weights_that_lack_a_key_or_have_one_too_many_are_refused(model, tmp_path, key):
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    state = load_file(path)
+    state = {name: value.clone() for name, value in load_file(path).items()}  # not a view of what is overwritten
     lacking = {name: value for name, value in state.items() if name != key}
     save_file(lacking, path)
     with pytest.raises(ValueError, match=f"Missing key.*{re.escape(key)}") as caught:
