@@ -51,20 +51,20 @@ def test_scoring(benchmark, contest, device, contestant):
     corpus, runs = Path(folder.name) / "corpus", Path(folder.name) / "runs"
     benchmark.group = f"scoring, {SCORED} utterances of up to 20 frames"
     works = work.model(Views(model.input_dims, SCORED, 15), len(CLASSES), training=False)  # 15 frames on average
-    error = None
-    if contestant == "ours":
-        numbers = itertools.count()
+    if contestant == "the model alone":
+        batches = ready_batches(plan_shards(corpus), Scorer(model), SCORED)
+        contest(contestant, lambda: run_model(model, batches), works, samples=SCORED)
+        return
+    numbers = itertools.count()
 
-        def step():
-            out = runs / str(next(numbers))
-            score(corpus, model, out)
-            shutil.rmtree(runs / str(int(out.name) - 1), ignore_errors=True)
-            return out
+    def step():
+        out = runs / str(next(numbers))
+        score(corpus, model, out)
+        shutil.rmtree(runs / str(int(out.name) - 1), ignore_errors=True)
+        return out
 
-        error = lambda out: harness.relative_error(probabilities_in(out), oracle)  # noqa: E731
-    else:
-        plan = plan_shards(corpus)
-        batches = ready_batches(plan, Scorer(model), SCORED)
-        step = functools.partial(run_model, model, batches)
+    def error(out):
+        return harness.relative_error(probabilities_in(out), oracle)
+
     contest(contestant, step, works, error=error, samples=SCORED)
     shutil.rmtree(runs, ignore_errors=True)

@@ -103,7 +103,7 @@ def run_benchmarks(
             partial.unlink(missing_ok=True)
     if listener.failures:
         name, reason = listener.failures[0]
-        raise BenchmarkError(f"{len(listener.failures)} benchmarks failed, such as {name}: {reason}")
+        raise BenchmarkError(f"{len(listener.failures)} failed, such as {name}: {reason}")
     return listener.results
 
 
