@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _STYLE: list[str | dict[str, Any]] = [
 # The palette of Okabe and Ito, told apart with every common form of colour blindness; markers tell the rest.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "0.3")
 _MARKERS = "osD^vP*X"
+_COLUMNS = 4
 
 
 class Point(NamedTuple):
@@ -152,16 +154,22 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
 
 
 def scaling(panels: Sequence[tuple[str, str, Sequence[Curve], Sequence[Curve]]], path: Path) -> None:
-    """Draw time, above, and peak memory, below, over one size a column, each curve with its fitted exponent.
+    """Draw time and, below it, peak memory over each size, every curve with its fitted exponent.
 
     Args:
-        panels: (title, size's name, curves of seconds, curves of bytes) of each column.
+        panels: (title, size's name, curves of seconds, curves of bytes) of each size.
         path: the PNG file to write.
     """
     with matplotlib.style.context(_STYLE):
-        figure = Figure(figsize=(3.3 * len(panels), 6), dpi=120, layout="constrained")
-        grid = figure.subplots(2, len(panels), squeeze=False)
-        for (title, size, seconds, held), (above, below) in zip(panels, grid.T, strict=True):
+        columns = min(len(panels), _COLUMNS)
+        blocks = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(3.2 * columns, 5.2 * blocks), dpi=120, layout="constrained")
+        grid = figure.subplots(2 * blocks, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for number, (title, size, seconds, held) in enumerate(panels):
+            block, column = divmod(number, columns)
+            above, below = grid[2 * block, column], grid[2 * block + 1, column]
             _curves(above, seconds, 1.0, "seconds")
             _curves(below, held, 1e6, "peak memory, MB")
             above.set_title(title)
@@ -176,6 +184,7 @@ def _curves(axes: Axes, curves: Sequence[Curve], unit: float, label: str) -> Non
             curve.sizes, values, marker=_MARKERS[number], markersize=4, linewidth=1, color=_COLORS[number],
             label=f"{curve.label}: {curve.exponent:.2f}",
         )  # fmt: skip
+    axes.set_visible(True)
     axes.set(xscale="log", yscale="log", ylabel=label)
     axes.grid()
     axes.legend(title="exponent", fontsize=7, title_fontsize=7)
