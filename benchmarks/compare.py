@@ -51,9 +51,6 @@ def ratios(run: dict[str, Any]) -> dict[tuple[str, str], Ratio]:
         info = result["extra_info"]
         if "contestant" in info:
             groups.setdefault(info["group"], {})[info["contestant"]] = result
-        for name, shown in info.get("contestants", {}).items():  # took turns: the ratios of the rounds are known
-            if "ours" not in name and "ratio_q1" in shown:
-                found[result["name"], name] = Ratio(shown["ratio_q1"], shown["ratio"], shown["ratio_q3"])
     for group, contestants in groups.items():
         for name, result in contestants.items():
             if OURS in contestants and not name.startswith(OURS):

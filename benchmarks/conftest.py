@@ -1,7 +1,9 @@
-"""Options and fixtures of the benchmarks, and the table at their end."""
+"""Fixtures of the benchmarks, the table at their end, and what their JSON says beside the times."""
 
 import importlib.metadata
+import os
 import platform
+from pathlib import Path
 
 import harness
 import pytest
@@ -9,23 +11,22 @@ import torch
 
 _ROWS = pytest.StashKey()
 _RATES = pytest.StashKey()
-_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "faiss-cpu", "faiss-gpu", "cupy-cuda13x", "liger-kernel")
+_SKIPPED = pytest.StashKey()
+_PACKAGES = (
+    *("torch", "triton", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu", "faiss-gpu", "cca-zoo"),
+    *("cupy-cuda13x", "liger-kernel", "flashlib"),
+)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where to measure: 'cpu' (the default), 'cuda' or 'cuda:N'")
+    parser.addoption("--roofline", type=Path, metavar="PNG", help="draw what was measured below the device's rates")
 
 
 def pytest_configure(config):
     config.stash[_ROWS] = []
-    if torch.device(config.getoption("--device")).type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device {config.getoption('--device')}: torch finds no GPU here")
-
-
-@pytest.fixture(scope="session")
-def device(request):
-    """Where to measure."""
-    return torch.device(request.config.getoption("--device"))
+    config.stash[_SKIPPED] = {}
+    # Our tables are what a run ends in; pytest-benchmark's own, of every minimum and outlier, come with -v.
+    config.option.benchmark_quiet = True
 
 
 def _rates(config):
@@ -36,21 +37,73 @@ def _rates(config):
 
 @pytest.fixture
 def contest(benchmark, device, request):
-    """Measures one contestant of a group, beside the floor of the work if that is known."""
+    """Measures one contestant of a group, beside the floor of the work and a float64 oracle where these are known."""
 
-    def run(contestant, step, work=None):
-        calls = 1
-        if contestant.endswith("graphed"):
-            calls = harness.GRAPHED_CALLS
-            step = harness.graphed(step, calls)
-        row = {"group": benchmark.group, "contestant": contestant, "calls": calls}
-        if work is not None:
-            row |= {"bytes": work.bytes, "flops": work.flops, "floor": _rates(request.config).floor(work)}
-        row["median"] = harness.measure(benchmark, device, step, calls)
+    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, **more):
+        """Measure ``step``.
+
+        Args:
+            contestant: its name; one that ends in "graphed" is captured in a CUDA graph.
+            step: what is timed. Its first call has the inputs of seed 0.
+            works: what it must do at least.
+            error: gives the distance of a result from the oracle, for the inputs of seed 0.
+            allowed: the largest such distance. Beyond it the contestant would do something else than the others.
+            once: a single call, of what takes minutes.
+            more: what else the result shall say.
+        """
+
+        def error_of(result):
+            if error is None:
+                return {}
+            found = error(result)
+            assert found <= allowed
+            return {"error": found}
+
+        if benchmark.disabled:  # by --benchmark-disable, which asks whether all of it runs
+            error_of(benchmark.pedantic(step))
+            return
+        operation = request.path.stem.removeprefix("test_")
+        row = {"operation": operation, "group": benchmark.group, "contestant": contestant, "calls": 1}
+        if works:
+            row |= {
+                "bytes": sum(work.bytes for work in works),
+                "flops": sum(work.flops for work in works),
+                "unit": works[0].unit,
+                "floor": _rates(request.config).floor(*works),
+            }
+        if once:
+            row["median"], result, row["peak_bytes"] = harness.measure_once(benchmark, device, step)
+            row |= error_of(result)
+        else:
+            row |= error_of(step())
+            run = step
+            if contestant.endswith("graphed"):
+                row["calls"] = harness.GRAPHED_CALLS
+                run = harness.graphed(step, harness.GRAPHED_CALLS)
+            row["median"] = harness.measure(benchmark, device, run, row["calls"])
+            row["peak_bytes"] = harness.peak_bytes(device, step)
+        if "floor" in row:
+            row["share_of_floor"] = row["floor"] / row["median"]
+        row |= more
         benchmark.extra_info.update(row)
-        request.config.stash[_ROWS].append(row)
+        rows = request.config.stash[_ROWS]
+        rows.append(row)
+        ours = next((r["median"] for r in rows if (r["group"], r["contestant"]) == (row["group"], harness.OURS)), None)
+        shown = {"group": row["group"], "contestant": contestant, "cells": harness.cells(row, ours)}
+        request.node.user_properties.append(("m3er_fast", shown))
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        item.config.stash[_SKIPPED].setdefault(Path(report.fspath).stem.removeprefix("test_"), {}).setdefault(
+            reason, []
+        ).append(item.name)
+    return report
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -58,13 +111,47 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     rates = _rates(config)
     machine_info["m3er_fast"] = {
         "commit": harness.commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "kind": device.type,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "cuda": torch.version.cuda,
         "copy_bytes_per_second": rates.copy,
         "operations_per_second": rates.flops,
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--roofline")
+    if path is None:
+        return
+    import figures
+    from report import TITLES
+
+    points = figures.points(session.config.stash[_ROWS], TITLES)
+    if points:
+        rates = _rates(session.config)
+        figures.roofline(points, rates.copy, rates.flops, path)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    rows = {(row["group"], row["contestant"]): row for row in harness.with_ratios(config.stash[_ROWS])}
+    for result in output_json["benchmarks"]:
+        info = result["extra_info"]
+        info.update(rows.get((info.get("group"), info.get("contestant")), {}))
+        result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
+    output_json["skipped"] = config.stash[_SKIPPED]
+
+
+def _processor():
+    """The CPU's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def _version(name):
@@ -74,6 +161,7 @@ def _version(name):
         return None
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_ROWS]
     if rows:

@@ -2,25 +2,26 @@
 
 A benchmark is a group of contestants on one workload, run one after the other in one process. Of each the median is
 kept; its share of the floor (the least bytes over the rate at which this device copies, or the least operations over
-the rate at which it multiplies matrices, whichever takes longer) and its ratio to ours are taken in the same run.
+the rate at which it multiplies matrices, whichever takes longer) and its ratio to the others are taken in the same run.
+Beside them stand the most memory that one call takes, and how far its result is from the same in float64.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
-import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from m3er_fast.functional import BackendUnavailableError
 
 OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
@@ -31,6 +32,9 @@ GRAPHED_CALLS = 16
 # A round takes about this long, so that waiting for the device once a round costs nothing that shows.
 _ROUND_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 _ROUNDS = {"cpu": 15, "cuda": 20}
+# Of what takes long there are fewer rounds, and five at least, so that there are quartiles.
+_SECONDS = 3.0
+_LEAST_ROUNDS = 5
 
 
 def now() -> float:
@@ -63,12 +67,17 @@ class Rates:
         """By torch's own copy and matrix products."""
         large = device.type == "cuda"
         copy = cls._copies(torch.randn(2**28 if large else 2**26, device=device))
-        flops = {"fp32": cls._products(device, torch.float32, large=large, tf32=False)}
+        flops = {
+            "fp64": cls._products(device, torch.float64, large=large, tf32=False),
+            "fp32": cls._products(device, torch.float32, large=large, tf32=False),
+            "bf16": cls._products(device, torch.bfloat16, large=large, tf32=True),
+        }
         if large:
             flops["tf32x3"] = cls._products(device, torch.float32, large=True, tf32=True) / 3
-            flops["bf16"] = cls._products(device, torch.bfloat16, large=True, tf32=True)
         else:
-            flops["tf32x3"] = flops["bf16"] = flops["fp32"]  # computed in float32
+            flops["tf32x3"] = flops["fp32"]  # computed in float32
+            # Some CPUs multiply bfloat16 slower than float32, which can hold it.
+            flops["bf16"] = max(flops["bf16"], flops["fp32"])
         return cls(copy, flops)
 
     @staticmethod
@@ -87,13 +96,13 @@ class Rates:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def floor(self, work: Any) -> float:
-        """Seconds that ``work`` (``m3er_fast.kernels._launch.Work``) takes at least."""
-        return max(work.bytes / self.copy, work.flops / self.flops[work.unit])
+    def floor(self, *works: Any) -> float:
+        """Seconds that ``works`` (``m3er_fast.kernels._launch.Work``) take at least, one after the other."""
+        return sum(max(work.bytes / self.copy, work.flops / self.flops[work.unit]) for work in works)
 
 
 class Rotation:
-    """Inputs in turn, of which together no cache holds all."""
+    """Inputs in turn, of which together no cache holds all; the first ones are those of seed 0."""
 
     def __init__(self, make: Callable[[int], Any], size: int, device: torch.device) -> None:
         copies = min(_MOST_COPIES, math.ceil(_ROTATED_BYTES[device.type] / max(size, 1)) + 1)
@@ -105,8 +114,6 @@ class Rotation:
 
 def graphed(step: Callable[[], Any], calls: int) -> Callable[[], Any]:
     """``calls`` of ``step`` captured in one CUDA graph: what is left when launching costs nothing."""
-    if not torch.cuda.is_available():
-        pytest.skip("CUDA graphs need a GPU")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -126,17 +133,147 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
+def needs_gpu(contestant: str, device: torch.device) -> None:
+    """Skip a contestant that runs on a GPU alone, elsewhere."""
+    if device.type != "cuda":
+        pytest.skip(f"{contestant} needs a GPU")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_type(config: pytest.Config) -> str:
+    """The kind of device that is measured, as the workloads are listed by."""
+    return torch.device(config.getoption("--device")).type
+
+
+def import_peer(name: str) -> Any:
+    """A peer's module, or skip."""
+    return pytest.importorskip(name, reason=f"{name.partition('.')[0]} is not installed")
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    """Every tensor or array of a result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, (list, tuple)):
+        return [tensor for part in result for tensor in tensors(part)]
+    return [torch.as_tensor(result)]
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    """The largest difference of two results : the largest number of ``wanted``; of several tensors, the worst."""
+    worst = 0.0
+    for ours, oracle in zip(tensors(found), tensors(wanted), strict=True):
+        ours, oracle = ours.detach().double().cpu(), oracle.detach().double().cpu()
+        worst = max(worst, float((ours - oracle).abs().max() / oracle.abs().max()))
+    return worst
+
+
+def missed(found: Any, wanted: torch.Tensor) -> float:
+    """The share of neighbours ``wanted`` (Q, K) that were not ``found``, in whatever order."""
+    found = torch.as_tensor(found).cpu()
+    return 1.0 - float((found[:, :, None] == wanted[:, None, :]).any(dim=1).double().mean())
+
+
+# --- Memory ---
+
+
+def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
+    """The most memory that a call of ``step`` holds beyond what was held before it.
+
+    Of a GPU what torch allocated. Of a CPU the process's resident pages, whoever took them, torch, NumPy or a peer's
+    own code: free memory is given back first, so that it counts again, and the kernel's high-water mark is set back.
+    None where there is no such mark: it is Linux's.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    if "pyarrow" in sys.modules:  # it has an allocator of its own
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        held = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - held)
+    except (AttributeError, OSError):
+        return None
+
+
+def _resident(mark: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
+    return 1024 * int(line.split()[1])
+
+
+# --- Time ---
+
+
 def measure(benchmark: Any, device: torch.device, step: Callable[[], Any], calls: int = 1) -> float:
     """Median seconds of a call, in rounds of as many as fill a round; ``step`` makes several ``calls``."""
     once = best_seconds(step, 3)
     iterations = max(1, math.ceil(_ROUND_SECONDS[device.type] / max(once, 1e-7)))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-    benchmark.pedantic(step, rounds=_ROUNDS[device.type], iterations=min(iterations, 1000), warmup_rounds=1)
-    if device.type == "cuda":
-        benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held
+    rounds = max(_LEAST_ROUNDS, min(_ROUNDS[device.type], int(_SECONDS / max(once, 1e-7))))
+    benchmark.pedantic(step, rounds=rounds, iterations=min(iterations, 1000), warmup_rounds=1)
     return float(benchmark.stats.stats.median) / calls
+
+
+def measure_once(benchmark: Any, device: torch.device, step: Callable[[], Any]) -> tuple[float, Any, int | None]:
+    """Seconds, result and peak memory of a single call: of a contestant that takes minutes."""
+    results = []
+    peak = peak_bytes(device, lambda: results.append(benchmark.pedantic(step, rounds=1)))
+    return float(benchmark.stats.stats.median), results[0], peak
+
+
+# --- Results ---
+
+
+def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with ``ratios``: the time of every other contestant of its group : its own."""
+    return [
+        row
+        | {
+            "ratios": {
+                other["contestant"]: other["median"] / row["median"]
+                for other in rows
+                if other["group"] == row["group"] and other is not row
+            }
+        }
+        for row in rows
+    ]
+
+
+HEADER = ("time", "share of floor", "bytes / s", "peak memory", "error", "time : ours")
+
+
+def cells(row: dict[str, Any], ours: float | None) -> tuple[str, ...]:
+    """A row as text, in the order of ``HEADER``; what is not known is empty."""
+    floor, moved, median = row.get("floor"), row.get("bytes"), row["median"]
+    return (
+        shown_seconds(median),
+        "" if floor is None else f"{floor / median:.0%}",
+        "" if moved is None else f"{moved / median / 1e9:.3g} GB/s",
+        shown_bytes(row.get("peak_bytes")),
+        "" if row.get("error") is None else f"{row['error']:.1e}" if row["error"] else "0",
+        "" if ours is None else f"{median / ours:.2f}",
+    )
+
+
+def shown_seconds(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
+    return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+
+
+def shown_bytes(number: float | None) -> str:
+    """Megabytes; empty for None."""
+    return "" if number is None else f"{number / 1e6:.3g} MB" if number < 1e9 else f"{number / 1e9:.3g} GB"
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -145,18 +282,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     for group in dict.fromkeys(row["group"] for row in rows):
         results = [row for row in rows if row["group"] == group]
         ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
-        lines += ["", f"**{group}**", "", "| | time | share of floor | bytes / s | time : ours |"]
-        lines.append("|---|---|---|---|---|")
-        for row in results:
-            floor, moved, median = row.get("floor"), row.get("bytes"), row["median"]
-            cells = (
-                row["contestant"],
-                f"{median * 1e3:.3g} ms" if median >= 1e-3 else f"{median * 1e6:.3g} µs",
-                "" if floor is None else f"{floor / median:.0%}",
-                "" if moved is None else f"{moved / median / 1e9:.3g} GB/s",
-                "" if ours is None else f"{median / ours:.2f}",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", f"**{group}**", "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
+        lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
     return lines
 
 
@@ -166,45 +293,6 @@ def commit() -> str:
     return found.stdout.strip() or os.environ.get("M3ER_COMMIT", "unknown")
 
 
-# --- Contestants that take turns, so that a busy moment of the machine hits all of them ---
-
-
 def draw(*shape: int, seed: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal random numbers, the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after one that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, run in contestants.items():
-            start = now()
-            run()
-            if turn:
-                times[name].append(now() - start)
-    return times
-
-
-def report(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    """Print and return the medians, and the quartiles of the rounds' ratios to ours."""
-    lines = {}
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, times[ours], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        milliseconds = 1e3 * statistics.median(seconds)
-        lines[name] = {"milliseconds": milliseconds, "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
-    print()
-    for name, line in lines.items():
-        print(f"  {name:34s} {line['milliseconds']:9.2f} ms {line['ratio']:7.2f}x")
-    return lines
-
-
-def works(step: Callable[[], Any]) -> bool:
-    """Whether the contestant's backend works here; if not, the reason is printed."""
-    try:
-        step()
-    except BackendUnavailableError as error:
-        print(f"  left out: {error}")
-        return False
-    return True

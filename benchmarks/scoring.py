@@ -67,29 +67,37 @@ def read_rate(plan, threads, verify):
     return sum(read) / (time.perf_counter() - start)
 
 
-def model_rate(plan, scorer, rows):
-    """Utterances a second of the model alone, on the batches of the first windows, which lie ready in memory."""
-    batches = []
-    for shard in plan.shards:
-        for table in read_windows(plan.corpus, shard, window_bytes=scorer.window_bytes):
-            decoded = decode_rows(table, scorer.model.input_dims)
-            for batch in plan_batches(decoded.lengths, scorer.batch_frames):
-                steps = int(decoded.lengths[batch].max())
-                features = {
-                    name: torch.from_numpy(column.padded(batch, steps)) for name, column in decoded.columns.items()
-                }
-                batches.append((features, torch.from_numpy(decoded.lengths[batch])))
-            if sum(len(lengths) for _, lengths in batches) >= rows:
-                break
-        else:
-            continue
-        break
+def ready_batches(plan, scorer, rows):
+    """The batches that the scorer would make of the first windows, of at least ``rows`` utterances, in memory."""
+    batches, found = [], 0
+    tables = (
+        table for shard in plan.shards for table in read_windows(plan.corpus, shard, window_bytes=scorer.window_bytes)
+    )
+    for table in tables:
+        decoded = decode_rows(table, scorer.model.input_dims)
+        for batch in plan_batches(decoded.lengths, scorer.batch_frames):
+            steps = int(decoded.lengths[batch].max())
+            features = {name: torch.from_numpy(column.padded(batch, steps)) for name, column in decoded.columns.items()}
+            batches.append((features, torch.from_numpy(decoded.lengths[batch])))
+            found += len(batch)
+        if found >= rows:
+            break
+    return batches
+
+
+def run_model(model, batches):
+    """Class probabilities of ready batches."""
     with torch.inference_mode():
-        scorer.model(*batches[0])
-        start = time.perf_counter()
-        for batch in batches:
-            scorer.model.probabilities(scorer.model(*batch))
-        return sum(len(lengths) for _, lengths in batches) / (time.perf_counter() - start)
+        return [model.probabilities(model(*batch)) for batch in batches]
+
+
+def model_rate(plan, scorer, rows):
+    """Utterances a second of the model alone, on batches that lie ready in memory."""
+    batches = ready_batches(plan, scorer, rows)
+    run_model(scorer.model, batches[:1])
+    start = time.perf_counter()
+    run_model(scorer.model, batches)
+    return sum(len(lengths) for _, lengths in batches) / (time.perf_counter() - start)
 
 
 def main():

@@ -1,18 +1,109 @@
-"""Fitting a CCA, which is computed on the CPU in float64."""
+"""Fitting a CCA, which is computed on the CPU in float64, beside scikit-learn, cca-zoo and torch's SVD."""
 
+import functools
+
+import harness
 import numpy as np
 import pytest
 import torch
+from sklearn import cross_decomposition
+from workloads import CCA_FITS
 
 from m3er_fast import CCA
+from m3er_fast.kernels._launch import Work
+
+CONTESTANTS = (
+    "ours",
+    "torch covariance + SVD",
+    "torch covariance + SVD, float64",
+    "cca-zoo CCA",
+    "scikit-learn CCA",
+)
+# scikit-learn iterates to each component: minutes at the first size, up to its default cap of 500 iterations.
+SLOW = "scikit-learn CCA"
+COMPARED = "20,000 rows of 300 and 74"
 
 
-def draw(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def pytest_generate_tests(metafunc):
+    cases = [
+        (name, contestant)
+        for name in CCA_FITS[harness.device_type(metafunc.config)]
+        for contestant in CONTESTANTS
+        if name == COMPARED or contestant != SLOW
+    ]
+    metafunc.parametrize(("workload", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
-@pytest.mark.benchmark(group="CCA fit, n=20000, 300 x 74, k=30")
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_cca(benchmark, dtype):
-    x, y = draw(20000, 300).numpy().astype(dtype), draw(20000, 74).numpy().astype(dtype)
-    assert benchmark(CCA(n_components=30).fit, x, y).n_components_ == 30
+@functools.lru_cache(maxsize=1)
+def views(pair):
+    """Two views of as many latent numbers as components are wanted, each of its own strength, and noise."""
+    latent = harness.draw(pair.rows, pair.components, seed=0) * torch.linspace(0.2, 2.0, pair.components)
+    return [
+        (latent @ harness.draw(pair.components, d, seed=seed) + 3.0 * harness.draw(pair.rows, d, seed=seed + 2)).numpy()
+        for seed, d in enumerate((pair.x_features, pair.y_features), start=1)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def oracle(pair):
+    """Canonical correlations by two QR decompositions in float64, without a covariance."""
+    bases = [np.linalg.qr(x - x.mean(axis=0))[0] for x in (view.astype(np.float64) for view in views(pair))]
+    return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)[: pair.components]
+
+
+def by_torch_svd(x, y, components, dtype):
+    """The textbook's way: the joint covariance, two eigendecompositions, one SVD, all in one precision."""
+    x, y = (view - view.mean(dim=0) for view in (torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype)))
+
+    def whitener(view):
+        values, vectors = torch.linalg.eigh(view.T @ view / (len(view) - 1))
+        return vectors / values.sqrt()
+
+    left, right = whitener(x), whitener(y)
+    u, correlations, v = torch.linalg.svd(left.T @ (x.T @ y / (len(x) - 1)) @ right, full_matrices=False)
+    return left @ u[:, :components], right @ v[:components].T, correlations[:components]
+
+
+def correlations_of_variates(u, v):
+    """Of each pair of columns, the largest first."""
+    u, v = (np.asarray(part, dtype=np.float64) for part in (u, v))
+    u, v = u - u.mean(axis=0), v - v.mean(axis=0)
+    return np.sort((u * v).sum(axis=0) / np.sqrt((u**2).sum(axis=0) * (v**2).sum(axis=0)))[::-1].copy()
+
+
+def fit_of(contestant, k):
+    """How a contestant fits two views, and its canonical correlations of what it fitted."""
+    if contestant == "ours":
+        return lambda x, y: CCA(n_components=k, ridge=0.0).fit(x, y), lambda cca, *_: cca.correlations_
+    if contestant.startswith("torch"):
+        dtype = torch.float64 if contestant.endswith("float64") else torch.float32
+        return lambda x, y: by_torch_svd(x, y, k, dtype), lambda fitted, *_: fitted[2]
+    if contestant == "cca-zoo CCA":
+        peer = harness.import_peer("cca_zoo.linear")
+        return (
+            lambda x, y: peer.CCA(n_components=k).fit([x, y]),
+            lambda cca, x, y: correlations_of_variates(*cca.transform([x, y])),
+        )
+    return (
+        lambda x, y: cross_decomposition.CCA(n_components=k).fit(x, y),
+        lambda cca, x, y: correlations_of_variates(*cca.transform(x, y)),
+    )
+
+
+@pytest.mark.benchmark(timer=harness.now)
+def test_fit(benchmark, contest, device, workload, contestant):
+    pair = CCA_FITS[device.type][workload]
+    benchmark.group = f"CCA fit, {workload}, k={pair.components}"
+    fit, correlations = fit_of(contestant, pair.components)
+    features = pair.x_features + pair.y_features
+    # The same numbers lie in several places, so that no cache holds them.
+    inputs = harness.Rotation(lambda _: [x.copy() for x in views(pair)], 4 * pair.rows * features, device)
+    # The covariance is symmetric: half of its products are work.
+    work = Work(4 * pair.rows * features, pair.rows * features * (features + 1), "fp64")
+    contest(
+        contestant,
+        lambda: fit(*inputs()),
+        [work],
+        error=lambda fitted: harness.relative_error(correlations(fitted, *views(pair)), oracle(pair)),
+        once=contestant == SLOW,
+    )

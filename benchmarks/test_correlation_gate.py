@@ -1,47 +1,46 @@
 """The statistics of the modality check, beside the definition step by step, the same folded, compiled and graphed."""
 
+import functools
 import itertools
 
 import harness
 import pytest
 import torch
+from workloads import GATE
 
 from m3er_fast import CCA, ModalityCheck, functional, reference
 
-DIMS = {"text": 300, "audio": 74, "face": 35}
-COMPONENTS = 30
-CONTESTANTS = ("ours", "eager", "eager, folded", "compiled")
 GPU_CONTESTANTS = ("ours, graphed", "eager, graphed", "eager, folded, graphed")
+CONTESTANTS = ("ours", "eager", "eager, folded", "compiled", *GPU_CONTESTANTS)
 
 
 def pytest_generate_tests(metafunc):
-    on_gpu = torch.device(metafunc.config.getoption("--device")).type == "cuda"
-    metafunc.parametrize("contestant", CONTESTANTS + (GPU_CONTESTANTS if on_gpu else ()))
-    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if on_gpu else {})
-    metafunc.parametrize("dtype", dtypes.values(), ids=dtypes)
-    metafunc.parametrize("batch", [32, 8192, *([65536] if on_gpu else [])])
+    workloads = GATE[harness.device_type(metafunc.config)]
+    cases = [(name, contestant) for name in workloads for contestant in CONTESTANTS]
+    metafunc.parametrize(("workload", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
 class Definition:
     """ρ and energy as the method reads: centre, project, weigh, correlate over components; whiten, square."""
 
-    def __init__(self, features, device):
-        self.mean = [x.mean(dim=0).to(device) for x in features]
+    def __init__(self, features, components, dtype):
+        self.dtype = dtype
+        self.mean = [x.double().mean(dim=0).to(dtype) for x in features]
         self.pairs = []
         for i, j in itertools.combinations(range(len(features)), 2):
-            cca = CCA(n_components=COMPONENTS).fit(features[i], features[j])
+            cca = CCA(n_components=components).fit(features[i], features[j])
             parts = (cca.x_rotations_, cca.y_rotations_, cca.correlations_)
-            self.pairs.append((i, j, *(torch.as_tensor(part).float().to(device) for part in parts)))
+            self.pairs.append((i, j, *(torch.as_tensor(part).to(features[0].device, dtype) for part in parts)))
         # Shrunk as the check and CCA shrink, by a thousandth of the mean variance.
         self.whitener = []
         for x in features:
             covariance = x.T.double().cov()
-            covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+            covariance.diagonal().add_(1e-3 * covariance.diagonal().mean())
             factor = torch.linalg.cholesky(covariance)
-            self.whitener.append(torch.linalg.inv(factor).T.float().to(device))
+            self.whitener.append(torch.linalg.inv(factor).T.to(dtype))
 
     def __call__(self, features):
-        centered = [x.float() - mean for x, mean in zip(features, self.mean, strict=True)]
+        centered = [x.to(self.dtype) - mean for x, mean in zip(features, self.mean, strict=True)]
         correlation = []
         for i, j, left, right, canonical in self.pairs:
             u, v = centered[i] @ left * canonical.sqrt(), centered[j] @ right * canonical.sqrt()
@@ -51,28 +50,31 @@ class Definition:
         return torch.stack(correlation, dim=1), torch.stack(energy, dim=1)
 
 
-@pytest.fixture(scope="module")
-def fitted(device):
-    """The folded matrices, and the definition, of the same training data."""
+@functools.cache
+def fitted(dims, components, device):
+    """The folded matrices, and the definition in float32 and float64, of the same training data."""
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(4096, COMPONENTS, generator=generator)
+    shared = torch.randn(4096, components, generator=generator)
     features = {
-        name: shared @ torch.randn(COMPONENTS, d, generator=generator) + torch.randn(4096, d, generator=generator)
-        for name, d in DIMS.items()
+        name: (shared @ torch.randn(components, d, generator=generator) + torch.randn(4096, d, generator=generator)).to(
+            device
+        )
+        for name, d in dims
     }
-    check = ModalityCheck(DIMS, n_components=COMPONENTS).fit(features).to(device)
-    definition = Definition(list(features.values()), device)
-    sample = [x[:100].to(device) for x in features.values()]
-    folded = functional.gate_statistics(sample, check.projections_)
-    for ours, defined in zip(folded, definition(sample), strict=True):
-        torch.testing.assert_close(ours, defined, rtol=1e-3, atol=1e-3)
-    return check.projections_, definition
+    check = ModalityCheck(dict(dims), n_components=components).fit(features).to(device)
+    views = list(features.values())
+    return check.projections_, *(Definition(views, components, dtype) for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.benchmark(timer=harness.now)
-def test_gate(benchmark, contest, device, fitted, batch, dtype, contestant):
-    projections, definition = fitted
-    benchmark.group = f"gate, {batch} samples, d=300/74/35, k=30, {str(dtype).removeprefix('torch.')}"
+def test_gate(benchmark, contest, device, workload, contestant):
+    if contestant in GPU_CONTESTANTS:
+        harness.needs_gpu(contestant, device)
+    sizes = GATE[device.type][workload]
+    projections, definition, oracle = fitted(tuple(sizes.dims.items()), sizes.components, device)
+    features = "/".join(map(str, sizes.dims.values()))
+    dtype = harness.dtype_name(sizes.dtype)
+    benchmark.group = f"gate, {sizes.batch} samples, d={features}, k={sizes.components}, {dtype}"
     kind = contestant.removesuffix(", graphed")
     statistics = functional.gate_statistics if kind == "ours" else reference.gate_statistics
     if kind == "compiled":
@@ -80,15 +82,17 @@ def test_gate(benchmark, contest, device, fitted, batch, dtype, contestant):
 
     def make(seed):
         generator = torch.Generator(device).manual_seed(seed)
-        return [torch.randn(batch, d, device=device, generator=generator).to(dtype) for d in DIMS.values()]
+        return [
+            torch.randn(sizes.batch, d, device=device, generator=generator).to(sizes.dtype) for d in sizes.dims.values()
+        ]
 
-    inputs = harness.Rotation(make, batch * sum(DIMS.values()) * dtype.itemsize, device)
+    inputs = harness.Rotation(make, sizes.batch * sum(sizes.dims.values()) * sizes.dtype.itemsize, device)
 
     def step():
         return definition(inputs()) if kind == "eager" else statistics(inputs(), projections)
 
-    assert all(value.isfinite().all() for value in step())
     kernels = pytest.importorskip("m3er_fast.kernels.correlation_gate")
     ranks = [whitener.shape[0] for whitener in projections.whitener]
-    work = kernels.work(batch, list(DIMS.values()), [COMPONENTS] * 3, ranks, dtype)
-    contest(contestant, step, work)
+    pairs = len(projections.left)
+    work = kernels.work(sizes.batch, list(sizes.dims.values()), [sizes.components] * pairs, ranks, sizes.dtype)
+    contest(contestant, step, [work], error=lambda result: harness.relative_error(result, oracle(make(0))))

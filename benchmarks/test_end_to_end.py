@@ -5,29 +5,25 @@ the exact search by products and top-k, one dense solve for all proxies, the los
 """
 
 import contextlib
+import copy
 import functools
 from unittest import mock
 
 import harness
 import pytest
 import torch
+import work
+from workloads import MODELS
 
 from m3er_fast import M3ERFusion, functional, neighbors
 
-# name: feature counts, B, T
-WORKLOADS = {
-    "tiny": ({"text": 32, "audio": 16, "face": 8}, 8, 4),
-    "CMU-MOSEI": ({"text": 300, "audio": 74, "face": 35}, 64, 20),
-    "paper": ({"text": 300, "audio": 74, "face": 36}, 256, 20),
-    "embeddings": ({"text": 768, "audio": 1024, "face": 512}, 256, 1),
-}
 CLASSES = 6
 # Of more frames a round of the reference's proxies takes seconds on the CPU.
 MOST_LOST_FRAMES_ON_CPU = 2000
 # Utterances that standardiser, check and bank are fitted to.
 FITTED = 512
-CONTESTANTS = ("ours", "reference")
 GPU_CONTESTANTS = ("ours, recorded",)
+CONTESTANTS = ("ours", "reference", *GPU_CONTESTANTS)
 # The operations that a model calls, and the argument that asks for plain PyTorch.
 OPERATIONS = {
     "fusion_loss": {"backend": "torch"},
@@ -38,18 +34,20 @@ OPERATIONS = {
 
 
 def pytest_generate_tests(metafunc):
-    on_gpu = torch.device(metafunc.config.getoption("--device")).type == "cuda"
+    device = harness.device_type(metafunc.config)
     cases = [
         (workload, way, contestant)
-        for workload in WORKLOADS
+        for workload, views in MODELS[device].items()
         for way in ("training step", "inference", "inference, a third lost")
-        for contestant in CONTESTANTS + (GPU_CONTESTANTS if on_gpu and way != "training step" else ())
-        if on_gpu
-        or contestant == "ours"
-        or not way.endswith("lost")
-        or WORKLOADS[workload][1] * WORKLOADS[workload][2] <= MOST_LOST_FRAMES_ON_CPU
+        for contestant in CONTESTANTS
+        if not (contestant == "ours, recorded" and way == "training step")
+        and not (contestant == "reference" and way.endswith("lost") and too_many_frames(views, device))
     ]
     metafunc.parametrize(("workload", "way", "contestant"), cases, ids=["-".join(case) for case in cases])
+
+
+def too_many_frames(views, device):
+    return device == "cpu" and views.frames > MOST_LOST_FRAMES_ON_CPU
 
 
 def by_products(query, bank, k, *, allowed=None, **_):
@@ -72,48 +70,72 @@ def plain_operations():
         yield
 
 
-def views(dims, batch, steps, seed, device):
+def draw(views, seed, device, batch=None):
     """Modalities that partly say the same: maps of one latent, and noise; the maps are the same for every seed."""
-    latent = harness.draw(batch, steps, 16, seed=seed, device=device)
+    frames = batch or views.batch, views.steps
+    latent = harness.draw(*frames, 16, seed=seed, device=device)
     return {
         name: latent @ harness.draw(16, dim, seed=1000 + dim, device=device)
-        + harness.draw(batch, steps, dim, seed=2000 + seed * 7 + dim, device=device)
-        for name, dim in dims.items()
+        + harness.draw(*frames, dim, seed=2000 + seed * 7 + dim, device=device)
+        for name, dim in views.dims.items()
     }
 
 
 @functools.cache
 def fitted(workload, device):
-    dims, _, steps = WORKLOADS[workload]
+    views = MODELS[device.type][workload]
     torch.manual_seed(0)
-    return M3ERFusion(dims, CLASSES).to(device).fit(views(dims, FITTED, steps, 0, device))
+    return M3ERFusion(views.dims, CLASSES).to(device).fit(draw(views, 0, device, batch=FITTED))
+
+
+def effective_of(views, way, device):
+    """Which modalities are there: all, or None for those of which each sample has lost one."""
+    if not way.endswith("lost"):
+        return None
+    available = torch.ones(views.batch, len(views.dims), dtype=torch.bool, device=device)
+    available[torch.arange(views.batch), torch.arange(views.batch) % len(views.dims)] = False
+    return available
+
+
+def result_of(run, model, features, available, way):
+    """What is timed: the logits, or the gradient of all parameters."""
+    if way == "training step":
+        first = next(iter(features.values()))
+        target = torch.arange(len(first), device=first.device) % CLASSES
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(model.loss(model(features), target), parameters)
+    with torch.no_grad():
+        return run(features, available=available).logits
+
+
+@functools.lru_cache(maxsize=1)
+def oracle(workload, way, device):
+    """The network in float64, by the plain operations; features, fitted parts and so proxies keep their precision."""
+    views = MODELS[device.type][workload]
+    model = copy.deepcopy(fitted(workload, device)).double().train(way == "training step")
+    features = {name: x.double() for name, x in draw(views, 1, device).items()}
+    with plain_operations():
+        return result_of(model, model, features, effective_of(views, way, device), way)
 
 
 @pytest.mark.benchmark(timer=harness.now)
 def test_model(benchmark, contest, device, workload, way, contestant):
-    dims, batch, steps = WORKLOADS[workload]
-    benchmark.group = f"{way}, {workload}: B={batch}, T={steps}, d={'/'.join(map(str, dims.values()))}"
+    if contestant in GPU_CONTESTANTS:
+        harness.needs_gpu(contestant, device)
+    views = MODELS[device.type][workload]
+    features = "/".join(map(str, views.dims.values()))
+    benchmark.group = f"{way}, {workload}: B={views.batch}, T={views.steps}, d={features}"
     model = fitted(workload, device).train(way == "training step")
-    target = torch.arange(batch, device=device) % CLASSES
-    effective = torch.ones(batch, len(dims), dtype=torch.bool, device=device)
-    if way.endswith("lost"):  # one of the three modalities in each sample
-        effective[torch.arange(batch), torch.arange(batch) % len(dims)] = False
-    available = effective if way.endswith("lost") else None
-    size = 4 * batch * steps * sum(dims.values())
-    inputs = harness.Rotation(lambda seed: views(dims, batch, steps, 1 + seed, device), size, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    run = model.compile_for_inference(batch, steps) if contestant.endswith("recorded") else model
-
-    def train():
-        return torch.autograd.grad(model.loss(model(inputs()), target), parameters)[0]
-
-    def infer():
-        with torch.no_grad():
-            return run(inputs(), available=available).logits
-
-    step = train if way == "training step" else infer
+    available = effective_of(views, way, device)
+    inputs = harness.Rotation(lambda seed: draw(views, 1 + seed, device), views.bytes, device)
+    run = model.compile_for_inference(views.batch, views.steps) if contestant.endswith("recorded") else model
+    wanted = oracle(workload, way, device)
     with plain_operations() if contestant == "reference" else contextlib.nullcontext():
         model.proxy_generator._prepared = None  # its search is that of the contestant
-        assert step().isfinite().all()
-        benchmark.extra_info["samples"] = batch
-        contest(contestant, step)
+        contest(
+            contestant,
+            lambda: result_of(run, model, inputs(), available, way),
+            work.model(views, CLASSES, training=way == "training step"),
+            error=lambda result: harness.relative_error(result, wanted),
+            samples=views.batch,
+        )

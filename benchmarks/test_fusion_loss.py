@@ -1,45 +1,30 @@
 """The fusion loss, value and gradient, beside the same maths in plain PyTorch, compiled, graphed, and a peer."""
 
+import functools
 from typing import get_args
 
 import harness
 import pytest
 import torch
+from workloads import LOSS
 
 from m3er_fast import functional, reference
 
-# name -> modalities, samples, classes, type
-WORKLOADS = {
-    "batch of 256, 6 classes": (3, 256, 6, torch.float32),
-    "8192 samples, 6 classes": (3, 8192, 6, torch.float32),
-    "65536 samples, 6 classes": (3, 65536, 6, torch.float32),
-    "4096 samples, 1000 classes": (3, 4096, 1000, torch.float32),
-}
-GPU_WORKLOADS = {
-    "1M samples, 6 classes": (3, 2**20, 6, torch.float32),
-    "1M samples, 6 classes, bf16": (3, 2**20, 6, torch.bfloat16),
-    "65536 samples, 1024 classes, bf16": (3, 65536, 1024, torch.bfloat16),
-    "2048 samples, 32768 classes, bf16": (3, 2048, 32768, torch.bfloat16),
-    "512 samples, 131072 classes, bf16": (3, 512, 131072, torch.bfloat16),
-}
-CONTESTANTS = ("ours", "eager", "compiled")
 GPU_CONTESTANTS = ("ours, graphed", "eager, graphed", "liger-kernel cross entropy")
+CONTESTANTS = ("ours", "eager", "compiled", *GPU_CONTESTANTS)
 # The variants differ in arithmetic only: one size tells.
 COMPARED = "65536 samples, 6 classes"
 
 
 def pytest_generate_tests(metafunc):
-    on_gpu = torch.device(metafunc.config.getoption("--device")).type == "cuda"
-    workloads = WORKLOADS | (GPU_WORKLOADS if on_gpu else {})
-    contestants = CONTESTANTS + (GPU_CONTESTANTS if on_gpu else ())
+    workloads = LOSS[harness.device_type(metafunc.config)]
     cases = [
-        (name, sizes, variant, contestant)
-        for name, sizes in workloads.items()
+        (name, variant, contestant)
+        for name in workloads
         for variant in (get_args(reference.Variant) if name == COMPARED else ("m3er",))
-        for contestant in contestants
+        for contestant in CONTESTANTS
     ]
-    ids = [f"{name}-{variant}-{contestant}" for name, _, variant, contestant in cases]
-    metafunc.parametrize(("workload", "sizes", "variant", "contestant"), cases, ids=ids)
+    metafunc.parametrize(("workload", "variant", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
 def loss_of(contestant, variant):
@@ -54,29 +39,45 @@ def loss_of(contestant, variant):
     if contestant.startswith("liger"):
         # Plain cross entropy of every modality's logits: the same memory, less arithmetic. It writes the gradient over
         # the logits, which then are what the next turn of the rotation reads: other numbers, the same work.
-        peer = pytest.importorskip("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss()
+        peer = harness.import_peer("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss()
         return lambda logits, target: peer(logits.flatten(0, 1), target.repeat(logits.shape[0]))
     return eager if contestant.startswith("eager") else ours
 
 
+def make(sizes, device, seed):
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (sizes.modalities, sizes.batch, sizes.classes)
+    logits = torch.randn(shape, device=device, generator=generator).to(sizes.dtype)
+    return logits.requires_grad_(), torch.randint(0, sizes.classes, (sizes.batch,), device=device, generator=generator)
+
+
+def gradient(loss, logits, target):
+    return torch.autograd.grad(loss(logits, target), logits)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def oracle(sizes, device, variant):
+    logits, target = make(sizes, device, 0)
+    return gradient(loss_of("eager", variant), logits.detach().double().requires_grad_(), target)
+
+
 @pytest.mark.benchmark(timer=harness.now)
-def test_loss_and_gradient(benchmark, contest, device, workload, sizes, variant, contestant):
-    modalities, batch, classes, dtype = sizes
+def test_loss_and_gradient(benchmark, contest, device, workload, variant, contestant):
+    if contestant in GPU_CONTESTANTS:
+        harness.needs_gpu(contestant, device)
+    sizes = LOSS[device.type][workload]
     benchmark.group = f"fusion loss and gradient, {workload}, {variant}"
     loss = loss_of(contestant, variant)
-    size = modalities * batch * classes
+    size = 2 * sizes.modalities * sizes.batch * sizes.classes * sizes.dtype.itemsize
+    inputs = harness.Rotation(functools.partial(make, sizes, device), size, device)
 
-    def make(seed):
-        generator = torch.Generator(device).manual_seed(seed)
-        logits = torch.randn(modalities, batch, classes, device=device, generator=generator).to(dtype)
-        return logits.requires_grad_(), torch.randint(0, classes, (batch,), device=device, generator=generator)
+    def error(result):
+        return harness.relative_error(result, oracle(sizes, device, variant))
 
-    inputs = harness.Rotation(make, 2 * size * dtype.itemsize, device)
-
-    def step():
-        logits, target = inputs()
-        return torch.autograd.grad(loss(logits, target), logits)[0]
-
-    assert step().isfinite().all()
-    work = pytest.importorskip("m3er_fast.kernels.fusion_loss").work(modalities, batch, classes, dtype)
-    contest(contestant, step, work)
+    work = pytest.importorskip("m3er_fast.kernels.fusion_loss").work(*sizes)
+    contest(
+        contestant,
+        lambda: gradient(loss, *inputs()),
+        [work],
+        error=None if contestant.startswith("liger") else error,
+    )

@@ -1,69 +1,116 @@
 """Local least squares beside scikit-learn's weights, CuPy, and plain PyTorch, eager and compiled.
 
-Run with ``pytest benchmarks/test_local_lstsq.py --benchmark-only -s``. The contestants take turns; see
-``harness.py``. scikit-learn computes weights alone; everyone else's time has the proxies in it as well. Nothing
-is asserted about time.
+scikit-learn computes weights alone; everyone else's time has the proxies in it as well. Its ridge is another one, so
+its weights are compared with its own in float64.
 """
 
-import numpy as np
+import functools
+import itertools
+
+import harness
 import pytest
 import torch
-from harness import compiled, draw, in_turns, report, works
 from sklearn.manifold._locally_linear import barycenter_weights
+from workloads import LOCAL_LSTSQ
 
 from m3er_fast import functional, reference
+from m3er_fast.kernels.local_lstsq import Sizes
+from m3er_fast.kernels.local_lstsq import work as kernel_work
 
-CPU_SIZES = [(1000, 16, 300, 74, torch.float32), (1000, 16, 74, 300, torch.float32), (1000, 64, 300, 74, torch.float32)]
-GPU_SIZES = [
-    (65536, 32, 300, 300, torch.bfloat16),
-    (65536, 16, 300, 300, torch.float32),
-    (16384, 64, 300, 300, torch.bfloat16),
-]
+RIDGE = 1e-3
+COMPARED = 64  # queries whose weights are compared with the oracle's
+CONTESTANTS = ("ours", "ours, affine", "eager", "eager, affine", "compiled", "cupy", "scikit-learn barycenter_weights")
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_local_least_squares(benchmark, device, number):
-    queries, k, features, e, dtype = (CPU_SIZES if device.type == "cpu" else GPU_SIZES)[number]
+def pytest_generate_tests(metafunc):
+    workloads = LOCAL_LSTSQ[harness.device_type(metafunc.config)]
+    cases = [(name, contestant) for name in workloads for contestant in CONTESTANTS]
+    metafunc.parametrize(("workload", "contestant"), cases, ids=["-".join(case) for case in cases])
+
+
+@functools.lru_cache(maxsize=1)
+def inputs_of(sizes, device):
+    """Bank, partners, and what gives queries with their neighbours."""
     rows = 10_000 if device.type == "cpu" else 1_000_000
-    bank, partners = (
-        draw(rows, features, seed=0, device=device, dtype=dtype),
-        draw(rows, e, seed=2, device=device, dtype=dtype),
+    bank = harness.draw(rows, sizes.features, seed=0, device=device, dtype=sizes.dtype)
+    partners = harness.draw(rows, sizes.partner_features, seed=2, device=device, dtype=sizes.dtype)
+
+    def make(seed):
+        query = harness.draw(sizes.queries, sizes.features, seed=100 + seed, device=device) + 0.1
+        if device.type == "cpu":
+            return query, functional.nearest_neighbors(query, bank, sizes.k)[1]
+        # Which rows are gathered does not matter, that they lie apart does.
+        generator = torch.Generator().manual_seed(seed)
+        return query, torch.randint(0, rows, (sizes.queries, sizes.k), generator=generator).to(device)
+
+    # 5 MB a set of gathered rows and more: a few sets are past the cache.
+    return bank, partners, [make(seed) for seed in range(4)]
+
+
+def solution_of(contestant, bank, partners, device):
+    """How a contestant computes proxies and weights of queries and their neighbours."""
+    affine = {"affine": contestant.endswith("affine")}
+    if contestant.startswith("scikit-learn"):
+        if device.type != "cpu":
+            pytest.skip("scikit-learn runs on the CPU")
+        rows = bank.numpy()
+        return lambda query, near: barycenter_weights(query.numpy(), rows, near.numpy(), reg=RIDGE)
+    if contestant == "compiled":
+        plain = harness.compiled(reference.local_least_squares)
+        return lambda query, near: plain(query, bank, partners, near, ridge=RIDGE)
+    backend = {"ours": "auto", "eager": "torch", "cupy": "cupy"}[contestant.removesuffix(", affine")]
+
+    def solve(query, near):
+        return functional.local_least_squares(query, bank, partners, near, ridge=RIDGE, backend=backend, **affine)
+
+    return solve
+
+
+@functools.lru_cache(maxsize=2)
+def oracle(sizes, device, affine):
+    """Weights of the first queries by a QR decomposition in float64 of neighbours and ridge, without a Gram matrix.
+
+    With a = 1/K + N b, whose columns N span what sums to zero, weights that sum to 1 are such a problem of b.
+    """
+    bank, _, ((query, near), *_) = inputs_of(sizes, device)
+    rows, query = bank[near[:COMPARED]].double().cpu().mT, query[:COMPARED].double().cpu()  # (Q, d, K), (Q, d)
+    penalty = RIDGE * rows.square().sum(dim=(1, 2)) / sizes.k
+    mean = 1.0 / sizes.k if affine else 0.0
+    basis = torch.eye(sizes.k, dtype=torch.float64)
+    if affine:
+        basis = torch.linalg.qr(torch.cat([torch.ones(sizes.k, 1), basis], dim=1).double())[0][:, 1:]
+    ridge = penalty.sqrt()[:, None, None] * torch.eye(basis.shape[1], dtype=torch.float64)
+    wanted = torch.cat([query - mean * rows.sum(dim=2), torch.zeros(len(query), basis.shape[1])], dim=1)
+    solution = torch.linalg.lstsq(torch.cat([rows @ basis, ridge], dim=1), wanted[:, :, None]).solution
+    return (basis @ solution)[:, :, 0] + mean
+
+
+def error_of(contestant, sizes, device):
+    """How far a contestant's weights are from the oracle's."""
+    if contestant.startswith("scikit-learn"):
+        bank, _, ((query, near), *_) = inputs_of(sizes, device)
+        wanted = barycenter_weights(query.double().numpy(), bank.double().numpy(), near.numpy(), reg=RIDGE)
+        return lambda weights: harness.relative_error(weights, wanted)
+    wanted = oracle(sizes, device, contestant.endswith("affine"))
+    return lambda result: harness.relative_error(result[1][:COMPARED], wanted)
+
+
+@pytest.mark.benchmark(timer=harness.now)
+def test_local_least_squares(benchmark, contest, device, workload, contestant):
+    if contestant == "cupy":
+        harness.needs_gpu(contestant, device)
+    sizes = LOCAL_LSTSQ[device.type][workload]
+    benchmark.group = (
+        f"local least squares, {sizes.queries} queries, K={sizes.k}, {sizes.features} -> {sizes.partner_features}, "
+        f"{harness.dtype_name(sizes.dtype)}"
     )
-    query = draw(queries, features, seed=1, device=device) + 0.1
-    if device.type == "cpu":
-        neighbors = functional.nearest_neighbors(query, bank, k)[1]
-    else:  # which rows are gathered does not matter, that they lie apart does
-        neighbors = torch.randint(0, rows, (queries, k), generator=torch.Generator().manual_seed(3)).to(device)
-
-    def by(backend, **options):
-        return lambda: functional.local_least_squares(query, bank, partners, neighbors, backend=backend, **options)
-
-    contestants = {"ours": by("auto"), "ours, affine": by("auto", affine=True)}
-    contestants["reference, affine"] = by("torch", affine=True)
-    contestants["reference"] = by("torch")  # on a GPU: eager, by torch.linalg's batched Cholesky
-    if device.type == "cpu":
-        contestants["scikit-learn barycenter_weights"] = lambda: barycenter_weights(
-            query.numpy(), bank.numpy(), neighbors.numpy(), reg=1e-3
-        )
-        assert_equal_weights(query[:3], bank, neighbors[:3])
-    else:
-        plain = compiled(reference.local_least_squares)
-        contestants["reference, compiled"] = lambda: plain(query, bank, partners, neighbors)
-        if works(by("cupy")):
-            contestants["cupy"] = by("cupy")
-    print(f"\n{queries} queries, K={k}, {features} -> {e}, {torch.get_num_threads()} threads", end="")
-    ours = "ours, affine" if device.type == "cpu" else "ours"
-    benchmark.extra_info["contestants"] = report(in_turns(contestants, rounds=15), ours)
-    benchmark.pedantic(contestants[ours], rounds=1)
-
-
-def assert_equal_weights(query, bank, neighbors):
-    """Scikit-learn's weights are ours where the ridge is what it takes: reg·tr(D Dᵀ) of neighbours less the query."""
-    theirs = barycenter_weights(query.numpy(), bank.numpy(), neighbors.numpy(), reg=1e-3)
-    for q, near in enumerate(neighbors):
-        rows = bank[near]
-        ridge = float(1e-3 * (rows - query[q]).square().sum() / (rows.square().sum() / len(near)))
-        _, ours = functional.local_least_squares(
-            query[q : q + 1], bank, bank, neighbors[q : q + 1], ridge=ridge, affine=True
-        )
-        np.testing.assert_allclose(ours[0], theirs[q], rtol=1e-4, atol=1e-5)
+    bank, partners, queries = inputs_of(sizes, device)
+    try:
+        solve = solution_of(contestant, bank, partners, device)
+        solve(*queries[0])
+    except functional.BackendUnavailableError as error:
+        pytest.skip(str(error))
+    inputs = itertools.cycle(queries)
+    features = Sizes(sizes.k, sizes.features, sizes.features, (sizes.partner_features,), (sizes.partner_features,))
+    work = kernel_work(sizes.queries, features, sizes.dtype, sizes.dtype)
+    contest(contestant, lambda: solve(*next(inputs)), [work], error=error_of(contestant, sizes, device))

@@ -10,42 +10,38 @@ import functools
 import harness
 import pytest
 import torch
+import work
 from torch import nn
+from workloads import MEMORY_SCAN
 
 from m3er_fast import MemoryFusionNetwork, functional, reference
 
-DIMS = {"text": 300, "audio": 74, "face": 36}
 HIDDEN = 32
-SIZES = [(batch, steps) for batch in (1, 32, 256, 4096) for steps in (1, 20, 100)]
-MOST_FRAMES_ON_CPU = 2**17
-MOST_COMPILED_STEPS = 20
+MOST_COMPILED_STEPS = 1
 RECOMPUTE = 128
-CONTESTANTS = ("ours", "eager", "compiled", "nn.LSTM")
 RECOMPUTED = f"ours, {RECOMPUTE} at a time"
 GPU_CONTESTANTS = ("ours, graphed", "eager, graphed")
+CONTESTANTS = ("ours", "eager", "compiled", "nn.LSTM", RECOMPUTED, *GPU_CONTESTANTS)
 
 
 def pytest_generate_tests(metafunc):
-    on_gpu = torch.device(metafunc.config.getoption("--device")).type == "cuda"
     cases = [
-        (*size, way, contestant)
-        for size in SIZES
+        (name, way, contestant)
+        for name, views in MEMORY_SCAN[harness.device_type(metafunc.config)].items()
         for way in ("forward", "training step")
-        for contestant in (*CONTESTANTS, RECOMPUTED, *(GPU_CONTESTANTS if on_gpu else ()))
-        if (on_gpu or size[0] * size[1] <= MOST_FRAMES_ON_CPU)
-        and (contestant != "compiled" or size[1] <= MOST_COMPILED_STEPS)
-        and (contestant != RECOMPUTED or (way == "training step" and size[0] > RECOMPUTE))
+        for contestant in CONTESTANTS
+        if contestant != "compiled" or views.steps <= MOST_COMPILED_STEPS
+        if contestant != RECOMPUTED or (way == "training step" and views.batch > RECOMPUTE)
     ]
-    ids = [f"B{batch}-T{steps}-{way}-{contestant}" for batch, steps, way, contestant in cases]
-    metafunc.parametrize(("batch", "steps", "way", "contestant"), cases, ids=ids)
+    metafunc.parametrize(("workload", "way", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
 class LSTMs(nn.Module):
     """One LSTM a modality: the last hidden states."""
 
-    def __init__(self):
+    def __init__(self, dims):
         super().__init__()
-        self.parts = nn.ModuleList(nn.LSTM(dim, HIDDEN, batch_first=True) for dim in DIMS.values())
+        self.parts = nn.ModuleList(nn.LSTM(dim, HIDDEN, batch_first=True) for dim in dims.values())
 
     def forward(self, features, _):
         return torch.stack([lstm(x)[1][0][0] for lstm, x in zip(self.parts, features, strict=True)]), features[0].sum()
@@ -54,9 +50,9 @@ class LSTMs(nn.Module):
 class Scan(nn.Module):
     """The scan of a network with the paper's sizes."""
 
-    def __init__(self, scan):
+    def __init__(self, dims, scan):
         super().__init__()
-        self.network = MemoryFusionNetwork(DIMS, 6, hidden=HIDDEN)
+        self.network = MemoryFusionNetwork(dims, 6, hidden=HIDDEN)
         for unused in ("fusion", "head", "modality_heads"):
             delattr(self.network, unused)
         self.scan = scan
@@ -65,53 +61,63 @@ class Scan(nn.Module):
         return self.scan(features, lengths, self.network.scan_weights())
 
 
-def peak_bytes(step):
-    """The most memory that a call on the CPU holds at once, beyond what was held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    held = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+def model_of(contestant, dims):
+    """The contestant's module; all that scan have the same weights."""
+    torch.manual_seed(0)
+    if contestant == "nn.LSTM":
+        return LSTMs(dims)
+    if not contestant.startswith("ours"):
+        return Scan(dims, reference.memory_scan)
+    recompute = RECOMPUTE if contestant == RECOMPUTED else None
+    return Scan(dims, functools.partial(functional.memory_scan, recompute=recompute))
+
+
+def make(views, device, seed, dtype=torch.float32):
+    generator = torch.Generator(device).manual_seed(seed)
+    return [
+        torch.randn(views.batch, views.steps, dim, device=device, generator=generator).to(dtype)
+        for dim in views.dims.values()
+    ]
+
+
+def result_of(run, parameters, features, lengths, way):
+    """What is timed: the scan's two results, or the gradient of all parameters."""
+    if way == "forward":
+        with torch.no_grad():
+            return run(features, lengths)
+    hidden, memory = run(features, lengths)
+    return torch.autograd.grad(hidden.sum() + memory.sum(), parameters)
+
+
+# A dictionary is no key: the workload's name is.
+@functools.lru_cache(maxsize=1)
+def oracle(workload, way, device):
+    views = MEMORY_SCAN[device.type][workload]
+    model = model_of("eager", views.dims).to(device).double()
+    lengths = torch.full((views.batch,), views.steps, device=device)
+    return result_of(model, list(model.parameters()), make(views, device, 0, torch.float64), lengths, way)
 
 
 @pytest.mark.benchmark(timer=harness.now)
-def test_scan(benchmark, contest, device, batch, steps, way, contestant):
-    benchmark.group = f"memory scan, {way}, B={batch}, T={steps}, d=300/74/36, M=3, h=32, u=128"
-    if contestant == "nn.LSTM":
-        model = LSTMs().to(device)
-    else:
-        recompute = RECOMPUTE if contestant == RECOMPUTED else None
-        ours = functools.partial(functional.memory_scan, recompute=recompute)
-        model = Scan(ours if contestant.startswith("ours") else reference.memory_scan).to(device)
+def test_scan(benchmark, contest, device, workload, way, contestant):
+    if contestant in GPU_CONTESTANTS:
+        harness.needs_gpu(contestant, device)
+    views = MEMORY_SCAN[device.type][workload]
+    features = "/".join(map(str, views.dims.values()))
+    benchmark.group = f"memory scan, {way}, B={views.batch}, T={views.steps}, d={features}, M=3, h=32, u=128"
+    model = model_of(contestant, views.dims).to(device)
     run = harness.compiled(model) if contestant == "compiled" else model
     parameters = list(model.parameters())
+    lengths = torch.full((views.batch,), views.steps, device=device)
+    inputs = harness.Rotation(functools.partial(make, views, device), views.bytes, device)
 
-    def make(seed):
-        generator = torch.Generator(device).manual_seed(seed)
-        return [torch.randn(batch, steps, dim, device=device, generator=generator) for dim in DIMS.values()]
+    def error(result):
+        return harness.relative_error(result, oracle(workload, way, device))
 
-    lengths = torch.full((batch,), steps, device=device)
-    inputs = harness.Rotation(make, 4 * batch * steps * sum(DIMS.values()), device)
-
-    def forward():
-        with torch.no_grad():
-            return run(inputs(), lengths)[0]
-
-    def train():
-        hidden, memory = run(inputs(), lengths)
-        return torch.autograd.grad(hidden.sum() + memory.sum(), parameters)[0]
-
-    step = forward if way == "forward" else train
-    assert step().isfinite().all()
-    work = None
-    if device.type == "cuda" and way == "forward":
-        from m3er_fast.kernels import memory_scan as kernels
-
-        work = kernels.work(batch, steps, list(DIMS.values()), kernels.PAPER, 64, torch.float32)
-    if device.type == "cpu":
-        benchmark.extra_info["peak_bytes"] = peak_bytes(step)
-    contest(contestant, step, work)
+    lstms = contestant == "nn.LSTM"
+    contest(
+        contestant,
+        lambda: result_of(run, parameters, inputs(), lengths, way),
+        [] if lstms else [work.scan(views, training=way != "forward")],
+        error=None if lstms else error,
+    )

@@ -27,7 +27,7 @@ class Work(NamedTuple):
 
     bytes: int  # each input read once, each output written once
     flops: int
-    unit: Literal["fp32", "tf32x3", "bf16"] = "fp32"  # the arithmetic unit whose rate bounds the flops
+    unit: Literal["fp64", "fp32", "tf32x3", "bf16"] = "fp32"  # the arithmetic unit whose rate bounds the flops
 
 
 @dataclass(frozen=True)

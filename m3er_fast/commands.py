@@ -379,6 +379,57 @@ def audit(
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAMES]...", help="Operations, such as fusion_loss.  [default: all]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda or cuda:N.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(metavar="JSON", help="File for the run, as pytest-benchmark's.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="File for the roofline.")] = None,
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder benchmarks of a checkout.  [default: that of this package]"),
+    ] = None,
+) -> None:
+    """Measure the throughput of operations beside the libraries they are compared with.
+
+    Needs a checkout of the project: the wheel has no benchmarks. A line a result, as soon as it is there. All of it
+    takes a quarter of an hour on two cores.
+    """
+    from m3er_fast.bench import COLUMNS, BenchmarkResult, benchmark_files, run_benchmarks
+
+    files = benchmark_files(benchmarks)
+    unknown = [name for name in names or () if name not in files]
+    if unknown:
+        raise typer.BadParameter(
+            f"no benchmark is called {', '.join(unknown)}; there are {', '.join(files)}", param_hint="NAMES"
+        )
+    [chosen] = _devices(device)[:1]
+    group = ""
+
+    def show(result: BenchmarkResult) -> None:
+        nonlocal group
+        if result.left_out:
+            return
+        if result.group != group:
+            group = result.group
+            print(f"\n{group}\n  {'':34}" + "".join(f"{column:>16}" for column in COLUMNS))
+        print(f"  {result.contestant:34}" + "".join(f"{cell:>16}" for cell in result.cells), flush=True)
+
+    with ProgressDisplay("bench", "results") as display:
+        number = run_benchmarks(
+            [files[name] for name in names or files],
+            device=chosen,
+            out=out,
+            plot=plot,
+            show=show,
+            progress=lambda done, total: display.update(done, total),
+        )
+    written = "".join(f", {path}" for path in (out, plot) if path is not None)
+    print(f"\n{number} results{written}")
+
+
+@app.command()
 def info() -> None:
     """Show what works on this machine.
 

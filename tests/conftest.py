@@ -1,4 +1,4 @@
-"""Settings of every test run, and the device that kernels are tested on."""
+"""Settings of every test run, and what a GPU changes."""
 
 import contextlib
 import os
@@ -11,13 +11,6 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--device",
-        default="cpu",
-        help="where kernels run: 'cpu' (Triton's interpreter, the default), 'cuda' or 'cuda:N'; "
-        "on a GPU only the tests that use it are run",
-    )
-
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
@@ -30,8 +23,6 @@ def pytest_configure(config):
         # Read when a kernel is defined: before any test imports one.
         os.environ["TRITON_INTERPRET"] = "1"
         return
-    if not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device {device}: torch finds no GPU here")
     with contextlib.suppress(ImportError):
         import hypothesis
 
@@ -53,9 +44,3 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ())]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-
-
-@pytest.fixture(scope="session")
-def device(request):
-    """Where kernels run in this run of the tests."""
-    return torch.device(request.config.getoption("--device"))

@@ -27,18 +27,6 @@ def a_run(seconds, group="loss", noise=NOISE, device="cpu", threads=2, calls=1):
     return {"machine_info": {"m3er_fast": {"device": device, "threads": threads}}, "benchmarks": results}
 
 
-def in_turns(ratio, low, high):
-    """The same of contestants that took turns in one benchmark."""
-    run = a_run({})
-    ours, other = (
-        {"milliseconds": 1.0, "ratio": r, "ratio_q1": a, "ratio_q3": b} for r, a, b in ((1, 1, 1), (ratio, low, high))
-    )
-    run["benchmarks"] = [
-        {"name": "test_search[0]", "extra_info": {"contestants": {"torch (ours)": ours, "faiss": other}}}
-    ]
-    return run
-
-
 @pytest.fixture
 def command(tmp_path):
     def run(before, after, *options):
@@ -93,12 +81,6 @@ def test_what_counts_several_calls_as_one_is_divided_by_them():
     assert ratio.median == pytest.approx(2.0)
 
 
-def test_contestants_that_took_turns_are_compared_by_the_ratios_of_their_rounds(command, capsys):
-    assert command(in_turns(3.0, 2.9, 3.1), in_turns(2.0, 1.9, 2.1)) == 1
-    assert "| test_search[0] | faiss | 3.00 (2.90 to 3.10) | 2.00 (1.90 to 2.10) | fallen |" in capsys.readouterr().out
-    assert command(in_turns(3.0, 1.0, 4.0), in_turns(2.0, 1.9, 2.1)) == 0
-
-
 def test_other_ways_of_ours_are_no_baselines():
     run = a_run({"ours": 1.0, "ours, graphed": 0.5, "eager": 3.0})
     assert list(compare.ratios(run)) == [("loss", "eager")]
@@ -129,7 +111,7 @@ def test_what_cannot_be_compared_is_exit_code_2_in_one_line(command, capsys, bef
 
 
 def test_a_committed_run_has_fallen_where_all_of_ours_is_made_three_times_slower():
-    text = (_PATH.parent / "results" / "cpu-2-cores.json").read_text()
+    text = (_PATH.parent / "results" / "cpu-2-cores" / "loss-and-check.json").read_text()
     before, after = json.loads(text), json.loads(text)
     for result in after["benchmarks"]:
         if result["extra_info"]["contestant"] == "ours":

@@ -1,0 +1,206 @@
+"""From JSONs of benchmark runs to the generated part of ``docs/performance.md`` and its figures.
+
+    python benchmarks/report.py RUN.json...
+
+What stands between the two markers of the page is written anew; the same runs give the same bytes. A run is what
+``pytest benchmarks --benchmark-only --benchmark-json RUN.json`` wrote; a run may hold some of the benchmarks.
+
+Exit codes: 0 written; 2 a run or the page cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import goals
+from harness import HEADER, OURS, cells
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- Written by benchmarks/report.py: begin -->"
+END = "<!-- Written by benchmarks/report.py: end -->"
+
+TITLES = {
+    "fusion_loss": "Fusion loss and gradient",
+    "correlation_gate": "Statistics of the check",
+    "cca": "CCA",
+    "neighbors": "Nearest neighbours",
+    "local_lstsq": "Local least squares",
+    "memory_scan": "Memory scan",
+    "end_to_end": "The whole model",
+    "reading": "Reading",
+    "scoring": "Scoring",
+}
+_OF_RESULTS = {"operation", "group", "contestant", "median", "ratios"}
+_OF_RUN = {"commit", "device", "kind", "threads", "cores", "copy_bytes_per_second", "operations_per_second", "packages"}
+# A contestant that is further from the oracle, such as an approximate index, is no baseline of an exact one.
+SAME_ANSWER = 1e-2
+
+
+class Run(NamedTuple):
+    """One JSON of pytest-benchmark, as far as it is reported."""
+
+    name: str  # of the file
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]  # each with its "operation"
+    skipped: dict[str, dict[str, list[str]]]  # operation -> reason -> tests
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Read a JSON.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no run of these benchmarks; which file, and why.
+        """
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            about = run["machine_info"]["m3er_fast"]
+            rows = [result["extra_info"] for result in run["benchmarks"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not what these benchmarks write ({type(error).__name__}: {error})") from error
+        lacking = sorted({name for row in rows for name in _OF_RESULTS - row.keys()} | (_OF_RUN - about.keys()))
+        if lacking:
+            raise ValueError(f"{path}: not what these benchmarks write now: it lacks {', '.join(lacking)}")
+        return cls(path.name, about, rows, run.get("skipped", {}))
+
+
+def write_report(runs: Sequence[Run], page: Path, figures: Path) -> None:
+    """Write the figures, and the part of the page between its markers.
+
+    Raises:
+        ValueError: the page does not have both markers once, in this order, or no run has a result.
+    """
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page}: wanted one line {BEGIN!r} and below it one line {END!r}")
+    if not any(run.rows for run in runs):
+        raise ValueError("no run has a result")
+    drawn = draw(runs, figures)
+    links = [f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})" for title, path in drawn]
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text("\n".join([f"{before}{BEGIN}", "", *report(runs, links), "", f"{END}{after}"]), encoding="utf-8")
+
+
+def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
+    """The generated part, as lines of Markdown."""
+    rows = [row for run in runs for row in run.rows]
+    lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs, goals.CPU)]
+    lines += ["", "On a GPU:", "", *_table_of_goals(runs, goals.GPU)]
+    for figure in figures:
+        lines += ["", figure]
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        lines += ["", f"### {TITLES.get(operation, operation)}"]
+        for run in runs:
+            found = [row for row in run.rows if row["operation"] == operation]
+            if found:
+                lines += _tables(found, run, several=len({r.about["device"] for r in runs}) > 1)
+    return lines + _left_out(runs)
+
+
+def _table_of_runs(runs: Sequence[Run]) -> list[str]:
+    lines = ["| Run | Device | Threads | Commit | torch | Copy | Products, GFLOP/s |", "|---|---|---|---|---|---|---|"]
+    for run in runs:
+        about = run.about
+        products = ", ".join(f"{unit} {rate / 1e9:.3g}" for unit, rate in about["operations_per_second"].items())
+        lines.append(
+            f"| `{run.name}` | {about['device']} | {about['threads']} of {about['cores']} | `{about['commit'][:7]}` "
+            f"| {about['packages']['torch']} | {about['copy_bytes_per_second'] / 1e9:.3g} GB/s | {products} |"
+        )
+    return lines
+
+
+def _table_of_goals(runs: Sequence[Run], wanted: Iterable[goals.Goal]) -> list[str]:
+    lines = ["| | Goal | Measured | |", "|---|---|---|---|"]
+    for goal in wanted:
+        values = [goal.worst(run.rows) for run in runs if run.about["kind"] == goal.kind]
+        found = sorted(value for value in values if value is not None)
+        shown = " to ".join(dict.fromkeys(goal.shown(value) for value in (found[:1] + found[-1:])))
+        verdict = "not measured" if not found else "met" if all(map(goal.met, found)) else "missed"
+        lines.append(f"| {goal.what} | {goal.wanted()} | {shown} | {verdict} |")
+    return lines
+
+
+def _tables(rows: Sequence[dict[str, Any]], run: Run, *, several: bool) -> list[str]:
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        results = [row for row in rows if row["group"] == group]
+        ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
+        heading = f"**{group}**" + (f", {run.about['device']}" if several else "")
+        lines += ["", heading, "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
+        lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
+    return lines
+
+
+def _left_out(runs: Sequence[Run]) -> list[str]:
+    reasons: dict[tuple[str, str], int] = {}
+    for run in runs:
+        for operation, found in run.skipped.items():
+            for reason, tests in found.items():
+                key = TITLES.get(operation, operation), reason
+                reasons[key] = reasons.get(key, 0) + len(tests)
+    if not reasons:
+        return []
+    lines = ["", "### Left out", "", "| | Reason | Results |", "|---|---|---:|"]
+    return lines + [f"| {operation} | {reason} | {number} |" for (operation, reason), number in reasons.items()]
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
+    """The figures of the first run's device: title and file of each."""
+    import figures
+
+    about = runs[0].about
+    rows = [row for run in runs if run.about["device"] == about["device"] for row in run.rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    points = figures.points(rows, TITLES)
+    if points:
+        path = folder / f"roofline-{about['kind']}.png"
+        figures.roofline(points, about["copy_bytes_per_second"], about["operations_per_second"], path)
+        drawn.append(("Operations a second over operations a byte, below the rates of the device", path))
+    bars = [(row["group"], *best) for row in rows if row["contestant"] == OURS and (best := _best_baseline(row, rows))]
+    if bars:
+        path = folder / f"ratios-{about['kind']}.png"
+        figures.ratios(bars, path)
+        drawn.append(("Time of the fastest baseline over time of ours, by group", path))
+    return drawn
+
+
+def _best_baseline(ours: dict[str, Any], rows: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
+    """The fastest other contestant that gives the same answer, and its time : ours."""
+    others = [
+        (row["median"] / ours["median"], row["contestant"])
+        for row in rows
+        if row["group"] == ours["group"]
+        and not row["contestant"].startswith(OURS)
+        and row.get("error") is not None
+        and row["error"] <= SAME_ANSWER
+    ]
+    if not others:
+        return None
+    ratio, name = min(others)
+    return name, ratio
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Report as the command line says; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "results", help="folder to draw to")
+    options = parser.parse_args(arguments)
+    try:
+        write_report([Run.read(path) for path in options.runs], options.page, options.figures)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
