@@ -221,18 +221,14 @@ def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
     assert held == pytest.approx(2**25, rel=0.05)
 
 
-def test_peak_memory_counts_once_what_is_used_again():
+def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
     import harness
     import torch
 
-    def step():
-        return [float(torch.ones(2**22).sum()) for _ in range(4)]
-
-    step()  # by then the allocator knows the size
-    held = harness.peak_bytes(torch.device("cpu"), step)
+    held = harness.peak_bytes(torch.device("cpu"), lambda: [float(torch.ones(2**24).sum()) for _ in range(8)])
     if held is None:
         pytest.skip("this system has no high-water mark")
-    assert held < 1.3 * 2**24
+    assert held < 3 * 2**26  # of eight; an allocator may keep one and take another
 
 
 def test_the_relative_error_is_of_the_worst_tensor():
