@@ -81,6 +81,7 @@ CPU = (
     Goal("check, 8192 samples, k = 30", "cpu", "gate, 8192 samples", "ratio", 1.7, "eager"),
     Goal("CCA fit, 20,000 × 300 and 74, k = 30", "cpu", _CCA, "ratio", 1000.0, "scikit-learn CCA"),
     Goal("CCA fit, 20,000 × 300 and 74, k = 30", "cpu", _CCA, "ratio", 1.0, "torch covariance + SVD"),
+    Goal("CCA fit, 20,000 × 300 and 74, k = 30", "cpu", _CCA, "ratio", 1.0, "torch covariance + SVD, float64"),
     Goal("CCA fit, correlations", "cpu", _CCA, "error", 1e-9),
     Goal("16 nearest of 100,000 × 300", "cpu", "16 nearest of 100000 x 300, 1000", "ratio", 1.3, _FAISS),
     Goal(

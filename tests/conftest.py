@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def pytest_configure(config):
         # There an example is compiled for seconds: none is worth making smaller.
         hypothesis.settings.register_profile("gpu", phases=(hypothesis.Phase.generate,))
         hypothesis.settings.load_profile("gpu")
+
+
+@pytest.fixture(scope="session")
+def benchmark_environment():
+    """Variables of a process that measures: it finds this checkout and, where the tests run in several, is not one."""
+    root = str(pathlib.Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # pytest-benchmark measures nothing in a worker of pytest-xdist.
+    return {name: value for name, value in os.environ.items() if "XDIST" not in name} | {"PYTHONPATH": path}
 
 
 def pytest_collection_modifyitems(config, items):

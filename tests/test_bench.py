@@ -1,7 +1,6 @@
 """`m3er-fast bench`, on a checkout whose only benchmark is a toy, with the project's own harness."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -50,15 +49,14 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(checkout):
+def run(checkout, benchmark_environment):
     """The command in a process of its own, for pytest runs in this one."""
 
     def run(*arguments):
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "m3er_fast.cli", "bench", *map(str, arguments)]
         command += ["--benchmarks", str(checkout / "benchmarks")]
         return subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, cwd=checkout, capture_output=True, text=True, check=False
+            command, env=benchmark_environment, cwd=checkout, capture_output=True, text=True, check=False
         )
 
     return run

@@ -1,7 +1,6 @@
 """The harness of the benchmarks, by two small groups; how long anything takes is not asserted."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,7 +13,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, benchmark_environment):
     """What a run printed, and its JSON."""
     pytest.importorskip("pytest_benchmark")
     out = tmp_path_factory.mktemp("benchmarks") / "run.json"
@@ -28,12 +27,10 @@ def run(tmp_path_factory):
         for case in cases
     ]
     command = [sys.executable, "-m", "pytest", *selected, "-q", "-p", "no:cacheprovider", "--benchmark-only"]
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [*command, f"--benchmark-json={out}"],
         cwd=_ROOT,
-        # Where the tests run in several processes, this one does not: pytest-benchmark would measure nothing.
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | {"PYTHONPATH": path},
+        env=benchmark_environment,
         capture_output=True,
         text=True,
         check=False,
