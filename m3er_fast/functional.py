@@ -593,14 +593,15 @@ def _memory_scan(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if _uses_triton(
-        "memory_scan", backend, features[0], len(features), _beyond_memory_scan(features, weights, tensors)
-    ):
+    # Looking at every tensor takes a tenth of a scan of one step: only where the kernel may run.
+    may_run = backend != "auto" or features[0].is_cuda
+    beyond = _beyond_memory_scan(features, weights, tensors) if may_run else None
+    if _uses_triton("memory_scan", backend, features[0], len(features), beyond):
         from m3er_fast.kernels import memory_scan as kernels
 
         return kernels.memory_scan(features, lengths, weights, dropout=dropout)
-    plain = _on_cpu(features[0]) and not _in_transform() and not any(map(_has_tangent, features))
-    if backend == "auto" and plain and cpu_scan.takes(features, weights):
+    taken = backend == "auto" and _on_cpu(features[0]) and cpu_scan.takes(features, weights)
+    if taken and not _in_transform() and not any(map(_has_tangent, features)):
         return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
