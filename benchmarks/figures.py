@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.style
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -148,6 +149,10 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
         axes.axvline(1, color="0.3", linewidth=1)
         low, high = min(ratio for _, _, ratio in rows), max(ratio for _, _, ratio in rows)
         axes.set(xscale="log", xlabel="time of the baseline : time of ours", xlim=(min(low, 1) / 2, max(high, 1) * 2))
+        # Powers of two, as numbers: a logarithmic axis of so few decades would crowd them as powers of ten.
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=12))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         _save(figure, path)
