@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import platform
 from pathlib import Path
 
 import harness
@@ -111,7 +110,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     rates = _rates(config)
     machine_info["m3er_fast"] = {
         "commit": harness.commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else harness.processor(),
         "kind": device.type,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -142,16 +141,6 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         info.update(rows.get((info.get("group"), info.get("contestant")), {}))
         result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
     output_json["skipped"] = config.stash[_SKIPPED]
-
-
-def _processor():
-    """The CPU's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "cpu"
 
 
 def _version(name):

@@ -9,9 +9,12 @@ Beside them stand the most memory that one call takes, and how far its result is
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import itertools
+import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -291,6 +294,36 @@ def commit() -> str:
     """The commit that is measured: of the checkout, or what ``M3ER_COMMIT`` says of a copy of it."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or os.environ.get("M3ER_COMMIT", "unknown")
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
+
+
+def circumstances() -> dict[str, Any]:
+    """What a script's JSON says beside its figures; pytest-benchmark's has the same in ``machine_info``."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"),
+    }
+
+
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    """Print the result of a script and, if there is a path, keep it."""
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if path is not None:
+        path.write_text(text)
 
 
 def draw(*shape: int, seed: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:

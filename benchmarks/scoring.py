@@ -10,20 +10,15 @@
 """
 
 import argparse
-import json
-import os
-import platform
 import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import harness
-import numpy as np
 import torch
 
 from m3er_fast import M3ERFusion
@@ -116,13 +111,8 @@ def main():
         plan = plan_shards(corpus)
         scorer = Scorer(make_model(plan))
         result = {
-            "command": " ".join(sys.argv),
-            "commit": harness.commit(),
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            **harness.circumstances(),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
             "corpus_bytes": sum(shard.size for shard in plan.shards),
             "shards": len(plan.shards),
             "batch_frames": scorer.batch_frames,
@@ -153,10 +143,7 @@ def main():
             "ratio": statistics.median(s / m for s, m in zip(rates["score"], rates["model"], strict=True)),
             "peak_rss_gib": peak_gib(),
         }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text)
+    harness.write_json(result, options.out)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ shards a second in this process, which counts in four threads.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -86,19 +82,12 @@ def main():
             "utterances_per_second": shards * rows / seconds,
         }
     report = {
-        "command": " ".join(sys.argv),
-        "commit": harness.commit(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "numpy": np.__version__,
+        **harness.circumstances(),
         "pyarrow": pa.__version__,
         "medians": results,
         "seconds": found,
     }
-    text = json.dumps(report, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text)
+    harness.write_json(report, options.out)
 
 
 if __name__ == "__main__":

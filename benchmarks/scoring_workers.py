@@ -12,17 +12,12 @@ Ray is started once, before.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import harness
-import numpy as np
 import ray
 import torch
 from scoring import CLASSES, make_model
@@ -104,13 +99,8 @@ def main():
                     found[corpus][name].append(measure(root / corpus, model, out, **how))
     ray.shutdown()
     result = {
-        "command": " ".join(sys.argv),
-        "commit": harness.commit(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        **harness.circumstances(),
         "threads_per_worker": 1,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
         "ray": ray.__version__,
         "shards": {"tiny": options.tiny_shards, "full": options.full_shards},
         "utterances_per_shard": {"tiny": 1, "full": options.rows_per_shard},
@@ -123,10 +113,7 @@ def main():
         },
         "rounds": found,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text)
+    harness.write_json(result, options.out)
 
 
 if __name__ == "__main__":
