@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -562,13 +563,30 @@ def test_several_devices_leave_the_bytes_of_one(corpus_dir, model, tmp_path):
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
-def test_what_a_worker_raises_stops_the_run(corpus_dir, model, tmp_path, monkeypatch):
+def test_one_scorer_computes_in_the_thread_that_calls_and_several_in_one_each(corpus_dir, model, tmp_path, monkeypatch):
+    computing, score_table = [], Scorer.score
+
+    def noted(scorer, table):
+        computing.append((threading.current_thread(), scorer))
+        return score_table(scorer, table)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    score(corpus_dir, model, tmp_path / "one")
+    assert {thread for thread, _ in computing} == {threading.current_thread()}
+    computing.clear()
+    score(corpus_dir, model, tmp_path / "two", devices=["cpu", "cpu"])
+    assert threading.current_thread() not in {thread for thread, _ in computing}
+    assert len(set(computing)) == len({scorer for _, scorer in computing})
+
+
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
+def test_what_a_scorer_raises_stops_the_run(devices, corpus_dir, model, tmp_path, monkeypatch):
     def fail(*_arguments):
         raise AssertionError("a defect")
 
     monkeypatch.setattr(Scorer, "score", fail)
     with pytest.raises(AssertionError, match="a defect"):
-        score(corpus_dir, model, tmp_path / "out", devices=["cpu", "cpu"])
+        score(corpus_dir, model, tmp_path / "out", devices=devices)
     assert sorted(contents(tmp_path / "out")) == ["manifest.json"]
 
 

@@ -184,12 +184,13 @@ class _ScoreShard:
         finished = self._job.output.finished(task)
         if finished is not None:  # a worker was lost after it had written them
             return ShardResult(task.name, finished.rows, finished.errors)
-
-        def on_rows(_: int) -> None:
-            if stop.is_set():
-                raise RuntimeError("the run is over")
-
-        return score_shard(self._job, task, self._scorer, on_rows=on_rows)
+        with contextlib.closing(score_shard(self._job, task, self._scorer)) as scored:  # type: ignore[type-var]
+            for result in scored:
+                if isinstance(result, ShardResult):
+                    return result
+                if stop.is_set():
+                    break
+        raise RuntimeError("the run is over")
 
     def _make_scorer(self) -> Scorer:
         from m3er_fast import __version__

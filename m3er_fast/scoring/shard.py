@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,24 +46,21 @@ class ScoringJob:
 
 
 def score_shard(
-    job: ScoringJob,
-    shard: Shard,
-    scorer: Scorer,
-    *,
-    windows: Prefetch[pa.Table] | None = None,
-    on_rows: Callable[[int], object] = bool,
-) -> ShardResult:
+    job: ScoringJob, shard: Shard, scorer: Scorer, *, windows: Prefetch[pa.Table] | None = None
+) -> Iterator[int | ShardResult]:
     """Read, score and write one shard. It may be done again: the result is the same, and replaces the former whole.
+
+    Closing the iterator drops the shard.
 
     Args:
         job: where to read from and to write to.
         shard: one of the plan's.
         scorer: with the model.
         windows: the shard's tables, if somebody has begun to read them already.
-        on_rows: called with the number of rows after each table; what it raises drops the shard.
 
-    Returns:
-        What was written, or the reason why the shard belongs in quarantine.
+    Yields:
+        The number of rows after each table, and in the end what was written, or the reason why the shard belongs in
+        quarantine.
 
     Raises:
         OSError: the scores cannot be written.
@@ -73,7 +70,8 @@ def score_shard(
             with job.output.writer(shard, scorer.schema) as writer:
                 for table in tables:
                     writer.write(scorer.score(table))
-                    on_rows(table.num_rows)
+                    yield table.num_rows
         except CorpusError as error:
-            return ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
-    return ShardResult(shard.name, writer.rows, writer.errors)
+            yield ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
+        else:
+            yield ShardResult(shard.name, writer.rows, writer.errors)
