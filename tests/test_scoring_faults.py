@@ -24,7 +24,7 @@ from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError, generate_corpus, write_parquet
 from m3er_fast.corpus.generate import _make_shard
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.scoring import Scorer, iter_scores, load_model, score
+from m3er_fast.scoring import Scorer, fit_statistics, iter_scores, load_model, page_cache, score
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.local import make_scorers
 from m3er_fast.scoring.plan import plan_shards
@@ -577,6 +577,26 @@ def test_one_scorer_computes_in_the_thread_that_calls_and_several_in_one_each(co
     score(corpus_dir, model, tmp_path / "two", devices=["cpu", "cpu"])
     assert threading.current_thread() not in {thread for thread, _ in computing}
     assert len(set(computing)) == len({scorer for _, scorer in computing})
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told")
+@pytest.mark.parametrize(("memory", "is_dropped"), [(2.1, False), (1.9, True)])
+def test_only_a_corpus_of_more_than_half_the_memory_is_dropped_from_the_page_cache(
+    memory, is_dropped, corpus_dir, model, tmp_path, monkeypatch
+):
+    dropped = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, *_: dropped.append(Path(f"/proc/self/fd/{file}").readlink().name)
+    )
+    names = sorted(path.name for path in corpus_dir.glob("*.parquet"))
+    size = sum((corpus_dir / name).stat().st_size for name in names)
+    monkeypatch.setattr(page_cache, "_memory_bytes", lambda: memory * size)
+    (corpus_dir / names[0]).write_bytes(bytes((corpus_dir / names[0]).stat().st_size))  # one in quarantine
+    score(corpus_dir, model, tmp_path / "out")
+    assert dropped == (names if is_dropped else [])
+    dropped.clear()
+    fit_statistics(corpus_dir)
+    assert dropped == (2 * names[1:] if is_dropped else [])
 
 
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])

@@ -15,6 +15,7 @@ from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.local import make_scorers, run_local
 from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, QuarantinedShard, check_folder, read_manifest
+from m3er_fast.scoring.page_cache import outgrows_page_cache
 from m3er_fast.scoring.plan import Checksum, Location, Plan, Shard, Source, locate, plan_shards
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
@@ -118,7 +119,7 @@ def score(
     check_model_fits(plan, scorers[0])
     settings = {"batch_frames": least, "dtype": dtype, "checksum": checksum}
     output = OutputFolder(location, plan.shards, scorers[0].signature, settings)
-    job = ScoringJob(plan, output, verify)
+    job = ScoringJob(plan, output, verify, keep_cached=not outgrows_page_cache(plan))
     # A cluster that does not answer is known before anything is written.
     with nullcontext() if address is None else ray_cluster(address):
         output.begin(resume=resume)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.scoring.output import OutputFolder
+from m3er_fast.scoring.page_cache import drop_from_page_cache
 from m3er_fast.scoring.plan import Plan, Shard
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import read_windows
@@ -33,6 +34,7 @@ class ScoringJob:
     plan: Plan
     output: OutputFolder
     verify: bool = True  # page checksums of the input
+    keep_cached: bool = True  # leave the input in the page cache
 
     def read(self, shard: Shard, scorer: Scorer) -> Iterator[pa.Table]:
         """Read a shard in tables of the size that the scorer wants."""
@@ -72,6 +74,9 @@ def score_shard(
                     writer.write(scorer.score(table))
                     yield table.num_rows
         except CorpusError as error:
-            yield ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
+            result = ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
         else:
-            yield ShardResult(shard.name, writer.rows, writer.errors)
+            result = ShardResult(shard.name, writer.rows, writer.errors)
+    if not job.keep_cached:
+        drop_from_page_cache(job.plan.corpus, shard)
+    yield result

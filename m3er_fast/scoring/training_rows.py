@@ -16,6 +16,7 @@ import numpy as np
 from m3er_fast.corpus.base import CorpusError, naming, order_modalities
 from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
 from m3er_fast.inputs import check_input_dims
+from m3er_fast.scoring.page_cache import drop_from_page_cache, outgrows_page_cache
 from m3er_fast.scoring.plan import Location, Plan, Shard
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import read_schema, read_windows
@@ -44,6 +45,7 @@ class TrainingReader(NamedTuple):
     corpus: Location
     input_dims: dict[str, int]
     has_splits: bool
+    keep_cached: bool = True  # leave what was read in the page cache
 
     def read(self, shard: Shard) -> Iterator[DecodedRows]:
         """Yield the training utterances of a shard, some at a time.
@@ -63,6 +65,8 @@ class TrainingReader(NamedTuple):
                     yield decode_rows(table, self.input_dims)
                 except (pa.ArrowException, UnicodeDecodeError) as error:
                     raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+        if not self.keep_cached:
+            drop_from_page_cache(self.corpus, shard)
 
     def _check_schema(self, schema: pa.Schema) -> None:
         unknown = [name for name in modality_columns(schema) if name not in self.input_dims]
@@ -105,7 +109,7 @@ def make_reader(plan: Plan, input_dims: Mapping[str, int] | None) -> TrainingRea
     dims = input_dims or _agree_on_dims([about.input_dims for about in found])
     if len(dims) < 2:
         raise CorpusError(f"{plan.corpus}: fusion needs two modalities or more, got {dims}")
-    return TrainingReader(plan.corpus, dims, found[0].has_splits)
+    return TrainingReader(plan.corpus, dims, found[0].has_splits, keep_cached=not outgrows_page_cache(plan))
 
 
 def _agree_on_dims(shards: Sequence[Mapping[str, int]]) -> dict[str, int]:
