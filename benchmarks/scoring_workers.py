@@ -73,6 +73,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of all runs, in turn; medians are reported")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    if min(options.tiny_shards, options.full_shards) <= max(options.workers):
+        parser.error("there must be more shards of either kind than workers")
     torch.set_num_threads(1)
     ray.init(
         address="local",

@@ -73,3 +73,9 @@ def held_while_others_begin(task):
         time.sleep(0.02)
     time.sleep(1.0)
     return len(list(Path(folder).iterdir()))
+
+
+def is_in_the_main_thread(_task):
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

@@ -35,7 +35,12 @@ from m3er_fast.training import evaluate
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
 
-from ray_traps import TrappedFiles, held_while_others_begin, slow_first  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+from ray_traps import (  # noqa: E402  (fsspec comes with other packages, Ray's skip is clearer)
+    TrappedFiles,
+    held_while_others_begin,
+    is_in_the_main_thread,
+    slow_first,
+)
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS, SHARDS, MANY = 20, 10, 300
@@ -268,6 +273,10 @@ def test_ray_map_is_in_order_and_begins_again_what_lost_its_worker(connected, tm
     tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
     assert list(ray_map(slow_first, tasks, workers=2)) == [2 * number for number in range(8)]
     assert (tmp_path / "mark").exists()
+
+
+def test_a_worker_computes_in_its_main_thread(connected):
+    assert list(ray_map(is_in_the_main_thread, range(3), workers=1)) == [True] * 3
 
 
 def test_ray_map_begins_few_tasks_before_it_is_their_turn(connected, tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from m3er_fast.corpus.base import CorpusError
 from m3er_fast.inputs import prepare_batch
 from m3er_fast.proxy import BankSample, ProxyGenerator, count_paired
 from m3er_fast.scoring.output import QuarantinedShard
-from m3er_fast.scoring.plan import Shard, Source, plan_shards
+from m3er_fast.scoring.plan import Plan, Shard, Source, plan_shards
 from m3er_fast.scoring.statistics import ModelStatistics
 from m3er_fast.scoring.training_rows import BATCH_FRAMES, TrainingReader, cut_batches, make_reader
 from m3er_fast.standardize import StandardizedBatch, Standardizer, clean_frames
@@ -91,9 +92,20 @@ def fit_statistics(
         config = M3ERConfig(proxy=ProxyConfig(max_bank=DEFAULT_MAX_BANK))
     plan = plan_shards(corpus)
     reader = make_reader(plan, input_dims)
+    with _runner(engine, address, workers) as run:
+        return _fit(plan, reader, config, run, progress)
+
+
+def _fit(
+    plan: Plan,
+    reader: TrainingReader,
+    config: M3ERConfig,
+    run: Callable[..., Iterable[Any]],
+    progress: Callable[[FitProgress], None] | None,
+) -> ModelStatistics:
+    """Both passes; ``run`` calls a function with one task after the other and gives the results in their order."""
     size = -(-len(plan.shards) // _MOST_GROUPS)
     groups = [plan.shards[start : start + size] for start in range(0, len(plan.shards), size)]
-    run = _runner(engine, address, workers)
     needs_both = config.check is not None or config.proxy is not None
     report = _Reporter(progress, len(groups) * (2 if needs_both else 1))
 
@@ -144,13 +156,16 @@ class _Reporter:
             self._progress(FitProgress(self._done, self._groups, self._rows))
 
 
-def _runner(engine: str, address: str | None, workers: int | None) -> Callable[..., Iterable[Any]]:
+@contextmanager
+def _runner(engine: str, address: str | None, workers: int | None) -> Iterator[Callable[..., Iterable[Any]]]:
     """What calls a function with one task after the other and gives the results in their order."""
     if engine == "local":
-        return map
-    from m3er_fast.scoring.ray import ray_map
+        yield map
+        return
+    from m3er_fast.scoring.ray import ray_map, ray_session
 
-    return partial(ray_map, address=address, workers=workers)
+    with ray_session(address, workers):
+        yield partial(ray_map, workers=workers)
 
 
 # --- first pass ---

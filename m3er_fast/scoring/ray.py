@@ -81,36 +81,51 @@ def ray_map(
     function: Callable[[_Task], _Result],
     tasks: Sequence[_Task],
     *,
-    address: str | None = None,
     workers: int | None = None,
 ) -> Iterator[_Result]:
     """Call a picklable function with every task in workers of Ray, and yield the results in the order of the tasks.
 
-    However long one task takes, few results of later ones are kept until it is their turn.
+    However long one task takes, few results of later ones are kept until it is their turn. Where this process is not
+    connected to Ray, it is started on this machine, and ends with the iterator.
 
     Args:
         function: of one task.
         tasks: what to call it with.
-        address: of a cluster, as :func:`ray_cluster` takes it; None uses the connection that there is, or starts Ray
-            on this machine.
         workers: how many; None takes as many as there is room for.
 
     Raises:
         ImportError: Ray is missing.
         RuntimeError: a task has lost several workers; and whatever the function raises.
-        ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
+        ValueError: ``workers`` is out of range.
     """
-    check_ray(workers)
     early: dict[int, _Result] = {}
     following = 0
-    with contextlib.nullcontext() if address is None else ray_cluster(address):
-        for index, result in _run(_CallFunction(function), tasks, workers=workers, gpus=0, ahead=_AHEAD):
-            if isinstance(result, _Lost):
-                raise RuntimeError(f"task {index} of {len(tasks)}: {result}")
-            early[index] = result
-            while following in early:
-                yield early.pop(following)
-                following += 1
+    for index, result in _run(_CallFunction(function), tasks, workers=workers, gpus=0, ahead=_AHEAD):
+        if isinstance(result, _Lost):
+            raise RuntimeError(f"task {index} of {len(tasks)}: {result}")
+        early[index] = result
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, workers: int | None = None) -> Iterator[None]:
+    """Ray for all that is called in the block.
+
+    Args:
+        address: of a cluster, as :func:`ray_cluster` takes it; None uses the connection that there is, or starts Ray
+            on this machine.
+        workers: that Ray on this machine is to have room for.
+
+    Raises:
+        ImportError: Ray is missing.
+        ValueError: no cluster answers at ``address``, or ``workers`` is out of range.
+    """
+    ray = check_ray(workers)
+    cpus = None if workers is None else workers * torch.get_num_threads()
+    with _ray_here(ray, cpus, _OBJECT_STORE_BYTES) if address is None else ray_cluster(address):
+        yield
 
 
 def check_ray(workers: int | None = None) -> Any:
@@ -160,9 +175,9 @@ def ray_cluster(address: str) -> Iterator[None]:
 
 
 class _Work(Protocol):
-    """What a worker does with a task, until it is told to stop."""
+    """What a worker does with a task, until it finds itself cancelled."""
 
-    def __call__(self, task: Any, stop: threading.Event) -> Any: ...
+    def __call__(self, task: Any, is_canceled: Callable[[], bool]) -> Any: ...
 
 
 class _ScoreShard:
@@ -178,7 +193,7 @@ class _ScoreShard:
         self._version = __version__
         self._scorer: Scorer | None = None
 
-    def __call__(self, task: Shard, stop: threading.Event) -> ShardResult:
+    def __call__(self, task: Shard, is_canceled: Callable[[], bool]) -> ShardResult:
         if self._scorer is None:
             self._scorer = self._make_scorer()
         finished = self._job.output.finished(task)
@@ -188,7 +203,7 @@ class _ScoreShard:
             for result in scored:
                 if isinstance(result, ShardResult):
                     return result
-                if stop.is_set():
+                if is_canceled():
                     break
         raise RuntimeError("the run is over")
 
@@ -210,7 +225,7 @@ class _CallFunction:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
 
-    def __call__(self, task: Any, stop: threading.Event) -> Any:
+    def __call__(self, task: Any, is_canceled: Callable[[], bool]) -> Any:
         return self._function(task)
 
 
@@ -219,23 +234,24 @@ class _Lost(str):
 
 
 class _Worker:
-    """What Ray makes an actor of. It has a second thread, in which it can be told to stop."""
+    """What Ray makes an actor of.
+
+    It has one thread, the main one: in another OpenMP would be slower, see :func:`m3er_fast.scoring.local.run_local`.
+    """
 
     def __init__(self, work: _Work, threads: int) -> None:
-        self._work, self._threads, self._stop = work, threads, threading.Event()
+        self._work, self._threads = work, threads
 
     def ready(self) -> None:
         """Return once this worker runs."""
 
     def do(self, task: Any) -> bytes:
         """Return the pickled result; arrays that Ray carries would be read-only, and keep its store full."""
+        import ray
+
         # Another number of threads than the driver's may round otherwise; Ray sets one of its own.
         torch.set_num_threads(self._threads)
-        return pickle.dumps(self._work(task, self._stop))
-
-    def stop(self) -> None:
-        """Drop the task at hand."""
-        self._stop.set()
+        return pickle.dumps(self._work(task, ray.get_runtime_context().is_canceled))
 
 
 def _run(
@@ -266,9 +282,7 @@ class _Pool:
         self._ray, self._tasks, self._ahead = ray, tasks, ahead
         self._needs = f"{gpus} GPU" if gpus else f"{cpus} CPUs (the threads of this process)"
         self._work, self._threads = ray.put(work), torch.get_num_threads()
-        self._actor = ray.remote(_Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_concurrency=2, scheduling_strategy="SPREAD"
-        )
+        self._actor = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")
         self._waiting = list(range(len(tasks)))  # a heap: those that were lost come first again
         self._attempts = [0] * len(tasks)
         # By what is waited for: a worker and its task, which is None while the worker starts.
@@ -308,11 +322,11 @@ class _Pool:
 
     def close(self) -> None:
         """End all workers, after they had the time to drop what they have at hand."""
-        working = {ref: worker for ref, (worker, index) in self._busy.items() if index is not None}
-        for worker in working.values():
-            worker.stop.remote()
+        working = [ref for ref, (_, index) in self._busy.items() if index is not None]
+        for ref in working:
+            self._ray.cancel(ref)
         if working:
-            self._ray.wait(list(working), num_returns=len(working), timeout=_GRACE_S)
+            self._ray.wait(working, num_returns=len(working), timeout=_GRACE_S)
         for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
             self._ray.kill(worker)
 
