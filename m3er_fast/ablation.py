@@ -215,7 +215,7 @@ def run_ablation(
         out.mkdir(parents=True, exist_ok=True)
         (out / "table.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
         (out / "table.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        _draw(result, errors, pictures, examples(*first), out)
+        _draw(result, pictures, examples(*first), out)
     return result
 
 
@@ -388,7 +388,6 @@ def _describe(corpus: Corpus, config: M3ERConfig, seeds: int) -> dict[str, Any]:
 
 def _draw(
     result: AblationResult,
-    errors: dict[str, float],
     frames: dict[str, Regenerated],
     chosen: list[dict[str, Any]],
     out: Path,
@@ -399,7 +398,7 @@ def _draw(
         return
     bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.rows]
     plots.plot_ablation(bars, out / "ablation.png", metric="Overall F1 (* = with ineffectual modalities)")
-    draw_proxies(errors, frames, out / "figure7.png")
+    draw_proxies(result.proxy_errors, frames, out / "figure7.png")
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")
 
