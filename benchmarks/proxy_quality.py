@@ -9,14 +9,12 @@ Errors are ‖filled - original‖ / ‖original‖ over all frames that were hi
 """
 
 import argparse
-import json
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import quality
 import torch
 from scipy.stats import spearmanr
 from sklearn.cluster import kmeans_plusplus
@@ -287,18 +285,14 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("generated", "CMU-MOSI", "YouTube"))
+    quality.add_data_argument(parser)
     options = parser.parse_args()
-    root = Path(os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     results = {}
-    for name, (corpus, config) in corpora(root).items():
+    for name, (corpus, config) in corpora(options.data).items():
         if options.only in (None, name):
             print(name, flush=True)
             results[name] = measure(corpus, config, options.seeds, lambda line: print(line, flush=True))
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "seeds": options.seeds}
-    (options.out / "proxy_quality.json").write_text(
-        json.dumps({"settings": about, "results": results}, indent=1) + "\n"
-    )
+    quality.write_results(options.out / "proxy_quality.json", {"seeds": options.seeds}, results=results)
     (options.out / "proxy_quality.md").write_text(to_markdown(results), encoding="utf-8")
     draw(results, options.out / "proxy_quality.png")
 
