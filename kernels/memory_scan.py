@@ -294,6 +294,89 @@ def _dropout_constants(size: int, layer: int) -> dict[str, Any]:
     return {"LAYER": layer, "SIZE": size, "COLUMNS": min(64, triton.next_power_of_2(size)), "ROWS": _DROPOUT_ROWS}
 
 
+class _Slopes(NamedTuple):
+    """Gradients before each activation, frame by frame; zero where a frame is not valid."""
+
+    gates: Tensor  # (N, 4MH)
+    inner: Tensor  # (N, A), of the attention
+    logits: Tensor  # (N, CELLS), of its softmax
+    candidate_inner: Tensor  # (N, b)
+    candidate: Tensor  # (N, U)
+    context: Tensor  # (N, 2G), of the inner layers of both γ
+    retain: Tensor  # (N, U), of γ1
+    update: Tensor  # (N, U), of γ2
+
+
+def _slopes(
+    hidden_grad: Tensor,
+    memory_grad: Tensor,
+    kept: _Kept,
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    steps: int,
+    dropout: float,
+) -> _Slopes:
+    """Both loops over time backwards, the memory's and then the cells'."""
+    sizes, dtype, batch = Sizes.of(weights), weights.recurrent.dtype, lengths.shape[0]
+    merged = _Merged.of(weights)
+    tile = tile_for(batch, capability(lengths))
+    grid = (triton.cdiv(batch, tile.rows),)
+    scale = 1.0 / (1.0 - dropout)
+    slope = kept.cells.new_zeros((batch * steps, 3 * sizes.memory))
+    context, inner, logits = map(torch.zeros_like, (kept.context, kept.inner, kept.attended))
+    gates = slope.new_zeros((batch * steps, 4 * sizes.states))
+    # A backward pass may run again: what came in stays as it is.
+    memory_state = memory_grad.to(torch.float32, copy=True).contiguous()
+    hidden_state = hidden_grad.to(torch.float32, copy=True).contiguous()
+    memory_scan_memory_bwd_kernel[grid](
+        kept.candidate,
+        kept.context,
+        kept.retain_update,
+        kept.memory,
+        lengths,
+        merged.context,
+        merged.second,
+        memory_state,
+        slope,
+        context,
+        batch,
+        steps,
+        scale,
+        **_memory_constants(sizes, tile, dtype),
+        **_compile_options(tile),
+    )
+    retain, update, candidate = slope.split(sizes.memory, 1)
+    candidate_inner = _product(candidate, weights.candidate[2], dtype).float()
+    candidate_inner.mul_(scale).masked_fill_(kept.candidate_inner <= 0, 0.0)
+    attended_grad = _product(context, merged.context[:, : sizes.cells], dtype).float()
+    attended_grad += _product(candidate_inner, weights.candidate[0], dtype)
+    memory_scan_cells_bwd_kernel[grid](
+        kept.gates,
+        kept.cells,
+        kept.inner,
+        kept.share,
+        kept.attended,
+        lengths,
+        weights.recurrent,
+        weights.recurrent if weights.feedback is None else weights.feedback,
+        weights.attention[0],
+        weights.attention[2],
+        attended_grad,
+        hidden_state,
+        torch.zeros_like(kept.hidden[:batch]),
+        torch.zeros_like(kept.attended[:batch]),
+        gates,
+        logits,
+        inner,
+        batch,
+        steps,
+        scale,
+        **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
+        **_compile_options(tile),
+    )
+    return _Slopes(gates, inner, logits, candidate_inner, candidate, context, retain, update)
+
+
 def _gradients(
     hidden_grad: Tensor,
     memory_grad: Tensor,
@@ -306,115 +389,77 @@ def _gradients(
 ) -> list[Tensor]:
     """Gradients of features (empty where not wanted) and weights, in the order of :func:`scan_weights.tensors_of`."""
     given = [*features, *(x for x in tensors_of(weights) if x is not None)]
-    weights, sizes, dtype = _contiguous(weights), Sizes.of(weights), weights.recurrent.dtype
     batch, steps = features[0].shape[:2]
     if not batch or not steps:
         return [torch.zeros_like(x) for x in given]
-    frames, modalities, size = batch * steps, sizes.modalities, sizes.hidden
+    weights, sizes, frames = _contiguous(weights), Sizes.of(weights), batch * steps
     kept = _Kept.of(piece, _Kept.shapes(frames, frames, sizes, weights.candidate[0].shape[0]))
-    merged = _Merged.of(weights)
-    tile = tile_for(batch, capability(lengths))
-    grid = (triton.cdiv(batch, tile.rows),)
-    scale = 1.0 / (1.0 - dropout)
-    # Frames that are not valid have no gradient.
-    slope, inner_grad = piece.new_zeros((frames, 3 * sizes.memory)), torch.zeros_like(kept.context)
-    gates_grad = piece.new_zeros((frames, 4 * sizes.states))
-    logits_grad, attention_grad = torch.zeros_like(kept.attended), torch.zeros_like(kept.inner)
-    # A backward pass may run again: what came in stays as it is.
-    memory_state = memory_grad.to(torch.float32, copy=True).contiguous()
-    hidden_state = hidden_grad.to(torch.float32, copy=True).contiguous()
     with torch.autocast(piece.device.type, enabled=False), torch.cuda.device_of(piece):
-        memory_scan_memory_bwd_kernel[grid](
-            kept.candidate,
-            kept.context,
-            kept.retain_update,
-            kept.memory,
-            lengths,
-            merged.context,
-            merged.second,
-            memory_state,
-            slope,
-            inner_grad,
-            batch,
-            steps,
-            scale,
-            **_memory_constants(sizes, tile, dtype),
-            **_compile_options(tile),
-        )
-        of_retain, of_update, of_candidate = slope.split(sizes.memory, 1)
-        candidate_grad = _product(of_candidate, weights.candidate[2], dtype).float()
-        candidate_grad.mul_(scale).masked_fill_(kept.candidate_inner <= 0, 0.0)
-        attended_grad = _product(inner_grad, merged.context[:, : sizes.cells], dtype).float()
-        attended_grad += _product(candidate_grad, weights.candidate[0], dtype)
-        memory_scan_cells_bwd_kernel[grid](
-            kept.gates,
-            kept.cells,
-            kept.inner,
-            kept.share,
-            kept.attended,
-            lengths,
-            weights.recurrent,
-            weights.recurrent if weights.feedback is None else weights.feedback,
-            weights.attention[0],
-            weights.attention[2],
-            attended_grad,
-            hidden_state,
-            torch.zeros_like(kept.hidden[:batch]),
-            torch.zeros_like(kept.attended[:batch]),
-            gates_grad,
-            logits_grad,
-            attention_grad,
-            batch,
-            steps,
-            scale,
-            **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
-            **_compile_options(tile),
-        )
+        slopes = _slopes(hidden_grad, memory_grad, kept, lengths, weights, steps, dropout)
+        return _products_over_frames(slopes, kept, features, lengths, weights, wanted)
 
-        def layer(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            return _product(grad.mT, x, dtype), grad.sum(0).to(dtype)
 
-        by_modality = gates_grad.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
-        later = by_modality[:, batch:].mT
-        hidden = kept.hidden[: frames - batch].unflatten(1, (modalities, size)).transpose(0, 1)
-        attended = kept.attended[: frames - batch].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
-        recurrent = _product(later, hidden, dtype)
-        feedback = [] if weights.feedback is None else [torch.cat([_product(later, r, dtype) for r in attended], 2)]
-        alive = torch.arange(steps, device=lengths.device)[:, None] < lengths
-        of_inputs, of_features = [], []
-        for x, weight, grad, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
-            # Padding may hold anything.
-            valid = torch.where(alive[:, :, None], x.transpose(0, 1), x.new_zeros(())).reshape(frames, -1)
-            of_inputs.append(_product(grad.mT, valid, dtype))
-            of_feature = _product(grad, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
-            of_features.append(x.new_empty(0) if of_feature is None else of_feature.contiguous())
-        cells = torch.cat(
-            [
-                _product(attention_grad[batch:].mT, kept.cells[: frames - batch], dtype),
-                _product(attention_grad.mT, kept.cells, dtype),
-            ],
-            1,
-        )
-        parts = []
-        for grad, of_second, inner in zip(
-            inner_grad.split(sizes.gates, 1), (of_retain, of_update), kept.context.split(sizes.gates, 1), strict=True
-        ):
-            of_memory = _product(grad[batch:].mT, kept.memory[: frames - batch], dtype)
-            of_first = torch.cat([_product(grad.mT, kept.attended, dtype), of_memory], 1)
-            parts += [of_first, grad.sum(0).to(dtype), *layer(of_second, inner)]
-        return [
-            *of_features,
-            *of_inputs,
-            recurrent,
-            gates_grad.sum(0).view(modalities, -1).to(dtype),
-            *feedback,
-            cells,
-            attention_grad.sum(0).to(dtype),
-            *layer(logits_grad, kept.inner),
-            *layer(candidate_grad, kept.attended),
-            *layer(of_candidate, kept.candidate_inner),
-            *parts,
-        ]
+def _products_over_frames(
+    slopes: _Slopes,
+    kept: _Kept,
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients as :func:`_gradients` gives them: slopes times what a layer was given, summed over all frames."""
+    sizes, dtype = Sizes.of(weights), weights.recurrent.dtype
+    modalities, size = sizes.modalities, sizes.hidden
+    batch, steps = features[0].shape[:2]
+    before = batch * steps - batch  # frames that have a next step; their states meet the slopes of that
+
+    def of_weight(slope: Tensor, x: Tensor) -> Tensor:
+        return _product(slope.mT, x, dtype)
+
+    def of_bias(slope: Tensor) -> Tensor:
+        return slope.sum(0).to(dtype)
+
+    by_modality = slopes.gates.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
+    later = by_modality[:, batch:]
+    recurrent = of_weight(later, kept.hidden[:before].unflatten(1, (modalities, size)).transpose(0, 1))
+    feedback = []
+    if weights.feedback is not None:
+        attended = kept.attended[:before].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
+        feedback = [torch.cat([of_weight(later, r) for r in attended], 2)]
+    alive = torch.arange(steps, device=lengths.device)[:, None] < lengths
+    of_inputs, of_features = [], []
+    for x, weight, slope, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
+        # Padding may hold anything.
+        valid = torch.where(alive[:, :, None], x.transpose(0, 1), x.new_zeros(())).reshape(batch * steps, -1)
+        of_inputs.append(of_weight(slope, valid))
+        of_feature = _product(slope, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
+        of_features.append(x.new_empty(0) if of_feature is None else of_feature.contiguous())
+    cells = [of_weight(slopes.inner[batch:], kept.cells[:before]), of_weight(slopes.inner, kept.cells)]
+    of_gates = []
+    for inner_slope, slope, inner in zip(
+        slopes.context.split(sizes.gates, 1),
+        (slopes.retain, slopes.update),
+        kept.context.split(sizes.gates, 1),
+        strict=True,
+    ):
+        first = [of_weight(inner_slope, kept.attended), of_weight(inner_slope[batch:], kept.memory[:before])]
+        of_gates += [torch.cat(first, 1), of_bias(inner_slope), of_weight(slope, inner), of_bias(slope)]
+    return [
+        *of_features,
+        *of_inputs,
+        recurrent,
+        of_bias(slopes.gates).view(modalities, -1),
+        *feedback,
+        torch.cat(cells, 1),
+        of_bias(slopes.inner),
+        of_weight(slopes.logits, kept.inner),
+        of_bias(slopes.logits),
+        of_weight(slopes.candidate_inner, kept.attended),
+        of_bias(slopes.candidate_inner),
+        of_weight(slopes.candidate, kept.candidate_inner),
+        of_bias(slopes.candidate),
+        *of_gates,
+    ]
 
 
 # --- The ops and their gradients ---
