@@ -10,7 +10,7 @@ import triton.language as tl
 
 from m3er_fast.kernels._fusion_inputs import (
     RUNTIME,
-    label_weight,
+    label_mean_factor,
     labels_of,
     mean_factor,
     modality_factors,
@@ -137,12 +137,10 @@ def fusion_loss_classes_fwd_kernel(
     if REDUCTION == "mean":
         if TARGET == "share":
             scale = mean_factor(B.to(tl.float32))
-        elif SOLO:
-            scale = mean_factor(
-                label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
-            )
         else:
-            scale = mean_factor(tl.sum(tl.load(part_ptr + tl.arange(0, PARTS))))
+            scale = label_mean_factor(
+                target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+            )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     sums = tl.zeros([ROWS], tl.float32)
     for i in range(blocks):

@@ -62,6 +62,28 @@ def mean_factor(total):
 
 
 @triton.jit
+def label_mean_factor(
+    target_ptr,  # (B,) int64
+    class_weight_ptr,  # (C,) float32
+    part_ptr,  # (PARTS,) float32, sums of label weights
+    B,
+    blocks,
+    ignore_index,
+    C: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    SOLO: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """1 / the weights of all labels: a program that is alone adds them up, else a kernel before it has, in parts."""
+    if SOLO:
+        total = label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
+    else:
+        total = tl.sum(tl.load(part_ptr + tl.arange(0, PARTS)))
+    return mean_factor(total)
+
+
+@triton.jit
 def presence(
     available_ptr,  # (B, M) bool
     b,

@@ -13,9 +13,8 @@ import triton.language as tl
 
 from m3er_fast.kernels._fusion_inputs import (
     RUNTIME,
-    label_weight,
+    label_mean_factor,
     labels_of,
-    mean_factor,
     modality_factors,
     offsets_of,
     presence,
@@ -79,12 +78,9 @@ def fusion_loss_narrow_fwd_kernel(
     """Loss and gradient of labels over few classes, a sample a thread."""
     scale = 1.0
     if REDUCTION == "mean":
-        if SOLO:
-            scale = mean_factor(
-                label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
-            )
-        else:
-            scale = mean_factor(tl.sum(tl.load(part_ptr + tl.arange(0, PARTS))))
+        scale = label_mean_factor(
+            target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+        )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     c = tl.arange(0, COLUMNS)
     sums = tl.zeros([ROWS], tl.float32)
@@ -191,12 +187,9 @@ def fusion_loss_wide_fwd_kernel(
     """Loss and gradient of labels over many classes, block by block of classes."""
     scale = 1.0
     if REDUCTION == "mean":
-        if SOLO:
-            scale = mean_factor(
-                label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
-            )
-        else:
-            scale = mean_factor(tl.sum(tl.load(part_ptr + tl.arange(0, PARTS))))
+        scale = label_mean_factor(
+            target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+        )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     sums = tl.zeros([ROWS], tl.float32)
     for i in range(blocks):
