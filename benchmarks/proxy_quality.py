@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import quality
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.cluster import kmeans_plusplus
 from sklearn.linear_model import RidgeCV
@@ -250,13 +251,9 @@ def to_markdown(results):
 
 
 def draw(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [("k", "neighbours K"), ("ridge", "ridge λ"), ("bank", "frames in the bank")]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", constrained_layout=True)
+    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
     for color, (corpus, groups) in zip(("C0", "C1", "C2"), results.items(), strict=False):
         for column, (group, label) in enumerate(panels):
             positions = [float(x) for x in groups[group]]
@@ -277,7 +274,7 @@ def draw(results, path):
         title_fontsize=8,
         loc="upper left",
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def main():

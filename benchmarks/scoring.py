@@ -134,9 +134,8 @@ def main():
             rates["score"].append(summary.rows / summary.seconds)
             shutil.rmtree(out)
             rates["model"].append(model_rate(plan, scorer, options.model_rows))
-        beside = [
-            statistics.mean(pair) for pair in itertools.pairwise(rates["model"])
-        ]  # a long run sees the rate drift
+        # A long run sees the rate drift.
+        beside = [statistics.mean(pair) for pair in itertools.pairwise(rates["model"])]
         result |= {
             "utterances": summary.rows,
             "errors": summary.errors,
