@@ -10,14 +10,12 @@ Intervals are those of Clopper and Pearson, 95 %. They take utterances as indepe
 """
 
 import argparse
-import json
-import os
-import platform
 import warnings
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import quality
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
@@ -213,10 +211,9 @@ def draw_recognition(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path, help="the folder of real data; default: $M3ER_DATA, or shared/data")
+    quality.add_data_argument(parser)
     options = parser.parse_args()
-    default = os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-    cases = held_out(options.data or Path(default))
+    cases = held_out(options.data)
     flagged, found, groups = {}, {}, {}
     for case, pairs in cases.items():
         print(case, flush=True)
@@ -225,14 +222,9 @@ def main():
             found[case] = recognition(pairs)
         if case.startswith("CMU-MOSI"):
             groups[case] = {name: count for pair in pairs for name, count in by_group(*pair).items()}
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "settings": {"torch": torch.__version__, "python": platform.python_version(), "alphas": ALPHAS},
-        "calibration": flagged,
-        "lost a modality, by video": groups,
-        "recognition": found,
-    }
-    (options.out / "check_quality.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    results = {"calibration": flagged, "lost a modality, by video": groups, "recognition": found}
+    # On one line: half of it are the points of curves.
+    quality.write_results(options.out / "check_quality.json", {"alphas": ALPHAS}, indent=None, **results)
     draw_calibration(flagged, options.out / "check_calibration.png")
     draw_recognition(found, options.out / "check_roc.png")
 

@@ -9,14 +9,11 @@ sizes, whose mean squared distance from the overall accuracy, weighted by size, 
 """
 
 import argparse
-import json
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
+import quality
 from matplotlib.figure import Figure
 from scipy.stats import binom
 
@@ -74,11 +71,10 @@ def draw(result, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path, help="the folder of real data; default: $M3ER_DATA, or shared/data")
+    quality.add_data_argument(parser)
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
-    default = os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-    corpus = read((options.data or Path(default)) / "mosi_utterance", "utterance-csv")
+    corpus = read(options.data / "mosi_utterance", "utterance-csv")
     names, video = np.unique(corpus.subset("test").group, return_inverse=True)
     result = {
         condition: {
@@ -91,9 +87,7 @@ def main():
         }
         for condition, right in measure(corpus, options.seeds).items()
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "seeds": options.seeds}
-    (options.out / "group_error.json").write_text(json.dumps({"settings": about, "results": result}, indent=1) + "\n")
+    quality.write_results(options.out / "group_error.json", {"seeds": options.seeds}, results=result)
     draw(result, options.out / "group_error.png")
 
 

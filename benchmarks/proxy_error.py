@@ -8,12 +8,10 @@ The error is mean ‖proxy - original‖ / mean ‖original‖ over valid frames
 """
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
 import numpy as np
-import torch
+import quality
 from matplotlib.figure import Figure
 
 from m3er_fast import M3ERConfig, M3ERFusion
@@ -77,9 +75,7 @@ def main():
         }
         for label, ridge in RIDGES.items()
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "seeds": options.seeds}
-    (options.out / "proxy_error.json").write_text(json.dumps({"settings": about, "results": results}, indent=1) + "\n")
+    quality.write_results(options.out / "proxy_error.json", {"seeds": options.seeds}, results=results)
     draw(results, options.out / "proxy_error.png")
 
 

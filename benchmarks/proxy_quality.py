@@ -9,15 +9,14 @@ Errors are ‖filled - original‖ / ‖original‖ over all frames that were hi
 """
 
 import argparse
-import json
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import quality
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.cluster import kmeans_plusplus
 from sklearn.linear_model import RidgeCV
@@ -252,13 +251,9 @@ def to_markdown(results):
 
 
 def draw(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [("k", "neighbours K"), ("ridge", "ridge λ"), ("bank", "frames in the bank")]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", constrained_layout=True)
+    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
     for color, (corpus, groups) in zip(("C0", "C1", "C2"), results.items(), strict=False):
         for column, (group, label) in enumerate(panels):
             positions = [float(x) for x in groups[group]]
@@ -279,7 +274,7 @@ def draw(results, path):
         title_fontsize=8,
         loc="upper left",
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def main():
@@ -287,18 +282,14 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("generated", "CMU-MOSI", "YouTube"))
+    quality.add_data_argument(parser)
     options = parser.parse_args()
-    root = Path(os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     results = {}
-    for name, (corpus, config) in corpora(root).items():
+    for name, (corpus, config) in corpora(options.data).items():
         if options.only in (None, name):
             print(name, flush=True)
             results[name] = measure(corpus, config, options.seeds, lambda line: print(line, flush=True))
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "seeds": options.seeds}
-    (options.out / "proxy_quality.json").write_text(
-        json.dumps({"settings": about, "results": results}, indent=1) + "\n"
-    )
+    quality.write_results(options.out / "proxy_quality.json", {"seeds": options.seeds}, results=results)
     (options.out / "proxy_quality.md").write_text(to_markdown(results), encoding="utf-8")
     draw(results, options.out / "proxy_quality.png")
 

@@ -6,13 +6,12 @@ once with what "auto" takes, and prints best validation losses and seconds as a 
 """
 
 import argparse
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import quality
 import torch
 
 from m3er_fast import M3ERConfig
@@ -43,11 +42,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("generated", "YouTube"))
+    quality.add_data_argument(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    root = Path(os.environ.get("M3ER_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     print("| Corpus | Scan | Best validation loss of each seed | Mean ± deviation | Seconds |\n|---|---|---|---|---:|")
-    for name, corpus, epochs in corpora(root):
+    for name, corpus, epochs in corpora(options.data):
         if options.only not in (None, name):
             continue
         for label in ("step by step", "auto"):

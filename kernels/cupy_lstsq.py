@@ -18,8 +18,8 @@ import torch.utils.dlpack
 from cupyx.lapack import posv
 from torch import Tensor
 
-# Below this ridge normal equations lose the small singular values, even in float64.
-_SMALLEST_CHOLESKY_RIDGE = 1e-8
+from m3er_fast.reference import SMALLEST_CHOLESKY_RIDGE
+
 # Neighbours of a block in float64, of which some four copies are alive at a time.
 _BLOCK_BYTES = 64 * 2**20
 
@@ -60,7 +60,7 @@ def _coefficients(query: Tensor, rows: Tensor, ridge: float, affine: bool) -> Te
     stream = torch.cuda.current_stream(query.device)
     with cupy.cuda.Device(query.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, query.device.index):
         v, f, mu = (cupy.from_dlpack(x.contiguous()) for x in (rows, query, penalty))
-        if ridge >= _SMALLEST_CHOLESKY_RIDGE:
+        if ridge >= SMALLEST_CHOLESKY_RIDGE:
             solution = _by_cholesky(v, f, mu)
         elif ridge > 0:
             solution = _by_qr(v, f, mu)

@@ -14,9 +14,6 @@ programs share. Without gradients the states of two steps are kept, in turns.
 Dot products are tf32x3, three passes of the matrix unit that keep float32's digits; of weights in half precision one
 pass is exact enough, since tf32 holds them exactly. States and all that is kept are float32.
 
-Dropout is drawn by a counter: whether a unit of a frame is dropped depends on the seed, the frame, the layer and the
-unit only. The way back draws nothing: a unit that was dropped is one whose value is zero.
-
 Dimension legend: M modalities, B samples, T time steps, N = T · B frames, step by step; H hidden size, U memory size,
 A and G inner sizes of attention and gates, CELLS = 2MH: the old cells of every modality, and then the new ones.
 """
@@ -29,525 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from m3er_fast.kernels._launch import TRITON_TYPE, Specialization, Work, capability
+from m3er_fast.kernels._scan_cells import memory_scan_cells_bwd_kernel, memory_scan_cells_fwd_kernel
+from m3er_fast.kernels._scan_layers import CANDIDATE, memory_scan_dropout_kernel
+from m3er_fast.kernels._scan_memory import memory_scan_memory_bwd_kernel, memory_scan_memory_fwd_kernel
 from m3er_fast.reference import MemoryScanWeights
 from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
-
-# Layers with a dropout of their own.
-_ATTENTION = tl.constexpr(0)
-_CANDIDATE = tl.constexpr(1)
-_GATES = tl.constexpr(2)
-# Nothing is compiled anew for a batch size or a number of steps.
-_RUNTIME = ["B", "T", "slots", "N"]
-
-
-# --- What the kernels share ---
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
-def _tanh(x):
-    """To 1e-7 absolute."""
-    return 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0
-
-
-@triton.jit
-def _tile(ptr, row, start, mask, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of a matrix whose rows are STRIDE apart, from column ``start``; zeros where the mask is off."""
-    offsets = row[:, None] * STRIDE + (start + tl.arange(0, COLUMNS))[None, :]
-    return tl.load(ptr + offsets, mask=mask[:, None], other=0.0)
-
-
-@triton.jit
-def _put(ptr, row, start, mask, value, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    offsets = row[:, None] * STRIDE + (start + tl.arange(0, COLUMNS))[None, :]
-    tl.store(ptr + offsets, value, mask=mask[:, None])
-
-
-@triton.jit
-def _bias(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A piece of a bias, the same in each row."""
-    bias = tl.load(ptr + start + tl.arange(0, COLUMNS)).to(tl.float32)
-    return tl.zeros([ROWS, COLUMNS], tl.float32) + bias[None, :]
-
-
-@triton.jit
-def _add_product(
-    total,  # (ROWS, OUT)
-    x_ptr,  # rows STRIDE apart, SIZE of their columns
-    row,
-    mask,
-    weight_ptr,  # SIZE · OUT numbers, IN_STRIDE apart along what is summed over and OUT_STRIDE along the other
-    STRIDE: tl.constexpr,
-    IN_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``total`` + x · weight."""
-    for start in range(0, SIZE, CHUNK):
-        x = _tile(x_ptr, row, start, mask, STRIDE, CHUNK)
-        k = start + tl.arange(0, CHUNK)
-        weight = tl.load(weight_ptr + (k[:, None] * IN_STRIDE + tl.arange(0, OUT)[None, :] * OUT_STRIDE))
-        total = tl.dot(x, weight.to(tl.float32), total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _add_products(
-    totals,  # four of (ROWS, OUT)
-    x_ptr,
-    row,
-    mask,
-    weight_ptr,  # of the first; that of each other starts NEXT later
-    STRIDE: tl.constexpr,
-    NEXT: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The same for the four gates of an LSTM: one x, four weights."""
-    for start in range(0, SIZE, CHUNK):
-        x = _tile(x_ptr, row, start, mask, STRIDE, CHUNK)
-        k = start + tl.arange(0, CHUNK)
-        added = ()
-        for i in tl.static_range(4):
-            offsets = i * NEXT + k[:, None] + tl.arange(0, OUT)[None, :] * OUT_STRIDE
-            weight = tl.load(weight_ptr + offsets).to(tl.float32)
-            added = added + (tl.dot(x, weight, totals[i], input_precision=PRECISION),)
-        totals = added
-    return totals
-
-
-@triton.jit
-def _kept(seed_ptr, row, start, dropout, LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of 1 / (1 - dropout), and of 0 for the units that are dropped."""
-    nothing = tl.zeros([ROWS, COLUMNS], tl.int32)
-    low, high = row.to(tl.int32)[:, None] + nothing, (row >> 32).to(tl.int32)[:, None] + nothing
-    unit = (start + tl.arange(0, COLUMNS)).to(tl.int32)[None, :] + nothing
-    draw, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, unit, nothing + LAYER)
-    return tl.where(tl.uint_to_uniform_float(draw) >= dropout, 1.0 / (1.0 - dropout), 0.0)
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def memory_scan_dropout_kernel(
-    x_ptr,  # (N, SIZE), the inner layer of û: before its relu, then after dropout
-    seed_ptr,
-    N,
-    dropout,
-    LAYER: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Relu and dropout of ROWS frames, in place."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    for start in range(0, SIZE, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = (row < N)[:, None] & (column < SIZE)[None, :]
-        offsets = row[:, None] * SIZE + column[None, :]
-        x = tl.maximum(tl.load(x_ptr + offsets, mask=mask, other=0.0), 0.0)
-        tl.store(x_ptr + offsets, x * _kept(seed_ptr, row, start, dropout, LAYER, ROWS, COLUMNS), mask=mask)
-
-
-# --- Forward ---
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def memory_scan_cells_fwd_kernel(
-    gates_ptr,  # (M, B, T, 4H), the input's share of the gates, biases included; if KEEP then the gates themselves
-    length_ptr,  # (B,) int64
-    recurrent_ptr,  # (M, 4H, H)
-    feedback_ptr,  # (M, 4H, 2H)
-    first_ptr,  # (A, CELLS)
-    first_bias_ptr,  # (A,)
-    second_ptr,  # (CELLS, A)
-    second_bias_ptr,  # (CELLS,)
-    seed_ptr,  # (1,) int64
-    last_ptr,  # (M, B, H), the last hidden states
-    hidden_ptr,  # (slots, B, MH)
-    cells_ptr,  # (slots, B, MH)
-    inner_ptr,  # (slots, B, A), of the attention, after relu and dropout
-    share_ptr,  # (slots, B, CELLS), the softmax
-    attended_ptr,  # (T, B, CELLS), r
-    B,
-    T,
-    slots,  # T, or 2 where only the last step is wanted
-    dropout,
-    M: tl.constexpr,
-    H: tl.constexpr,
-    A: tl.constexpr,
-    H_PIECE: tl.constexpr,
-    A_PIECE: tl.constexpr,
-    FEEDBACK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """LSTMs and attention of ROWS samples, step by step."""
-    CELLS: tl.constexpr = 2 * M * H
-    batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
-    for t in range(tl.max(length, axis=0)):
-        alive = t < length
-        continued = alive & (t > 0)
-        frame = b + t * batch
-        now = b + (t % slots) * batch
-        before = b + ((t + slots - 1) % slots) * batch
-        tl.debug_barrier()
-        for m in range(M):
-            gate_row = (b + m * B) * T + t
-            for start in range(0, H, H_PIECE):
-                unit = m * H + start
-                gates = ()
-                for i in tl.static_range(4):  # input, forget, cell, output
-                    gates = gates + (_tile(gates_ptr, gate_row, i * H + start, alive, 4 * H, H_PIECE),)
-                gates = _add_products(
-                    gates, hidden_ptr + m * H, before, continued, recurrent_ptr + (m * 4 * H + start) * H,
-                    M * H, H * H, H, H, 16, H_PIECE, PRECISION,
-                )  # fmt: skip
-                if FEEDBACK:
-                    for part in range(2):
-                        gates = _add_products(
-                            gates, attended_ptr + (part * M + m) * H, frame - B, continued,
-                            feedback_ptr + (m * 4 * H + start) * 2 * H + part * H,
-                            CELLS, 2 * H * H, 2 * H, H, 16, H_PIECE, PRECISION,
-                        )  # fmt: skip
-                enter, keep, value, show = _sigmoid(gates[0]), _sigmoid(gates[1]), _tanh(gates[2]), _sigmoid(gates[3])
-                cell = keep * _tile(cells_ptr, before, unit, continued, M * H, H_PIECE) + enter * value
-                hidden = show * _tanh(cell)
-                _put(cells_ptr, now, unit, alive, cell, M * H, H_PIECE)
-                _put(hidden_ptr, now, unit, alive, hidden, M * H, H_PIECE)
-                _put(last_ptr, b + m * B, start, t + 1 == length, hidden, H, H_PIECE)
-                if KEEP:
-                    _put(gates_ptr, gate_row, start, alive, enter, 4 * H, H_PIECE)
-                    _put(gates_ptr, gate_row, H + start, alive, keep, 4 * H, H_PIECE)
-                    _put(gates_ptr, gate_row, 2 * H + start, alive, value, 4 * H, H_PIECE)
-                    _put(gates_ptr, gate_row, 3 * H + start, alive, show, 4 * H, H_PIECE)
-        tl.debug_barrier()
-        for start in range(0, A, A_PIECE):
-            inner = _bias(first_bias_ptr, start, ROWS, A_PIECE)
-            inner = _add_product(
-                inner, cells_ptr, before, continued, first_ptr + start * CELLS,
-                M * H, 1, CELLS, M * H, H_PIECE, A_PIECE, PRECISION,
-            )  # fmt: skip
-            inner = _add_product(
-                inner, cells_ptr, now, alive, first_ptr + start * CELLS + M * H,
-                M * H, 1, CELLS, M * H, H_PIECE, A_PIECE, PRECISION,
-            )  # fmt: skip
-            inner = tl.maximum(inner, 0.0)
-            if DROPOUT:
-                inner *= _kept(seed_ptr, frame, start, dropout, _ATTENTION, ROWS, A_PIECE)
-            _put(inner_ptr, now, start, alive, inner, A, A_PIECE)
-        tl.debug_barrier()
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, CELLS, H_PIECE):
-            logits = _add_product(
-                _bias(second_bias_ptr, start, ROWS, H_PIECE), inner_ptr, now, alive, second_ptr + start * A,
-                A, 1, A, A, A_PIECE, H_PIECE, PRECISION,
-            )  # fmt: skip
-            _put(share_ptr, now, start, alive, logits, CELLS, H_PIECE)
-            higher = tl.maximum(top, tl.max(logits, axis=1))
-            power = tl.exp2(1.4426950408889634 * (logits - higher[:, None]))
-            total = total * tl.exp2(1.4426950408889634 * (top - higher)) + tl.sum(power, axis=1)
-            top = higher
-        tl.debug_barrier()
-        for start in range(0, CELLS, H_PIECE):
-            is_old = start < M * H
-            logits = _tile(share_ptr, now, start, alive, CELLS, H_PIECE)
-            share = tl.exp2(1.4426950408889634 * (logits - top[:, None])) / total[:, None]
-            cell = _tile(
-                cells_ptr, tl.where(is_old, before, now), start % (M * H), tl.where(is_old, continued, alive),
-                M * H, H_PIECE,
-            )  # fmt: skip
-            _put(attended_ptr, frame, start, alive, share * cell, CELLS, H_PIECE)
-            if KEEP:
-                _put(share_ptr, now, start, alive, share, CELLS, H_PIECE)
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def memory_scan_memory_fwd_kernel(
-    candidate_ptr,  # (T, B, U), û
-    inner_ptr,  # (T, B, 2G), r's share of the inner layers of γ1 and γ2, biases included; then these, after dropout
-    length_ptr,  # (B,) int64
-    context_ptr,  # (2G, CELLS + U), of whose columns the last U are read
-    second_ptr,  # (2, U, G)
-    bias_ptr,  # (2, U)
-    seed_ptr,  # (1,) int64
-    last_ptr,  # (B, U), the last memory
-    gates_ptr,  # (slots, B, 2U), γ1 and γ2
-    memory_ptr,  # (slots, B, U)
-    B,
-    T,
-    slots,
-    dropout,
-    CELLS: tl.constexpr,
-    U: tl.constexpr,
-    G: tl.constexpr,
-    U_PIECE: tl.constexpr,
-    G_PIECE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The gated memory of ROWS samples, step by step."""
-    batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
-    for t in range(tl.max(length, axis=0)):
-        alive = t < length
-        continued = alive & (t > 0)
-        frame = b + t * batch
-        now = b + (t % slots) * batch
-        before = b + ((t + slots - 1) % slots) * batch
-        tl.debug_barrier()
-        for start in range(0, 2 * G, G_PIECE):
-            inner = _add_product(
-                _tile(inner_ptr, frame, start, alive, 2 * G, G_PIECE), memory_ptr, before, continued,
-                context_ptr + start * (CELLS + U) + CELLS, U, 1, CELLS + U, U, U_PIECE, G_PIECE, PRECISION,
-            )  # fmt: skip
-            inner = tl.maximum(inner, 0.0)
-            if DROPOUT:
-                inner *= _kept(seed_ptr, frame, start, dropout, _GATES, ROWS, G_PIECE)
-            _put(inner_ptr, frame, start, alive, inner, 2 * G, G_PIECE)
-        tl.debug_barrier()
-        for start in range(0, U, U_PIECE):
-            retain = _sigmoid(
-                _add_product(
-                    _bias(bias_ptr, start, ROWS, U_PIECE),
-                    inner_ptr,
-                    frame,
-                    alive,
-                    second_ptr + start * G,
-                    2 * G,
-                    1,
-                    G,
-                    G,
-                    G_PIECE,
-                    U_PIECE,
-                    PRECISION,
-                )
-            )
-            update = _sigmoid(
-                _add_product(
-                    _bias(bias_ptr, U + start, ROWS, U_PIECE),
-                    inner_ptr + G,
-                    frame,
-                    alive,
-                    second_ptr + (U + start) * G,
-                    2 * G,
-                    1,
-                    G,
-                    G,
-                    G_PIECE,
-                    U_PIECE,
-                    PRECISION,
-                )
-            )
-            memory = retain * _tile(memory_ptr, before, start, continued, U, U_PIECE)
-            memory += update * _tile(candidate_ptr, frame, start, alive, U, U_PIECE)
-            _put(memory_ptr, now, start, alive, memory, U, U_PIECE)
-            _put(last_ptr, b, start, t + 1 == length, memory, U, U_PIECE)
-            if KEEP:
-                _put(gates_ptr, now, start, alive, retain, 2 * U, U_PIECE)
-                _put(gates_ptr, now, U + start, alive, update, 2 * U, U_PIECE)
-
-
-# --- Backward ---
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def memory_scan_memory_bwd_kernel(
-    candidate_ptr,  # (T, B, U), û
-    inner_ptr,  # (T, B, 2G), inner layers of γ1 and γ2, after dropout
-    gates_ptr,  # (T, B, 2U), γ1 and γ2
-    memory_ptr,  # (T, B, U)
-    length_ptr,  # (B,) int64
-    context_ptr,  # (2G, CELLS + U), of whose columns the last U are read
-    second_ptr,  # (2, U, G)
-    memory_grad_ptr,  # (B, U), of the last memory; then of each step's
-    slope_ptr,  # (T, B, 3U), before the activations of γ1, γ2 and û
-    inner_grad_ptr,  # (T, B, 2G), before the relu of the inner layers
-    B,
-    T,
-    scale,  # 1 / (1 - dropout)
-    CELLS: tl.constexpr,
-    U: tl.constexpr,
-    G: tl.constexpr,
-    U_PIECE: tl.constexpr,
-    G_PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """``memory`` backwards."""
-    batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
-    steps = tl.max(length, axis=0)
-    for i in range(steps):
-        t = steps - 1 - i
-        alive = t < length
-        continued = alive & (t > 0)
-        frame = b + t * batch
-        tl.debug_barrier()
-        for start in range(0, U, U_PIECE):
-            grad = _tile(memory_grad_ptr, b, start, alive, U, U_PIECE)
-            retain = _tile(gates_ptr, frame, start, alive, 2 * U, U_PIECE)
-            update = _tile(gates_ptr, frame, U + start, alive, 2 * U, U_PIECE)
-            candidate = _tile(candidate_ptr, frame, start, alive, U, U_PIECE)
-            memory = _tile(memory_ptr, frame - B, start, continued, U, U_PIECE)
-            _put(slope_ptr, frame, start, alive, grad * memory * retain * (1.0 - retain), 3 * U, U_PIECE)
-            _put(slope_ptr, frame, U + start, alive, grad * candidate * update * (1.0 - update), 3 * U, U_PIECE)
-            _put(slope_ptr, frame, 2 * U + start, alive, grad * update * (1.0 - candidate * candidate), 3 * U, U_PIECE)
-        tl.debug_barrier()
-        for start in range(0, 2 * G, G_PIECE):
-            gate = start // G
-            grad = _add_product(
-                tl.zeros([ROWS, G_PIECE], tl.float32), slope_ptr + gate * U, frame, alive,
-                second_ptr + gate * U * G + start % G, 3 * U, G, 1, U, U_PIECE, G_PIECE, PRECISION,
-            )  # fmt: skip
-            inner = _tile(inner_ptr, frame, start, alive, 2 * G, G_PIECE)
-            _put(inner_grad_ptr, frame, start, alive, tl.where(inner > 0, grad * scale, 0.0), 2 * G, G_PIECE)
-        tl.debug_barrier()
-        for start in range(0, U, U_PIECE):
-            grad = _tile(memory_grad_ptr, b, start, alive, U, U_PIECE)
-            grad = _add_product(
-                grad * _tile(gates_ptr, frame, start, alive, 2 * U, U_PIECE), inner_grad_ptr, frame, alive,
-                context_ptr + CELLS + start, 2 * G, CELLS + U, 1, 2 * G, G_PIECE, U_PIECE, PRECISION,
-            )  # fmt: skip
-            _put(memory_grad_ptr, b, start, alive, grad, U, U_PIECE)
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def memory_scan_cells_bwd_kernel(
-    gates_ptr,  # (M, B, T, 4H), activated
-    cells_ptr,  # (T, B, MH)
-    inner_ptr,  # (T, B, A), of the attention, after relu and dropout
-    share_ptr,  # (T, B, CELLS), the softmax
-    attended_ptr,  # (T, B, CELLS), r
-    length_ptr,  # (B,) int64
-    recurrent_ptr,  # (M, 4H, H)
-    feedback_ptr,  # (M, 4H, 2H)
-    first_ptr,  # (A, CELLS)
-    second_ptr,  # (CELLS, A)
-    attended_grad_ptr,  # (T, B, CELLS), of r by way of û and γ; then of z by way of r alone
-    hidden_grad_ptr,  # (M, B, H), of the last hidden states; then of each step's
-    cell_grad_ptr,  # (B, MH), zeros; then of each step's cells
-    back_grad_ptr,  # (B, CELLS), zeros; then of r by way of the feedback
-    gates_grad_ptr,  # (T, B, 4MH), before the gates' activations
-    logits_grad_ptr,  # (T, B, CELLS), before the softmax
-    inner_grad_ptr,  # (T, B, A), before the relu
-    B,
-    T,
-    scale,  # 1 / (1 - dropout)
-    M: tl.constexpr,
-    H: tl.constexpr,
-    A: tl.constexpr,
-    H_PIECE: tl.constexpr,
-    A_PIECE: tl.constexpr,
-    FEEDBACK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """``cells`` backwards."""
-    CELLS: tl.constexpr = 2 * M * H
-    batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
-    steps = tl.max(length, axis=0)
-    for i in range(steps):
-        t = steps - 1 - i
-        alive = t < length
-        continued = alive & (t > 0)
-        frame = b + t * batch
-        tl.debug_barrier()
-        # r = p ⊙ z with p the softmax: what comes back to its logits is q - p Σ q, q = dr ⊙ r.
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, CELLS, H_PIECE):
-            grad = _tile(attended_grad_ptr, frame, start, alive, CELLS, H_PIECE)
-            if FEEDBACK:
-                grad += _tile(back_grad_ptr, b, start, alive, CELLS, H_PIECE)
-            total += tl.sum(grad * _tile(attended_ptr, frame, start, alive, CELLS, H_PIECE), axis=1)
-        for start in range(0, CELLS, H_PIECE):
-            grad = _tile(attended_grad_ptr, frame, start, alive, CELLS, H_PIECE)
-            if FEEDBACK:
-                grad += _tile(back_grad_ptr, b, start, alive, CELLS, H_PIECE)
-            share = _tile(share_ptr, frame, start, alive, CELLS, H_PIECE)
-            product = grad * _tile(attended_ptr, frame, start, alive, CELLS, H_PIECE)
-            _put(logits_grad_ptr, frame, start, alive, product - share * total[:, None], CELLS, H_PIECE)
-            _put(attended_grad_ptr, frame, start, alive, grad * share, CELLS, H_PIECE)
-        tl.debug_barrier()
-        for start in range(0, A, A_PIECE):
-            grad = _add_product(
-                tl.zeros([ROWS, A_PIECE], tl.float32), logits_grad_ptr, frame, alive, second_ptr + start,
-                CELLS, A, 1, CELLS, H_PIECE, A_PIECE, PRECISION,
-            )  # fmt: skip
-            inner = _tile(inner_ptr, frame, start, alive, A, A_PIECE)
-            _put(inner_grad_ptr, frame, start, alive, tl.where(inner > 0, grad * scale, 0.0), A, A_PIECE)
-        tl.debug_barrier()
-        for m in range(M):
-            gate_row = (b + m * B) * T + t
-            for start in range(0, H, H_PIECE):
-                unit = m * H + start
-                old = _add_product(
-                    _tile(attended_grad_ptr, frame, unit, alive, CELLS, H_PIECE), inner_grad_ptr, frame, alive,
-                    first_ptr + unit, A, CELLS, 1, A, A_PIECE, H_PIECE, PRECISION,
-                )  # fmt: skip
-                grad = _add_product(
-                    _tile(attended_grad_ptr, frame, M * H + unit, alive, CELLS, H_PIECE), inner_grad_ptr, frame, alive,
-                    first_ptr + M * H + unit, A, CELLS, 1, A, A_PIECE, H_PIECE, PRECISION,
-                )  # fmt: skip
-                enter = _tile(gates_ptr, gate_row, start, alive, 4 * H, H_PIECE)
-                keep = _tile(gates_ptr, gate_row, H + start, alive, 4 * H, H_PIECE)
-                value = _tile(gates_ptr, gate_row, 2 * H + start, alive, 4 * H, H_PIECE)
-                show = _tile(gates_ptr, gate_row, 3 * H + start, alive, 4 * H, H_PIECE)
-                before = _tile(cells_ptr, frame - B, unit, continued, M * H, H_PIECE)
-                squashed = _tanh(_tile(cells_ptr, frame, unit, alive, M * H, H_PIECE))
-                hidden = _tile(hidden_grad_ptr, b + m * B, start, alive, H, H_PIECE)
-                grad += _tile(cell_grad_ptr, b, unit, alive, M * H, H_PIECE)
-                grad += hidden * show * (1.0 - squashed * squashed)
-                _put(cell_grad_ptr, b, unit, alive, old + grad * keep, M * H, H_PIECE)
-                column = m * 4 * H + start
-                by_enter = grad * value * enter * (1.0 - enter)
-                _put(gates_grad_ptr, frame, column, alive, by_enter, 4 * M * H, H_PIECE)
-                by_keep = grad * before * keep * (1.0 - keep)
-                _put(gates_grad_ptr, frame, H + column, alive, by_keep, 4 * M * H, H_PIECE)
-                by_value = grad * enter * (1.0 - value * value)
-                _put(gates_grad_ptr, frame, 2 * H + column, alive, by_value, 4 * M * H, H_PIECE)
-                by_show = hidden * squashed * show * (1.0 - show)
-                _put(gates_grad_ptr, frame, 3 * H + column, alive, by_show, 4 * M * H, H_PIECE)
-        tl.debug_barrier()
-        for m in range(M):
-            for start in range(0, H, H_PIECE):
-                grad = _add_product(
-                    tl.zeros([ROWS, H_PIECE], tl.float32), gates_grad_ptr + m * 4 * H, frame, alive,
-                    recurrent_ptr + m * 4 * H * H + start, 4 * M * H, H, 1, 4 * H, H_PIECE, H_PIECE, PRECISION,
-                )  # fmt: skip
-                _put(hidden_grad_ptr, b + m * B, start, alive, grad, H, H_PIECE)
-                if FEEDBACK:
-                    for part in range(2):
-                        grad = _add_product(
-                            tl.zeros([ROWS, H_PIECE], tl.float32), gates_grad_ptr + m * 4 * H, frame, alive,
-                            feedback_ptr + m * 8 * H * H + part * H + start,
-                            4 * M * H, 2 * H, 1, 4 * H, H_PIECE, H_PIECE, PRECISION,
-                        )  # fmt: skip
-                        _put(back_grad_ptr, b, (part * M + m) * H + start, alive, grad, CELLS, H_PIECE)
-
 
 # --- How they are launched ---
 
@@ -771,7 +257,7 @@ def _scan(
                 seed,
                 count,
                 dropout,
-                **_dropout_constants(size, _CANDIDATE.value),
+                **_dropout_constants(size, CANDIDATE.value),
                 **_DROPOUT_OPTIONS,
             )
         else:
@@ -808,6 +294,89 @@ def _dropout_constants(size: int, layer: int) -> dict[str, Any]:
     return {"LAYER": layer, "SIZE": size, "COLUMNS": min(64, triton.next_power_of_2(size)), "ROWS": _DROPOUT_ROWS}
 
 
+class _Slopes(NamedTuple):
+    """Gradients before each activation, frame by frame; zero where a frame is not valid."""
+
+    gates: Tensor  # (N, 4MH)
+    inner: Tensor  # (N, A), of the attention
+    logits: Tensor  # (N, CELLS), of its softmax
+    candidate_inner: Tensor  # (N, b)
+    candidate: Tensor  # (N, U)
+    context: Tensor  # (N, 2G), of the inner layers of both γ
+    retain: Tensor  # (N, U), of γ1
+    update: Tensor  # (N, U), of γ2
+
+
+def _slopes(
+    hidden_grad: Tensor,
+    memory_grad: Tensor,
+    kept: _Kept,
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    steps: int,
+    dropout: float,
+) -> _Slopes:
+    """Both loops over time backwards, the memory's and then the cells'."""
+    sizes, dtype, batch = Sizes.of(weights), weights.recurrent.dtype, lengths.shape[0]
+    merged = _Merged.of(weights)
+    tile = tile_for(batch, capability(lengths))
+    grid = (triton.cdiv(batch, tile.rows),)
+    scale = 1.0 / (1.0 - dropout)
+    slope = kept.cells.new_zeros((batch * steps, 3 * sizes.memory))
+    context, inner, logits = map(torch.zeros_like, (kept.context, kept.inner, kept.attended))
+    gates = slope.new_zeros((batch * steps, 4 * sizes.states))
+    # A backward pass may run again: what came in stays as it is.
+    memory_state = memory_grad.to(torch.float32, copy=True).contiguous()
+    hidden_state = hidden_grad.to(torch.float32, copy=True).contiguous()
+    memory_scan_memory_bwd_kernel[grid](
+        kept.candidate,
+        kept.context,
+        kept.retain_update,
+        kept.memory,
+        lengths,
+        merged.context,
+        merged.second,
+        memory_state,
+        slope,
+        context,
+        batch,
+        steps,
+        scale,
+        **_memory_constants(sizes, tile, dtype),
+        **_compile_options(tile),
+    )
+    retain, update, candidate = slope.split(sizes.memory, 1)
+    candidate_inner = _product(candidate, weights.candidate[2], dtype).float()
+    candidate_inner.mul_(scale).masked_fill_(kept.candidate_inner <= 0, 0.0)
+    attended_grad = _product(context, merged.context[:, : sizes.cells], dtype).float()
+    attended_grad += _product(candidate_inner, weights.candidate[0], dtype)
+    memory_scan_cells_bwd_kernel[grid](
+        kept.gates,
+        kept.cells,
+        kept.inner,
+        kept.share,
+        kept.attended,
+        lengths,
+        weights.recurrent,
+        weights.recurrent if weights.feedback is None else weights.feedback,
+        weights.attention[0],
+        weights.attention[2],
+        attended_grad,
+        hidden_state,
+        torch.zeros_like(kept.hidden[:batch]),
+        torch.zeros_like(kept.attended[:batch]),
+        gates,
+        logits,
+        inner,
+        batch,
+        steps,
+        scale,
+        **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
+        **_compile_options(tile),
+    )
+    return _Slopes(gates, inner, logits, candidate_inner, candidate, context, retain, update)
+
+
 def _gradients(
     hidden_grad: Tensor,
     memory_grad: Tensor,
@@ -820,115 +389,77 @@ def _gradients(
 ) -> list[Tensor]:
     """Gradients of features (empty where not wanted) and weights, in the order of :func:`scan_weights.tensors_of`."""
     given = [*features, *(x for x in tensors_of(weights) if x is not None)]
-    weights, sizes, dtype = _contiguous(weights), Sizes.of(weights), weights.recurrent.dtype
     batch, steps = features[0].shape[:2]
     if not batch or not steps:
         return [torch.zeros_like(x) for x in given]
-    frames, modalities, size = batch * steps, sizes.modalities, sizes.hidden
+    weights, sizes, frames = _contiguous(weights), Sizes.of(weights), batch * steps
     kept = _Kept.of(piece, _Kept.shapes(frames, frames, sizes, weights.candidate[0].shape[0]))
-    merged = _Merged.of(weights)
-    tile = tile_for(batch, capability(lengths))
-    grid = (triton.cdiv(batch, tile.rows),)
-    scale = 1.0 / (1.0 - dropout)
-    # Frames that are not valid have no gradient.
-    slope, inner_grad = piece.new_zeros((frames, 3 * sizes.memory)), torch.zeros_like(kept.context)
-    gates_grad = piece.new_zeros((frames, 4 * sizes.states))
-    logits_grad, attention_grad = torch.zeros_like(kept.attended), torch.zeros_like(kept.inner)
-    # A backward pass may run again: what came in stays as it is.
-    memory_state = memory_grad.to(torch.float32, copy=True).contiguous()
-    hidden_state = hidden_grad.to(torch.float32, copy=True).contiguous()
     with torch.autocast(piece.device.type, enabled=False), torch.cuda.device_of(piece):
-        memory_scan_memory_bwd_kernel[grid](
-            kept.candidate,
-            kept.context,
-            kept.retain_update,
-            kept.memory,
-            lengths,
-            merged.context,
-            merged.second,
-            memory_state,
-            slope,
-            inner_grad,
-            batch,
-            steps,
-            scale,
-            **_memory_constants(sizes, tile, dtype),
-            **_compile_options(tile),
-        )
-        of_retain, of_update, of_candidate = slope.split(sizes.memory, 1)
-        candidate_grad = _product(of_candidate, weights.candidate[2], dtype).float()
-        candidate_grad.mul_(scale).masked_fill_(kept.candidate_inner <= 0, 0.0)
-        attended_grad = _product(inner_grad, merged.context[:, : sizes.cells], dtype).float()
-        attended_grad += _product(candidate_grad, weights.candidate[0], dtype)
-        memory_scan_cells_bwd_kernel[grid](
-            kept.gates,
-            kept.cells,
-            kept.inner,
-            kept.share,
-            kept.attended,
-            lengths,
-            weights.recurrent,
-            weights.recurrent if weights.feedback is None else weights.feedback,
-            weights.attention[0],
-            weights.attention[2],
-            attended_grad,
-            hidden_state,
-            torch.zeros_like(kept.hidden[:batch]),
-            torch.zeros_like(kept.attended[:batch]),
-            gates_grad,
-            logits_grad,
-            attention_grad,
-            batch,
-            steps,
-            scale,
-            **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
-            **_compile_options(tile),
-        )
+        slopes = _slopes(hidden_grad, memory_grad, kept, lengths, weights, steps, dropout)
+        return _products_over_frames(slopes, kept, features, lengths, weights, wanted)
 
-        def layer(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            return _product(grad.mT, x, dtype), grad.sum(0).to(dtype)
 
-        by_modality = gates_grad.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
-        later = by_modality[:, batch:].mT
-        hidden = kept.hidden[: frames - batch].unflatten(1, (modalities, size)).transpose(0, 1)
-        attended = kept.attended[: frames - batch].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
-        recurrent = _product(later, hidden, dtype)
-        feedback = [] if weights.feedback is None else [torch.cat([_product(later, r, dtype) for r in attended], 2)]
-        alive = torch.arange(steps, device=lengths.device)[:, None] < lengths
-        of_inputs, of_features = [], []
-        for x, weight, grad, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
-            # Padding may hold anything.
-            valid = torch.where(alive[:, :, None], x.transpose(0, 1), x.new_zeros(())).reshape(frames, -1)
-            of_inputs.append(_product(grad.mT, valid, dtype))
-            of_feature = _product(grad, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
-            of_features.append(x.new_empty(0) if of_feature is None else of_feature.contiguous())
-        cells = torch.cat(
-            [
-                _product(attention_grad[batch:].mT, kept.cells[: frames - batch], dtype),
-                _product(attention_grad.mT, kept.cells, dtype),
-            ],
-            1,
-        )
-        parts = []
-        for grad, of_second, inner in zip(
-            inner_grad.split(sizes.gates, 1), (of_retain, of_update), kept.context.split(sizes.gates, 1), strict=True
-        ):
-            of_memory = _product(grad[batch:].mT, kept.memory[: frames - batch], dtype)
-            of_first = torch.cat([_product(grad.mT, kept.attended, dtype), of_memory], 1)
-            parts += [of_first, grad.sum(0).to(dtype), *layer(of_second, inner)]
-        return [
-            *of_features,
-            *of_inputs,
-            recurrent,
-            gates_grad.sum(0).view(modalities, -1).to(dtype),
-            *feedback,
-            cells,
-            attention_grad.sum(0).to(dtype),
-            *layer(logits_grad, kept.inner),
-            *layer(candidate_grad, kept.attended),
-            *layer(of_candidate, kept.candidate_inner),
-            *parts,
-        ]
+def _products_over_frames(
+    slopes: _Slopes,
+    kept: _Kept,
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients as :func:`_gradients` gives them: slopes times what a layer was given, summed over all frames."""
+    sizes, dtype = Sizes.of(weights), weights.recurrent.dtype
+    modalities, size = sizes.modalities, sizes.hidden
+    batch, steps = features[0].shape[:2]
+    before = batch * steps - batch  # frames that have a next step; their states meet the slopes of that
+
+    def of_weight(slope: Tensor, x: Tensor) -> Tensor:
+        return _product(slope.mT, x, dtype)
+
+    def of_bias(slope: Tensor) -> Tensor:
+        return slope.sum(0).to(dtype)
+
+    by_modality = slopes.gates.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
+    later = by_modality[:, batch:]
+    recurrent = of_weight(later, kept.hidden[:before].unflatten(1, (modalities, size)).transpose(0, 1))
+    feedback = []
+    if weights.feedback is not None:
+        attended = kept.attended[:before].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
+        feedback = [torch.cat([of_weight(later, r) for r in attended], 2)]
+    alive = torch.arange(steps, device=lengths.device)[:, None] < lengths
+    of_inputs, of_features = [], []
+    for x, weight, slope, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
+        # Padding may hold anything.
+        valid = torch.where(alive[:, :, None], x.transpose(0, 1), x.new_zeros(())).reshape(batch * steps, -1)
+        of_inputs.append(of_weight(slope, valid))
+        of_feature = _product(slope, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
+        of_features.append(x.new_empty(0) if of_feature is None else of_feature.contiguous())
+    cells = [of_weight(slopes.inner[batch:], kept.cells[:before]), of_weight(slopes.inner, kept.cells)]
+    of_gates = []
+    for inner_slope, slope, inner in zip(
+        slopes.context.split(sizes.gates, 1),
+        (slopes.retain, slopes.update),
+        kept.context.split(sizes.gates, 1),
+        strict=True,
+    ):
+        first = [of_weight(inner_slope, kept.attended), of_weight(inner_slope[batch:], kept.memory[:before])]
+        of_gates += [torch.cat(first, 1), of_bias(inner_slope), of_weight(slope, inner), of_bias(slope)]
+    return [
+        *of_features,
+        *of_inputs,
+        recurrent,
+        of_bias(slopes.gates).view(modalities, -1),
+        *feedback,
+        torch.cat(cells, 1),
+        of_bias(slopes.inner),
+        of_weight(slopes.logits, kept.inner),
+        of_bias(slopes.logits),
+        of_weight(slopes.candidate_inner, kept.attended),
+        of_bias(slopes.candidate_inner),
+        of_weight(slopes.candidate, kept.candidate_inner),
+        of_bias(slopes.candidate),
+        *of_gates,
+    ]
 
 
 # --- The ops and their gradients ---
@@ -1128,7 +659,7 @@ def specializations() -> Iterator[Specialization]:
         "64",
         memory_scan_dropout_kernel,
         {"x_ptr": "*fp32", "seed_ptr": "*i64", "N": "i32", "dropout": "fp32"},
-        _dropout_constants(64, _CANDIDATE.value),
+        _dropout_constants(64, CANDIDATE.value),
         frozenset({"x_ptr", "seed_ptr"}),
         _DROPOUT_OPTIONS,
     )

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -172,38 +172,20 @@ def run_ablation(
     say = progress or (lambda line: None)
     reports: dict[tuple[bool, str], list[ClassificationReport]] = {}
     quality: dict[str, list[tuple[NDArray[np.bool_], Prediction]]] = {}
-    first: tuple[M3ERFusion, Corpus, NDArray[np.bool_], Prediction] | None = None
+    first: _Run | None = None
     other = _other_statistic(config.check)
-    for run in range(seeds):
-        seed = config.training.seed + run
+    for number in range(seeds):
+        seed = config.training.seed + number
         settings = config.replace(training=replace(config.training, seed=seed))
-        liu = settings.replace(loss=replace(settings.loss, variant="original"))
-        say(f"seed {run + 1} of {seeds}: training with the original loss")
-        original = train(corpus, liu).model
-        say(f"seed {run + 1} of {seeds}: training M3ER")
-        model = train(corpus, settings).model
-        noisy, truth = corrupt_corpus(model, test, seed)
-        with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
-        say(f"seed {run + 1} of {seeds}: scoring")
-        predictions = {
-            (False, ORIGINAL): evaluate(original, test),
-            (False, FULL): evaluate(model, test),
-            (True, NEITHER): evaluate(model.ablated(check=False, proxy=False), noisy),
-            (True, NO_PROXY): evaluate(model.ablated(proxy=False), noisy),
-            (True, FULL): evaluate(model, noisy),
-            (True, _OTHER_CHECK[other]): evaluate(with_other, noisy),
-            (True, ORACLE): evaluate(model, noisy, effective=~truth),
-        }
-        for key, prediction in predictions.items():
+        run = _train_and_predict(corpus, settings, say, f"seed {number + 1} of {seeds}")
+        for key, prediction in run.predictions.items():
             assert prediction.report is not None
             reports.setdefault(key, []).append(prediction.report)
-        quality.setdefault(config.check.statistic, []).append((truth, predictions[True, FULL]))
-        quality.setdefault(other, []).append((truth, predictions[True, _OTHER_CHECK[other]]))
-        if first is None:
-            first = model, noisy, truth, predictions[True, FULL]
+        quality.setdefault(config.check.statistic, []).append((run.truth, run.predictions[True, FULL]))
+        quality.setdefault(other, []).append((run.truth, run.predictions[True, _OTHER_CHECK[other]]))
+        first = first or run
     assert first is not None
-    model = first[0]
-    errors, pictures = regenerate(model, test)
+    errors, pictures = regenerate(first.model, test)
     result = AblationResult(
         rows=tuple(AblationRow(*key, tuple(values)) for key, values in reports.items()),
         checks=tuple(_check_quality(name, test, values) for name, values in quality.items()),
@@ -215,8 +197,41 @@ def run_ablation(
         out.mkdir(parents=True, exist_ok=True)
         (out / "table.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
         (out / "table.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        _draw(result, errors, pictures, examples(*first), out)
+        chosen = examples(first.model, first.noisy, first.truth, first.predictions[True, FULL])
+        _draw(result, pictures, chosen, out)
     return result
+
+
+class _Run(NamedTuple):
+    """What one seed gives."""
+
+    model: M3ERFusion
+    noisy: Corpus  # the test split, corrupted
+    truth: NDArray[np.bool_]  # (N, M), where it is
+    predictions: dict[tuple[bool, str], Prediction]  # by row of Table 2
+
+
+def _train_and_predict(corpus: Corpus, config: M3ERConfig, say: Callable[[str], None], which: str) -> _Run:
+    """Train with both losses, and predict every row of Table 2."""
+    assert config.check is not None
+    test = corpus.subset("test")
+    say(f"{which}: training with the original loss")
+    original = train(corpus, config.replace(loss=replace(config.loss, variant="original"))).model
+    say(f"{which}: training M3ER")
+    model = train(corpus, config).model
+    noisy, truth = corrupt_corpus(model, test, config.training.seed)
+    with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
+    say(f"{which}: scoring")
+    predictions = {
+        (False, ORIGINAL): evaluate(original, test),
+        (False, FULL): evaluate(model, test),
+        (True, NEITHER): evaluate(model.ablated(check=False, proxy=False), noisy),
+        (True, NO_PROXY): evaluate(model.ablated(proxy=False), noisy),
+        (True, FULL): evaluate(model, noisy),
+        (True, _OTHER_CHECK[_other_statistic(config.check)]): evaluate(with_other, noisy),
+        (True, ORACLE): evaluate(model, noisy, effective=~truth),
+    }
+    return _Run(model, noisy, truth, predictions)
 
 
 def corrupt_corpus(model: M3ERFusion, corpus: Corpus, seed: int) -> tuple[Corpus, NDArray[np.bool_]]:
@@ -388,7 +403,6 @@ def _describe(corpus: Corpus, config: M3ERConfig, seeds: int) -> dict[str, Any]:
 
 def _draw(
     result: AblationResult,
-    errors: dict[str, float],
     frames: dict[str, Regenerated],
     chosen: list[dict[str, Any]],
     out: Path,
@@ -399,7 +413,7 @@ def _draw(
         return
     bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.rows]
     plots.plot_ablation(bars, out / "ablation.png", metric="Overall F1 (* = with ineffectual modalities)")
-    draw_proxies(errors, frames, out / "figure7.png")
+    draw_proxies(result.proxy_errors, frames, out / "figure7.png")
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")
 

@@ -478,9 +478,7 @@ def _settings(
 
     config = _named_settings(path, paper)
     if config is None:
-        config = default_config(corpus)
-        if statistics is not None:
-            config = config.replace(check=statistics.check, proxy=statistics.proxy)
+        config = default_config(corpus, statistics)
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     return config.replace(training=replace(config.training, **given))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3er_fast.inputs import _check_available, _check_lengths
+from m3er_fast.inputs import check_lengths, check_mask
 
 Corruption = Callable[..., Tensor]
 """Called as ``corruption(x, generator=generator, lengths=lengths)`` with the samples of one modality."""
@@ -210,10 +210,10 @@ def corrupt(
         kind = KINDS[kind]
     first = _check_features(features)
     batch, steps = first.shape[0], (first.shape[1] if first.ndim == 3 else 1)
-    length = _check_lengths(lengths, batch, steps, first.device)
+    length = check_lengths(lengths, batch, steps, first.device)
     usable = (length > 0)[:, None].expand(-1, len(features))
     if available is not None:
-        usable = usable & _check_available(available, batch, len(features), first.device)
+        usable = usable & check_mask("available", available, (batch, len(features)), first.device)
 
     generator = torch.Generator().manual_seed(seed)
     truth = _draw_truth(usable, probability, generator)
@@ -280,7 +280,7 @@ def _valid_entries(x: Tensor, lengths: Any) -> Tensor:
     """True on valid frames, (B, T, 1) or (B, 1) as ``x`` is."""
     _check_tensor("x", x)
     steps = x.shape[1] if x.ndim == 3 else 1
-    length = _check_lengths(lengths, x.shape[0], steps, x.device)
+    length = check_lengths(lengths, x.shape[0], steps, x.device)
     mask = torch.arange(steps, device=x.device) < length[:, None]
     return mask[:, :, None] if x.ndim == 3 else mask
 

@@ -699,13 +699,6 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_backend(op: str, backend: str, known: tuple[str, ...] = ("auto", "torch", "triton")) -> None:
-    if backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {backend!r}")
-    if backend not in ("auto", "torch"):
-        raise BackendUnavailableError(f"{op}: this version of m3er-fast has no {backend} kernel for it; use 'torch'")
-
-
 def _check_logits(logits: Tensor) -> None:
     if logits.ndim != 3 or not logits.shape[0] or not logits.shape[2] or not logits.is_floating_point():
         raise ValueError(

@@ -21,7 +21,7 @@ from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
 from m3er_fast.inference import CompiledInference, Stages
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
 from m3er_fast.model_card import describe
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
@@ -351,8 +351,8 @@ class M3ERFusion(
 
     def _judge(self, batch: StandardizedBatch, effective: Any = None) -> CheckResult:
         if effective is not None:
-            verdict = self._given_verdict(effective, batch.available)
-            return self._no_check(batch)._replace(effective=verdict)
+            verdict = check_mask("effective", effective, batch.available.shape, batch.available.device)
+            return self._no_check(batch)._replace(effective=verdict & batch.available)
         if self.modality_check is not None:
             return self.modality_check.check_batch(batch)
         return self._no_check(batch)
@@ -363,7 +363,8 @@ class M3ERFusion(
     ) -> M3EROutput:
         return M3EROutput(*answer, *result, replaced.abstained, batch.available, replaced.reliability)
 
-    def _no_check(self, batch: StandardizedBatch) -> CheckResult:
+    @staticmethod
+    def _no_check(batch: StandardizedBatch) -> CheckResult:
         size, modalities = batch.available.shape
         statistics = batch.features[0].new_zeros((size, len(modality_pairs(modalities))))
         return CheckResult(
@@ -372,15 +373,6 @@ class M3ERFusion(
             batch.features[0].new_zeros((size, modalities)),
             batch.available.to(statistics.dtype),
         )
-
-    def _given_verdict(self, effective: Any, available: Tensor) -> Tensor:
-        verdict = torch.as_tensor(effective, device=available.device)
-        if verdict.dtype != torch.bool or verdict.shape != available.shape:
-            raise ValueError(
-                f"effective must be booleans of shape {tuple(available.shape)}, "
-                f"got {verdict.dtype} of shape {tuple(verdict.shape)}"
-            )
-        return verdict & available
 
     def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
         if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):

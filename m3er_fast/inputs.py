@@ -85,14 +85,14 @@ def prepare_batch(
                 f"features[{name!r}] is on {value.device}, but features[{first_name!r}] is on {first.device}"
             )
         dtype = torch.promote_types(dtype, value.dtype)
-    length = _check_lengths(lengths, batch, steps, first.device)
+    length = check_lengths(lengths, batch, steps, first.device)
     # Filled where it lies: a tensor made of a list would stop the host until the device has caught up.
     present = torch.ones((batch, len(names)), dtype=torch.bool, device=first.device)
     for m, name in enumerate(names):
         if name not in given:
             present[:, m] = False
     if available is not None:
-        present = present & _check_available(available, batch, len(names), first.device)
+        present = present & check_mask("available", available, (batch, len(names)), first.device)
     present = present & (length > 0)[:, None]
     tensors = [
         given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
@@ -165,7 +165,8 @@ def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
     return tensor
 
 
-def _check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+    """Return (B,) lengths in 0..T as int64 on ``device``, all T for None, or raise a ValueError that says why not."""
     if lengths is None:
         return torch.full((batch,), steps, dtype=torch.int64, device=device)
     length = torch.as_tensor(lengths)
@@ -181,11 +182,11 @@ def _check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -
     return length.to(device=device, dtype=torch.int64).clamp(0, steps)
 
 
-def _check_available(available: Any, batch: int, modalities: int, device: torch.device) -> Tensor:
-    mask = torch.as_tensor(available)
-    if mask.dtype != torch.bool or mask.shape != (batch, modalities):
+def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return a (B, M) mask as booleans on ``device``, or raise a ValueError that names it."""
+    tensor = torch.as_tensor(mask)
+    if tensor.dtype != torch.bool or tensor.shape != tuple(shape):
         raise ValueError(
-            f"available must be booleans of shape ({batch}, {modalities}), "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            f"{name} must be booleans of shape {tuple(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
-    return mask.to(device)
+    return tensor.to(device)

@@ -52,32 +52,22 @@ def build_index(
 
     Args:
         bank: finite rows.
-        engine: "auto" is :func:`automatic_engine`.
+        engine: "auto" is "torch", for every size and device.
         allowed: (n,) bool, the rows that may be neighbours, at least one; None for all.
         memory_budget: bytes a search may take beside arguments and results; only "torch" keeps to it.
 
     Raises:
         FaissUnavailableError: if FAISS is asked for and does not work here.
     """
-    if engine == "auto":
-        engine = automatic_engine(bank.shape[0], bank.shape[1], bank.device)
-    if engine == "torch":
+    # "auto" too. On a CPU that multiplies bfloat16 in hardware "torch" is faster than FAISS's flat index for banks of
+    # 100,000 rows, and slower, by some 10 to 25 ms a thousand queries, for 10,000 rows and fewer (docs/proxies.md). On
+    # a GPU it needs no other package, keeps to torch's stream and holds no second copy of the bank; FAISS may well be
+    # faster there, but nothing was measured yet that would say from which size on.
+    if engine in ("auto", "torch"):
         return _TorchIndex(bank, allowed, memory_budget)
     if bank.is_cuda and engine != "faiss-hnsw":
         return _FaissGpuIndex(bank, engine, allowed, memory_budget)
     return _FaissIndex(bank, engine, allowed)
-
-
-def automatic_engine(rows: int, features: int, device: torch.device) -> str:
-    """The engine of "auto": "torch", for every size and device.
-
-    On a CPU that multiplies bfloat16 in hardware it is faster than FAISS's flat index for banks of 100,000 rows, and
-    slower, by some 10 to 25 ms a thousand queries, for 10,000 rows and fewer (docs/proxies.md). On a GPU it needs no
-    other package, keeps to torch's stream and holds no second copy of the bank; FAISS may well be faster there, but
-    nothing was measured yet that would say from which size on.
-    """
-    del rows, features, device
-    return "torch"
 
 
 def measure_recall(index: NeighborIndex, bank: Tensor, k: int, *, allowed: Tensor | None = None) -> float:

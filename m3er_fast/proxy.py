@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m3er_fast import functional
 from m3er_fast.config import Bank, Engine, ProxyConfig, Reliability
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
 from m3er_fast.neighbors import EXACT_ENGINES, NeighborIndex, measure_recall
 from m3er_fast.reliability import SIGNS, fit_reliability, reliability_of, signs_of
 from m3er_fast.standardize import StandardizedBatch, clean_frames
@@ -299,13 +299,8 @@ class ProxyGenerator(FittedModule):
 
     def _checked(self, features: Features, effective: Any, lengths: Any, available: Any) -> ReplacedBatch:
         batch = clean_frames(prepare_batch(features, lengths, available, input_dims=self.input_dims))
-        mask = torch.as_tensor(effective)
-        if mask.dtype != torch.bool or mask.shape != batch.available.shape:
-            raise ValueError(
-                f"effective must be booleans of shape {tuple(batch.available.shape)}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        return self.proxy_batch(batch, mask.to(batch.available.device) & batch.available)
+        mask = check_mask("effective", effective, batch.available.shape, batch.available.device)
+        return self.proxy_batch(batch, mask & batch.available)
 
     def forward(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
         """The same as :meth:`proxy`."""

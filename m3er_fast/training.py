@@ -75,11 +75,16 @@ class Prediction:
     """None where the corpus has no labels."""
 
 
-def default_config(corpus: Corpus) -> M3ERConfig:
-    """The default settings, with the activation that the corpus's task calls for."""
+def default_config(corpus: Corpus, statistics: ModelStatistics | None = None) -> M3ERConfig:
+    """The default settings, with the activation that the corpus's task calls for.
+
+    Those of check and proxies are the ones that ``statistics`` were fitted with, if there are any.
+    """
     config = M3ERConfig()
     if corpus.task == "multi":
         config = config.replace(loss=replace(config.loss, activation="sigmoid"))
+    if statistics is not None:
+        config = config.replace(check=statistics.check, proxy=statistics.proxy)
     return config
 
 
@@ -101,7 +106,7 @@ def train(
 
     Args:
         corpus: with labels and splits; without a validation split one is carved out of train, by group.
-        config: all settings; None takes :func:`default_config`, and those of check and proxies from ``statistics``.
+        config: all settings; None takes :func:`default_config`.
         statistics: standardiser, check and proxies, learned from a larger corpus by
             :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
         out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
@@ -115,10 +120,7 @@ def train(
         ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics.
         TrainingError: if the loss is no longer finite.
     """
-    if config is None:
-        config = default_config(corpus)
-        if statistics is not None:
-            config = config.replace(check=statistics.check, proxy=statistics.proxy)
+    config = default_config(corpus, statistics) if config is None else config
     _check_task(corpus, config)
     corpus = ensure_validation(corpus, seed=config.training.seed)
     training, validation = corpus.subset("train"), corpus.subset("valid")

@@ -32,6 +32,18 @@ def pytest_configure(config):
         hypothesis.settings.load_profile("gpu")
 
 
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """``new_empty`` gives NaN: what a kernel leaves unwritten shows."""
+    plain = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        result = plain(self, *args, **kwargs)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
 @pytest.fixture(scope="session")
 def benchmark_environment():
     """Variables of a process that measures: it finds this checkout and, where the tests run in several, is not one."""

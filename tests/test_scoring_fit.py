@@ -517,7 +517,7 @@ def test_a_state_that_lacks_something_is_refused(fitted):
 
 def test_training_takes_statistics_and_its_settings_from_them(corpus, fitted, tmp_path, monkeypatch):
     short = M3ERConfig(training=TrainingConfig(epochs=2))
-    monkeypatch.setattr("m3er_fast.training.default_config", lambda _: short)
+    monkeypatch.setattr("m3er_fast.training.M3ERConfig", lambda: short)
     result = train(corpus, statistics=fitted, out=tmp_path / "run")
     assert_close(fitted, result.model.state_dict(), tolerance=0)
     assert (result.model.config.check, result.model.config.proxy) == (fitted.check, fitted.proxy)
@@ -548,7 +548,8 @@ def test_the_command_line_fits_and_trains(folder, fitted, tmp_path, capsys):
 def test_what_is_left_out_is_named_with_exit_code_3_and_the_file_is_there(folder, tmp_path, capsys):
     (folder / "part-00004.parquet").write_bytes(b"PAR1")
     assert main(["fit-stats", str(folder), "--out", str(tmp_path / "file")]) == 3
-    [line] = capsys.readouterr().err.splitlines()
+    # On a busy machine there are lines of progress too.
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("m3er-fast:")]
     assert line.startswith("m3er-fast: part-00004.parquet was left out: not readable")
     assert [entry.shard for entry in ModelStatistics.load(tmp_path / "file").quarantined] == ["part-00004.parquet"]
 

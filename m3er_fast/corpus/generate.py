@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m3er_fast.corpus.base import Corpus, CorpusError
-from m3er_fast.corpus.parquet import write_shard
+from m3er_fast.corpus.base import Corpus
+from m3er_fast.corpus.parquet import new_folder, write_shard
 
 SCALE_DIMS = {"text": 300, "audio": 74, "face": 36}
 _LATENT = 16
@@ -50,12 +50,7 @@ def generate_corpus(
     for name, value in (("utterances", utterances), ("rows_per_shard", rows_per_shard), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise CorpusError(f"{folder}: is a file, wanted a folder to write to")
-    if any(folder.glob("*.parquet")):
-        raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(out)
     dims = dict(SCALE_DIMS if input_dims is None else input_dims)
     shards = -(-utterances // rows_per_shard)
     paths = []

@@ -70,12 +70,7 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
     for name in corpus.modalities:
         if name in _RESERVED:
             raise CorpusError(f"a modality cannot be called {name!r}, the name of a column")
-    folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise CorpusError(f"{folder}: is a file, wanted a folder to write to")
-    if any(folder.glob("*.parquet")):
-        raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(out_dir)
     partial: list[Path] = []
     try:
         for shard, start in enumerate(range(0, max(len(corpus), 1), rows_per_shard)):
@@ -86,6 +81,21 @@ def write_parquet(corpus: Corpus, out_dir: str | Path, *, rows_per_shard: int = 
             file.unlink(missing_ok=True)
         raise
     return [file.rename(file.with_suffix("")) for file in partial]
+
+
+def new_folder(path: str | Path) -> Path:
+    """Return a folder to write a corpus to, created if need be.
+
+    Raises:
+        CorpusError: it is a file or holds a corpus already.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CorpusError(f"{folder}: is a file, wanted a folder to write to")
+    if any(folder.glob("*.parquet")):
+        raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_shard(corpus: Corpus, path: str | Path) -> None:
@@ -193,10 +203,8 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
     ids = _strings(table, "id")
     if ids is None:  # decode_rows looked for it
         raise AssertionError("unreachable")
-    rows, steps = (
-        np.arange(len(ids)),
-        max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values()))),
-    )
+    rows = np.arange(len(ids))
+    steps = max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values())))
     dims = {name: column.values.shape[1] for name, column in decoded.columns.items()} | dict(input_dims or {})
     features = {
         name: decoded.columns[name].padded(rows, steps)
@@ -370,15 +378,9 @@ def _with_equal_classes(parts: Sequence[Corpus]) -> list[Corpus]:
 
 def _strings(table: pa.Table, name: str) -> np.ndarray | None:
     """Return a column of strings (N,), or None if there is no such column."""
-    import pyarrow as pa
-
     if name not in table.column_names:
         return None
-    column = table[name]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise CorpusError(f"column {name!r} holds {column.type}, wanted string")
+    column = _string_column(table, name)
     if column.null_count:
         raise CorpusError(f"column {name!r} is null in row {column.is_null().to_pylist().index(True)}")
     return np.array(column.to_pylist(), dtype=object)
@@ -386,16 +388,21 @@ def _strings(table: pa.Table, name: str) -> np.ndarray | None:
 
 def _id_column(table: pa.Table) -> Any:
     """Return the ids as one Arrow array of strings, nulls and bytes that are not UTF-8 included."""
-    import pyarrow as pa
-
     if "id" not in table.column_names:
         raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
-    column = table["id"]
+    return _one_chunk(_string_column(table, "id"))
+
+
+def _string_column(table: pa.Table, name: str) -> Any:
+    """Return a column as Arrow strings, whether they are stored in a dictionary or not."""
+    import pyarrow as pa
+
+    column = table[name]
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise CorpusError(f"column 'id' holds {column.type}, wanted string")
-    return _one_chunk(column)
+        raise CorpusError(f"column {name!r} holds {column.type}, wanted string")
+    return column
 
 
 def _id_problems(ids: Any) -> dict[int, str]:
