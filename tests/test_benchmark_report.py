@@ -1,41 +1,16 @@
 """The generated part of the performance page, and the goals that it lists."""
 
 import json
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import torch
 
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """The benchmarks import each other by name, as scripts do."""
-    before = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path[:] = before[0]
-    for name in set(sys.modules) - before[1]:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
-            del sys.modules[name]
-
-
-@pytest.fixture
-def report():
-    import report
-
-    return report
-
-
-@pytest.fixture
-def goals():
-    import goals
-
-    return goals
-
+import goals
+import harness
+import report
+import scaling
 
 GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
 
@@ -76,14 +51,14 @@ def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, **more):
 
 
 @pytest.fixture
-def page(tmp_path, report):
+def page(tmp_path):
     file = tmp_path / "performance.md"
     file.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\n# After\n")
     return file
 
 
 @pytest.fixture
-def command(tmp_path, page, report):
+def command(tmp_path, page):
     """Reports runs on the page: the exit code."""
 
     def run(*runs):
@@ -96,7 +71,7 @@ def command(tmp_path, page, report):
     return run
 
 
-def test_only_what_stands_between_the_markers_is_written_anew(command, page, report):
+def test_only_what_stands_between_the_markers_is_written_anew(command, page):
     assert command(a_run({"ours": 0.01, "eager": 0.04})) == 0
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
@@ -140,7 +115,7 @@ def test_of_several_runs_all_must_meet_a_goal(command, page):
     assert "| ≥ 3.00 × eager | 2.00 × to 4.00 × | missed |" in page.read_text()
 
 
-def test_of_several_groups_the_worst_counts(goals):
+def test_of_several_groups_the_worst_counts():
     rows = [
         {"contestant": "ours", "group": group, "ratios": {"eager": ratio}, "error": error}
         for group, ratio, error in (("scan, B=1", 3.0, 1e-7), ("scan, B=2", 0.5, 1e-3), ("other", 0.1, 1.0))
@@ -149,7 +124,7 @@ def test_of_several_groups_the_worst_counts(goals):
     assert goals.Goal("", "cpu", "scan", "error", 1e-5).worst(rows) == 1e-3
 
 
-def test_an_error_and_a_time_are_met_below_their_limit(goals):
+def test_an_error_and_a_time_are_met_below_their_limit():
     for quantity in ("error", "seconds"):
         goal = goals.Goal("", "cpu", "", quantity, 1e-3)
         assert goal.met(1e-4)
@@ -161,7 +136,7 @@ def test_what_was_left_out_has_its_reason(command, page):
     assert "| Fusion loss and gradient | liger-kernel cross entropy needs a GPU | 2 |" in page.read_text()
 
 
-def test_an_inexact_contestant_is_no_baseline_of_the_bars(report):
+def test_an_inexact_contestant_is_no_baseline_of_the_bars():
     rows = [
         {"group": "g", "contestant": name, "median": median, "error": error}
         for name, median, error in (("ours", 1.0, 0.0), ("exact", 3.0, 0.0), ("index", 0.1, 0.2), ("other", 0.1, None))
@@ -195,7 +170,6 @@ def test_a_page_without_markers_is_left_alone(command, page, capsys):
 
 
 def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
-    import scaling
 
     sizes = [1, 2, 4, 8]
     exponent, steps = scaling.exponents(sizes, [3.0 * size**1.5 for size in sizes])
@@ -207,9 +181,6 @@ def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
 
 
 def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
-    import harness
-    import numpy as np
-    import torch
 
     def step():
         return torch.ones(2**22), np.ones(2**21)  # 16 MiB each
@@ -222,8 +193,6 @@ def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
 
 
 def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
-    import harness
-    import torch
 
     held = harness.peak_bytes(torch.device("cpu"), lambda: [float(torch.ones(2**24).sum()) for _ in range(8)])
     if held is None:
@@ -232,8 +201,6 @@ def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
 
 
 def test_the_relative_error_is_of_the_worst_tensor():
-    import harness
-    import torch
 
     wanted = [torch.tensor([1.0, -4.0]), torch.tensor([10.0])]
     assert harness.relative_error(wanted, wanted) == 0.0
@@ -241,8 +208,6 @@ def test_the_relative_error_is_of_the_worst_tensor():
 
 
 def test_missed_neighbours_are_counted_in_whatever_order():
-    import harness
-    import torch
 
     wanted = torch.tensor([[0, 1], [2, 3]])
     assert harness.missed(torch.tensor([[1, 0], [3, 2]]), wanted) == 0.0
