@@ -11,6 +11,8 @@ import torch
 _ROWS = pytest.StashKey()
 _RATES = pytest.StashKey()
 _SKIPPED = pytest.StashKey()
+_FAILED = pytest.StashKey()
+_WAITING = pytest.StashKey()
 _PACKAGES = (
     *("torch", "triton", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu", "faiss-gpu", "cca-zoo"),
     *("cupy-cuda13x", "liger-kernel", "flashlib"),
@@ -24,6 +26,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[_ROWS] = []
     config.stash[_SKIPPED] = {}
+    config.stash[_FAILED] = {}
+    config.stash[_WAITING] = []
     # Our tables are what a run ends in; pytest-benchmark's own, of every minimum and outlier, come with -v.
     config.option.benchmark_quiet = True
 
@@ -38,7 +42,7 @@ def _rates(config):
 def contest(benchmark, device, request):
     """Measures one contestant of a group, beside the floor of the work and a float64 oracle where these are known."""
 
-    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, **more):
+    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, traced=False, **more):
         """Measure ``step``.
 
         Args:
@@ -48,6 +52,7 @@ def contest(benchmark, device, request):
             error: gives the distance of a result from the oracle, for the inputs of seed 0.
             allowed: the largest such distance. Beyond it the contestant would do something else than the others.
             once: a single call, of what takes minutes.
+            traced: say also for how much of the time a GPU is idle, and how often it is waited for.
             more: what else the result shall say.
         """
 
@@ -81,6 +86,8 @@ def contest(benchmark, device, request):
                 run = harness.graphed(step, harness.GRAPHED_CALLS)
             row["median"] = harness.measure(benchmark, device, run, row["calls"])
             row["peak_bytes"] = harness.peak_bytes(device, step)
+        if traced:
+            row |= harness.device_use(device, step, row["median"])
         if "floor" in row:
             row["share_of_floor"] = row["floor"] / row["median"]
         row |= more
@@ -94,9 +101,17 @@ def contest(benchmark, device, request):
     return run
 
 
+def pytest_collection_finish(session):
+    session.config.stash[_WAITING] = [item.name for item in session.items]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    if call.when == "setup":
+        item.config.stash[_WAITING].remove(item.name)
+    if report.failed:
+        item.config.stash[_FAILED][item.name] = str(call.excinfo.value).partition("\n")[0]
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         item.config.stash[_SKIPPED].setdefault(Path(report.fspath).stem.removeprefix("test_"), {}).setdefault(
@@ -141,6 +156,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         info.update(rows.get((info.get("group"), info.get("contestant")), {}))
         result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
     output_json["skipped"] = config.stash[_SKIPPED]
+    output_json["failed"] = config.stash[_FAILED]
+    output_json["not_run"] = config.stash[_WAITING]  # where the run was interrupted
 
 
 def _version(name):

@@ -100,6 +100,7 @@ def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
             found = [row for row in run.rows if row["operation"] == operation]
             if found:
                 lines += _tables(found, run, several=len({r.about["device"] for r in runs}) > 1)
+    lines += _table_of_device_use(rows)
     return lines + _left_out(runs)
 
 
@@ -134,6 +135,17 @@ def _tables(rows: Sequence[dict[str, Any]], run: Run, *, several: bool) -> list[
         heading = f"**{group}**" + (f", {run.about['device']}" if several else "")
         lines += ["", heading, "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
         lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
+    return lines
+
+
+def _table_of_device_use(rows: Sequence[dict[str, Any]]) -> list[str]:
+    traced = [row for row in rows if "host_waits" in row]
+    if not traced:
+        return []
+    lines = ["", "### Idle GPU", "", "| | | GPU idle | Host waits |", "|---|---|---:|---:|"]
+    for row in traced:
+        idle = f"{row['idle_share']:.0%}" if "idle_share" in row else ""
+        lines.append(f"| {row['group']} | {row['contestant']} | {idle} | {row['host_waits']} |")
     return lines
 
 
