@@ -44,4 +44,4 @@ for number in "${!operations[@]}"; do
   part "$operation" $((seconds > 1 ? seconds : 1)) "benchmarks/test_$operation.py" --benchmark-only \
     --benchmark-json="$work/$operation.json" "$@"
 done
-"$python" benchmarks/merge.py "$out" "$work"
+"$python" benchmarks/merge.py "$out" "$work" tests large "${operations[@]}"

@@ -1,8 +1,8 @@
 """From the parts of a run to one JSON: what the tests said, and the results of every benchmark that was measured.
 
-    python benchmarks/merge.py OUT.json FOLDER
+    python benchmarks/merge.py OUT.json FOLDER PART...
 
-The folder holds, of each part of the run in a file by its name, pytest's exit code (``.code``), what tests said in
+The folder holds, of each part of the run in files by its name, pytest's exit code (``.code``), what tests said in
 JUnit's form (``.xml``), and what benchmarks measured (``.json``, pytest-benchmark's). A part that was killed may have
 written neither, and one that was interrupted has what it got to: the others keep their results, and the JSON says
 which parts ended how.
@@ -40,14 +40,12 @@ def tests_of(path: Path) -> dict[str, Any] | None:
     }
 
 
-def merged(folder: Path) -> dict[str, Any]:
-    """One run of all parts in a folder, about the machine as its first benchmarks say, as the report reads it."""
-    codes = {
-        path.stem: int(path.read_text()) for path in sorted(folder.glob("*.code"), key=lambda p: p.stat().st_mtime_ns)
-    }
+def merged(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """One run of these parts in a folder, about the machine as its first benchmarks say, as the report reads it."""
+    codes = {name: int((folder / f"{name}.code").read_text()) for name in parts}
     run: dict[str, Any] = {"exit_codes": codes, "tests": {}, "benchmarks": []}
     run |= {"skipped": {}, "failed": {}, "not_run": {}}
-    for name in codes:
+    for name in parts:
         if (folder / f"{name}.xml").exists():
             run["tests"][name] = tests_of(folder / f"{name}.xml")
         try:
@@ -66,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.json")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("parts", nargs="+", metavar="PART")
     options = parser.parse_args(arguments)
-    run = merged(options.folder)
+    run = merged(options.folder, options.parts)
     options.out.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: {len(run['benchmarks'])} results")
     for name, code in run["exit_codes"].items():

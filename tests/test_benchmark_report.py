@@ -1,6 +1,7 @@
-"""The generated part of the performance page, and the goals that it lists."""
+"""What is made of benchmark runs: the generated part of the performance page, goals, curves, one run of its parts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("matplotlib")
 import goals
 import harness
+import merge
 import report
 import scaling
 
@@ -212,3 +214,121 @@ def test_missed_neighbours_are_counted_in_whatever_order():
     wanted = torch.tensor([[0, 1], [2, 3]])
     assert harness.missed(torch.tensor([[1, 0], [3, 2]]), wanted) == 0.0
     assert harness.missed(torch.tensor([[1, 9], [3, 2]]), wanted) == 0.25
+
+
+def test_a_scoring_run_becomes_a_curve_over_workers_without_the_local_runner(tmp_path):
+    runs = {"local": 9.0, "ray, 4 workers": 2.0, "ray, 1 workers": 4.0, "ray, 2 workers": 2.0}
+    medians = {"full": {name: {"first_s": 7.0, "per_shard_s": seconds} for name, seconds in runs.items()}}
+    sweep = scaling.over_workers({"cores": 2, "medians": medians, "utterances_per_shard": {"full": 1024}})
+    assert sweep["sizes"] == [1, 2, 4]
+    [(name, shown)] = sweep["contestants"].items()
+    assert name == "1,024 utterances"
+    assert shown["seconds"] == {"values": [4.0, 2.0, 2.0], "exponent": pytest.approx(-0.5), "steps": [-1.0, 0.0]}
+    scaling.draw([sweep], tmp_path / "scaling.png")  # which has no memory
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_runs_are_drawn_in_one_figure(tmp_path, capsys):
+    results = Path(scaling.__file__).parent / "results"
+    arguments = ["--from", results / "cpu-2-cores" / "scaling.json", "--plot", tmp_path / "scaling.png"]
+    arguments += ["--workers", results / "scoring-workers-cpu-2-cores.json"]
+    assert scaling.main(list(map(str, arguments))) == 0
+    assert capsys.readouterr().out.count("exponent") == 2
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("spans", "length"),
+    [
+        ([], 0.0),
+        ([(1.0, 3.0)], 2.0),
+        ([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0)], 4.0),  # two streams at a time, in whatever order
+        ([(0.0, 10.0), (1.0, 2.0), (9.0, 10.0)], 10.0),
+    ],
+)
+def test_a_gpu_is_busy_while_any_of_its_streams_is(spans, length):
+    assert harness.covered(spans) == length
+
+
+def test_what_a_gpu_does_is_not_asked_of_a_cpu():
+    assert harness.device_use(torch.device("cpu"), lambda: pytest.fail("called"), 1.0) == {}
+
+
+def test_idle_gpus_have_a_table_and_a_goal(command, page):
+    group = "scoring, 32768 utterances of up to 20 frames"
+    run = a_run({"ours": 1.0, "reading alone": 0.9}, group=group, kind="cuda")
+    run["benchmarks"][0]["extra_info"] |= {"idle_share": 0.07, "host_waits": 3}
+    assert command(run) == 0
+    text = page.read_text()
+    assert f"| {group} | ours | 7% | 3 |" in text
+    assert "| scoring, the GPU | ≤ 10% idle | 7% idle | met |" in text
+    assert "| scoring, beside its reading alone | ≥ 0.80 × reading alone | 0.90 × | met |" in text
+
+
+# --- parts of a run ---
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Writes the files of a part, and merges all: the exit code, and the JSON."""
+
+    class Parts:
+        names = ()
+
+        def add(self, name, code, **files):
+            self.names = (*self.names, name)
+            for kind, text in {"code": str(code), **files}.items():
+                (tmp_path / f"{name}.{kind}").write_text(text)
+
+        def merge(self):
+            code = merge.main([str(tmp_path / "out"), str(tmp_path), *self.names])
+            return code, json.loads((tmp_path / "out").read_text())
+
+    return Parts()
+
+
+def a_part(operation, **more):
+    run = a_run({"ours": 0.01, "eager": 0.04}, group=operation)
+    return json.dumps(run | {"skipped": {operation: {"a reason": ["a"]}}, "failed": {}, "not_run": []} | more)
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite errors="0" failures="1" skipped="2" tests="3" time="4.5">
+<testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="bad"><failure/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_parts_that_all_went_well_are_one_run_that_can_be_reported(parts, command):
+    parts.add("loss", 0, json=a_part("loss"))
+    parts.add("scan", 0, json=a_part("scan"))
+    code, run = parts.merge()
+    assert code == 0
+    assert run["exit_codes"] == {"loss": 0, "scan": 0}
+    assert [result["extra_info"]["group"] for result in run["benchmarks"]] == ["loss", "loss", "scan", "scan"]
+    assert set(run["skipped"]) == {"loss", "scan"}
+    assert command(run) == 0
+
+
+def test_a_part_that_was_killed_or_cut_short_takes_nothing_from_the_others(parts, capsys):
+    parts.add("tests", 1, xml=JUNIT)
+    parts.add("large", 137, xml="<testsui")
+    parts.add("loss", 124, json=a_part("loss", not_run=["test_b", "test_c"]))
+    parts.add("gate", 137, json='{"benchm')
+    parts.add("scan", 1, json=a_part("scan", failed={"test_d": "wrong by 1"}))
+    code, run = parts.merge()
+    assert code == 1
+    assert run["exit_codes"] == {"tests": 1, "large": 137, "loss": 124, "gate": 137, "scan": 1}
+    assert run["tests"] == {
+        "tests": {"tests": 3, "skipped": 2, "seconds": 4.5, "failed": ["tests.a::bad"]},
+        "large": None,
+    }
+    assert len(run["benchmarks"]) == 4
+    assert run["not_run"] == {"loss": ["test_b", "test_c"]}
+    assert run["failed"] == {"scan": {"test_d": "wrong by 1"}}
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == [
+        "tests: exit code 1; 3 tests, 2 skipped; tests.a::bad",
+        "large: exit code 137",
+        "loss: exit code 124; 2 not run",
+        "gate: exit code 137",
+        "scan: exit code 1; test_d: wrong by 1",
+    ]
