@@ -12,7 +12,7 @@ _ROWS = pytest.StashKey()
 _RATES = pytest.StashKey()
 _SKIPPED = pytest.StashKey()
 _FAILED = pytest.StashKey()
-_WAITING = pytest.StashKey()
+_NOT_RUN = pytest.StashKey()
 _PACKAGES = (
     *("torch", "triton", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu", "faiss-gpu", "cca-zoo"),
     *("cupy-cuda13x", "liger-kernel", "flashlib"),
@@ -27,9 +27,13 @@ def pytest_configure(config):
     config.stash[_ROWS] = []
     config.stash[_SKIPPED] = {}
     config.stash[_FAILED] = {}
-    config.stash[_WAITING] = []
+    config.stash[_NOT_RUN] = {}
     # Our tables are what a run ends in; pytest-benchmark's own, of every minimum and outlier, come with -v.
     config.option.benchmark_quiet = True
+
+
+def _operation(item):
+    return item.path.stem.removeprefix("test_")
 
 
 def _rates(config):
@@ -66,7 +70,7 @@ def contest(benchmark, device, request):
         if benchmark.disabled:  # by --benchmark-disable, which asks whether all of it runs
             error_of(benchmark.pedantic(step))
             return
-        operation = request.path.stem.removeprefix("test_")
+        operation = _operation(request.node)
         row = {"operation": operation, "group": benchmark.group, "contestant": contestant, "calls": 1}
         if works:
             row |= {
@@ -102,21 +106,22 @@ def contest(benchmark, device, request):
 
 
 def pytest_collection_finish(session):
-    session.config.stash[_WAITING] = [item.name for item in session.items]
+    not_run = session.config.stash[_NOT_RUN]
+    for item in session.items:
+        not_run.setdefault(_operation(item), []).append(item.name)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    operation, stash = _operation(item), item.config.stash
     if call.when == "setup":
-        item.config.stash[_WAITING].remove(item.name)
+        stash[_NOT_RUN][operation].remove(item.name)
     if report.failed:
-        item.config.stash[_FAILED][item.name] = str(call.excinfo.value).partition("\n")[0]
+        stash[_FAILED].setdefault(operation, {})[item.name] = str(call.excinfo.value).partition("\n")[0]
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        item.config.stash[_SKIPPED].setdefault(Path(report.fspath).stem.removeprefix("test_"), {}).setdefault(
-            reason, []
-        ).append(item.name)
+        stash[_SKIPPED].setdefault(operation, {}).setdefault(reason, []).append(item.name)
     return report
 
 
@@ -157,7 +162,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
     output_json["skipped"] = config.stash[_SKIPPED]
     output_json["failed"] = config.stash[_FAILED]
-    output_json["not_run"] = config.stash[_WAITING]  # where the run was interrupted
+    # Of a run that was interrupted.
+    output_json["not_run"] = {operation: names for operation, names in config.stash[_NOT_RUN].items() if names}
 
 
 def _version(name):

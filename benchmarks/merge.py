@@ -54,8 +54,7 @@ def merged(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
             continue
         run = {key: value for key, value in part.items() if key not in run} | run
         run["benchmarks"] += part["benchmarks"]
-        run["skipped"] |= part["skipped"]
-        run |= {key: run[key] | ({name: part[key]} if part[key] else {}) for key in ("failed", "not_run")}
+        run |= {key: run[key] | part[key] for key in ("skipped", "failed", "not_run")}
     return run
 
 

@@ -254,6 +254,13 @@ def test_what_a_gpu_does_is_not_asked_of_a_cpu():
     assert harness.device_use(torch.device("cpu"), lambda: pytest.fail("called"), 1.0) == {}
 
 
+def test_what_failed_or_was_not_come_to_is_left_out_with_its_reason(command, page):
+    failed = {"memory_scan": {"test_a": "wrong by | 1", "test_b": "wrong by | 1"}}
+    assert command(a_run({"ours": 1.0}, failed=failed, not_run={"cca": ["test_c"]})) == 0
+    assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in page.read_text()
+    assert "| CCA | the time was over | 1 |" in page.read_text()
+
+
 def test_idle_gpus_have_a_table_and_a_goal(command, page):
     group = "scoring, 32768 utterances of up to 20 frames"
     run = a_run({"ours": 1.0, "reading alone": 0.9}, group=group, kind="cuda")
@@ -289,7 +296,7 @@ def parts(tmp_path):
 
 def a_part(operation, **more):
     run = a_run({"ours": 0.01, "eager": 0.04}, group=operation)
-    return json.dumps(run | {"skipped": {operation: {"a reason": ["a"]}}, "failed": {}, "not_run": []} | more)
+    return json.dumps(run | {"skipped": {operation: {"a reason": ["a"]}}, "failed": {}, "not_run": {}} | more)
 
 
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite errors="0" failures="1" skipped="2" tests="3" time="4.5">
@@ -311,9 +318,9 @@ def test_parts_that_all_went_well_are_one_run_that_can_be_reported(parts, comman
 def test_a_part_that_was_killed_or_cut_short_takes_nothing_from_the_others(parts, capsys):
     parts.add("tests", 1, xml=JUNIT)
     parts.add("large", 137, xml="<testsui")
-    parts.add("loss", 124, json=a_part("loss", not_run=["test_b", "test_c"]))
+    parts.add("loss", 124, json=a_part("loss", not_run={"loss": ["test_b", "test_c"]}))
     parts.add("gate", 137, json='{"benchm')
-    parts.add("scan", 1, json=a_part("scan", failed={"test_d": "wrong by 1"}))
+    parts.add("scan", 1, json=a_part("scan", failed={"scan": {"test_d": "wrong by 1"}}))
     code, run = parts.merge()
     assert code == 1
     assert run["exit_codes"] == {"tests": 1, "large": 137, "loss": 124, "gate": 137, "scan": 1}
