@@ -115,7 +115,7 @@ def pytest_collection_finish(session):
 def pytest_runtest_makereport(item, call):
     report = yield
     operation, stash = _operation(item), item.config.stash
-    if call.when == "setup":
+    if call.when == "teardown":  # which one that is interrupted does not come to
         stash[_NOT_RUN][operation].remove(item.name)
     if report.failed:
         stash[_FAILED].setdefault(operation, {})[item.name] = str(call.excinfo.value).partition("\n")[0]

@@ -38,6 +38,15 @@ def test_toy(benchmark, contest, device, contestant):
     contest(contestant, step, [Work(8000, 1000)], error=lambda y: harness.relative_error(y, 2 * x))
 """
 BROKEN = "\n\ndef test_broken(benchmark):\n    assert 1 == 2\n"
+INTERRUPTED = """
+
+def test_interrupted(benchmark):
+    raise KeyboardInterrupt
+
+
+def test_never(benchmark):
+    benchmark(int)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,7 @@ def checkout(tmp_path_factory):
             shutil.copy(file, root / "benchmarks")
     (root / "benchmarks" / "test_toy.py").write_text(TOY)
     (root / "benchmarks" / "test_broken.py").write_text(TOY + BROKEN)
+    (root / "benchmarks" / "test_cut.py").write_text(TOY + BROKEN + INTERRUPTED)
     return root
 
 
@@ -106,6 +116,18 @@ def test_a_benchmark_that_fails_is_exit_code_1_and_named(run, checkout):
     assert done.returncode == 1
     assert "1 failed, such as benchmarks/test_broken.py::test_broken: assert 1 == 2" in done.stderr
     assert len(json.loads((checkout / "broken.json").read_text())["benchmarks"]) == 2
+
+
+def test_an_interrupted_run_of_pytest_keeps_its_results_and_says_what_is_missing(checkout, benchmark_environment):
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_cut.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--benchmark-only", "--benchmark-json=cut.json"]
+    done = subprocess.run(command, env=benchmark_environment, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    run = json.loads((checkout / "cut.json").read_text())
+    assert [result["extra_info"]["contestant"] for result in run["benchmarks"]] == ["ours", "slow"]
+    assert run["skipped"] == {"cut": {"gpu needs a GPU": ["test_toy[gpu]"]}}
+    assert run["failed"] == {"cut": {"test_broken": "assert 1 == 2"}}
+    assert run["not_run"] == {"cut": ["test_interrupted", "test_never"]}
 
 
 def test_the_benchmarks_of_this_checkout_go_by_their_operation():
