@@ -195,6 +195,9 @@ def _curves(axes: Axes, curves: Sequence[Curve], unit: float, label: str) -> Non
         )  # fmt: skip
     axes.set_visible(True)
     axes.set(xscale="log", yscale="log", ylabel=label)
+    # From a power of ten to another, for two that are labelled.
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** (math.floor(math.log10(high)) + 1))
     sizes = curves[0].sizes
     if max(sizes) < 10 * min(sizes):  # less than two powers of ten to label
         axes.set_xticks(sizes, map(str, sizes))
