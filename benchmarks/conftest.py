@@ -11,6 +11,8 @@ import torch
 _ROWS = pytest.StashKey()
 _RATES = pytest.StashKey()
 _SKIPPED = pytest.StashKey()
+_FAILED = pytest.StashKey()
+_NOT_RUN = pytest.StashKey()
 _PACKAGES = (
     *("torch", "triton", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu", "faiss-gpu", "cca-zoo"),
     *("cupy-cuda13x", "liger-kernel", "flashlib"),
@@ -24,8 +26,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[_ROWS] = []
     config.stash[_SKIPPED] = {}
+    config.stash[_FAILED] = {}
+    config.stash[_NOT_RUN] = {}
     # Our tables are what a run ends in; pytest-benchmark's own, of every minimum and outlier, come with -v.
     config.option.benchmark_quiet = True
+
+
+def _operation(item):
+    return item.path.stem.removeprefix("test_")
 
 
 def _rates(config):
@@ -38,7 +46,7 @@ def _rates(config):
 def contest(benchmark, device, request):
     """Measures one contestant of a group, beside the floor of the work and a float64 oracle where these are known."""
 
-    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, **more):
+    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, traced=False, **more):
         """Measure ``step``.
 
         Args:
@@ -48,6 +56,7 @@ def contest(benchmark, device, request):
             error: gives the distance of a result from the oracle, for the inputs of seed 0.
             allowed: the largest such distance. Beyond it the contestant would do something else than the others.
             once: a single call, of what takes minutes.
+            traced: say also for how much of the time a GPU is idle, and how often it is waited for.
             more: what else the result shall say.
         """
 
@@ -61,7 +70,7 @@ def contest(benchmark, device, request):
         if benchmark.disabled:  # by --benchmark-disable, which asks whether all of it runs
             error_of(benchmark.pedantic(step))
             return
-        operation = request.path.stem.removeprefix("test_")
+        operation = _operation(request.node)
         row = {"operation": operation, "group": benchmark.group, "contestant": contestant, "calls": 1}
         if works:
             row |= {
@@ -81,6 +90,8 @@ def contest(benchmark, device, request):
                 run = harness.graphed(step, harness.GRAPHED_CALLS)
             row["median"] = harness.measure(benchmark, device, run, row["calls"])
             row["peak_bytes"] = harness.peak_bytes(device, step)
+        if traced:
+            row |= harness.device_use(device, step, row["median"])
         if "floor" in row:
             row["share_of_floor"] = row["floor"] / row["median"]
         row |= more
@@ -94,14 +105,23 @@ def contest(benchmark, device, request):
     return run
 
 
+def pytest_collection_finish(session):
+    not_run = session.config.stash[_NOT_RUN]
+    for item in session.items:
+        not_run.setdefault(_operation(item), []).append(item.name)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    operation, stash = _operation(item), item.config.stash
+    if call.when == "teardown":  # which one that is interrupted does not come to
+        stash[_NOT_RUN][operation].remove(item.name)
+    if report.failed:
+        stash[_FAILED].setdefault(operation, {})[item.name] = str(call.excinfo.value).partition("\n")[0]
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        item.config.stash[_SKIPPED].setdefault(Path(report.fspath).stem.removeprefix("test_"), {}).setdefault(
-            reason, []
-        ).append(item.name)
+        stash[_SKIPPED].setdefault(operation, {}).setdefault(reason, []).append(item.name)
     return report
 
 
@@ -141,6 +161,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         info.update(rows.get((info.get("group"), info.get("contestant")), {}))
         result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
     output_json["skipped"] = config.stash[_SKIPPED]
+    output_json["failed"] = config.stash[_FAILED]
+    # Of a run that was interrupted.
+    output_json["not_run"] = {operation: names for operation, names in config.stash[_NOT_RUN].items() if names}
 
 
 def _version(name):

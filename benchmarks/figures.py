@@ -22,7 +22,7 @@ _STYLE: list[str | dict[str, Any]] = [
 # The palette of Okabe and Ito, told apart with every common form of colour blindness; markers tell the rest.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "0.3")
 _MARKERS = "osD^vP*X"
-_COLUMNS = 4
+_COLUMNS = 3
 
 
 class Point(NamedTuple):
@@ -161,6 +161,8 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
 def scaling(panels: Sequence[tuple[str, str, Sequence[Curve], Sequence[Curve]]], path: Path) -> None:
     """Draw time and, below it, peak memory over each size, every curve with its fitted exponent.
 
+    Where there are no curves of one of them its place is empty.
+
     Args:
         panels: (title, size's name, curves of seconds, curves of bytes) of each size.
         path: the PNG file to write.
@@ -178,11 +180,13 @@ def scaling(panels: Sequence[tuple[str, str, Sequence[Curve], Sequence[Curve]]],
             _curves(above, seconds, 1.0, "seconds")
             _curves(below, held, 1e6, "peak memory, MB")
             above.set_title(title)
-            below.set_xlabel(size)
+            (below if held else above).set_xlabel(size)
         _save(figure, path)
 
 
 def _curves(axes: Axes, curves: Sequence[Curve], unit: float, label: str) -> None:
+    if not curves:
+        return
     for number, curve in enumerate(curves):
         values = np.maximum(np.asarray(curve.values, dtype=float), 1e-9) / unit
         axes.plot(
@@ -191,6 +195,13 @@ def _curves(axes: Axes, curves: Sequence[Curve], unit: float, label: str) -> Non
         )  # fmt: skip
     axes.set_visible(True)
     axes.set(xscale="log", yscale="log", ylabel=label)
+    # From a power of ten to another, for two that are labelled.
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** (math.floor(math.log10(high)) + 1))
+    sizes = curves[0].sizes
+    if max(sizes) < 10 * min(sizes):  # less than two powers of ten to label
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.grid()
     axes.legend(title="exponent", fontsize=7, title_fontsize=7)
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-Quantity = Literal["ratio", "share_of_floor", "seconds", "bytes_per_second", "error"]
-_AT_MOST = ("seconds", "error")
+Quantity = Literal["ratio", "share_of_floor", "seconds", "bytes_per_second", "error", "idle_share"]
+_AT_MOST = ("seconds", "error", "idle_share")
 
 
 class Goal(NamedTuple):
@@ -62,6 +62,8 @@ class Goal(NamedTuple):
                 return f"{value * 1e6:.0f} µs"
             case "bytes_per_second":
                 return f"{value / 1e9:.2g} GB/s"
+            case "idle_share":
+                return f"{value:.0%} idle"
             case _:
                 return f"error {value:.1e}"
 
@@ -115,6 +117,7 @@ GPU = (
     Goal("check, 65536 samples, k = 30", "cuda", "gate, 65536 samples", "share_of_floor", 0.6),
     Goal("check, 65536 samples, k = 30", "cuda", "gate, 65536 samples", "ratio", 5.0, "eager"),
     Goal("check, 65536 samples, k = 30", "cuda", "gate, 65536 samples", "ratio", 1.8, "compiled"),
+    Goal("16 nearest of 1M × 768, missed", "cuda", "16 nearest of 1000000 x 768", "error", 1e-4),
     Goal("local least squares, 65536 queries, K = 32", "cuda", "65536 queries, K=32", "seconds", 1e-3),
     Goal("local least squares, 65536 queries, K = 32", "cuda", "65536 queries, K=32", "ratio", 4.0, "eager"),
     Goal("local least squares, 65536 queries, K = 32", "cuda", "65536 queries, K=32", "ratio", 2.5, "compiled"),
@@ -124,4 +127,7 @@ GPU = (
     Goal("memory scan, B = 32, T = 20", "cuda", _SMALL_SCAN, "ratio", 30.0, "eager"),
     Goal("memory scan, B = 32, T = 20", "cuda", _SMALL_SCAN, "ratio", 8.0, "eager, graphed", "ours, graphed"),
     Goal("memory scan forward, B = 8192, T = 100", "cuda", "forward, B=8192, T=100", "share_of_floor", 0.4),
+    Goal("CCA fit, 1M × 300 and 74 on the GPU", "cuda", "CCA fit, 1M rows of 300 and 74", "share_of_floor", 0.5),
+    Goal("scoring, beside its reading alone", "cuda", "^scoring, ", "ratio", 0.8, "reading alone"),
+    Goal("scoring, the GPU", "cuda", "^scoring, ", "idle_share", 0.1),
 )

@@ -1,56 +1,47 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: every kernel's tests, then its benchmarks, and one JSON that holds both.
+# On a machine with an NVIDIA GPU: every kernel's tests, then all benchmarks with a goal there, and one JSON of it all.
 #   benchmarks/gpu.sh OUT.json [pytest arguments for the benchmarks]
-# PYTHON names the interpreter (python3); M3ER_COMMIT the commit, where there is no git. Needs PyTorch, Triton, pytest and
-# pytest-benchmark; without hypothesis, a peer or a library the tests and contestants that need it skip.
+# It takes SECONDS_IN_ALL at most (570). PYTHON names the interpreter (python3), DEVICE the device (cuda; cpu tries this
+# script), M3ER_COMMIT the commit where there is no git. Needs PyTorch, Triton, pytest and pytest-benchmark; without
+# hypothesis, pyarrow, a peer or another library the tests and contestants that need it skip.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT.json}")
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+limit=${SECONDS_IN_ALL:-570}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$(dirname "$out")"
 
+# A part of the run: its name, the most seconds that it takes, arguments of pytest. What does not end by itself is
+# interrupted, and writes what it has; what does not react to that is killed.
+part() {
+  timeout -s INT -k 10 "$2" "$python" -m pytest -q -p no:cacheprovider --device "$device" "${@:3}"
+  echo $? >"$work/$1.code"
+}
+
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8) # kernels are compiled side by side
 fi
 # The tests of large tensors take most of a GPU's memory each: they go one after the other, after the others.
-timeout -s INT -k 20 210 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m 'not large' "${workers[@]}" \
-  --junitxml="$work/tests.xml"
-tests=$?
-timeout -s INT -k 20 80 "$python" -m pytest tests -q -p no:cacheprovider --device cuda -m large --junitxml="$work/large.xml"
-large=$?
-# The kernels first: what does not fit into the time is missing, and what was measured is kept. A CCA is fitted on the CPU.
-timeout -s INT -k 20 200 "$python" -m pytest benchmarks/test_fusion_loss.py benchmarks/test_correlation_gate.py \
-  benchmarks/test_local_lstsq.py benchmarks/test_neighbors.py benchmarks/test_memory_scan.py -q -p no:cacheprovider \
-  --device cuda --benchmark-only --benchmark-json="$work/benchmarks.json" "$@"
-benchmarks=$?
+part tests $((limit * 35 / 100)) tests -m 'not large' "${workers[@]}" --junitxml="$work/tests.xml"
+part large $((limit * 14 / 100)) tests -m large --junitxml="$work/large.xml"
 
-"$python" - "$out" "$work" <<'PYTHON'
-import json, pathlib, sys
-import xml.etree.ElementTree as tree
-
-out, work = map(pathlib.Path, sys.argv[1:])
-report = {"tests": {}}
-for name in ("tests", "large"):
-    suite = next(iter(tree.parse(work / f"{name}.xml").getroot()), None) if (work / f"{name}.xml").exists() else None
-    if suite is None:
-        report["tests"][name] = "did not finish"
-        continue
-    report["tests"][name] = {key: float(suite.get(key)) for key in ("tests", "failures", "errors", "skipped", "time")}
-    report["tests"][name]["failed"] = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-measured = work / "benchmarks.json"
-report |= json.loads(measured.read_text()) if measured.exists() else {"benchmarks": "did not finish"}
-out.write_text(json.dumps(report, indent=1) + "\n")
-print(f"{out}: {json.dumps(report['tests'])}")
-PYTHON
-echo "exit codes: tests $tests, large tests $large, benchmarks $benchmarks"
-[ "$tests" -eq 0 ] && [ "$large" -eq 0 ] && [ "$benchmarks" -eq 0 ]
+# Every operation in a process of its own: one that hangs, or loses the device, leaves the others their results. Of the
+# time that is left each has its share, and what it does not need goes to those after it.
+operations=(fusion_loss correlation_gate local_lstsq memory_scan neighbors cca end_to_end scoring)
+shares=(4 3 3 6 3 2 4 2)
+for number in "${!operations[@]}"; do
+  operation=${operations[$number]}
+  of=0
+  for share in "${shares[@]:$number}"; do of=$((of + share)); done
+  seconds=$(((limit - SECONDS) * shares[number] / of))
+  part "$operation" $((seconds > 1 ? seconds : 1)) "benchmarks/test_$operation.py" --benchmark-only \
+    --benchmark-json="$work/$operation.json" "$@"
+done
+"$python" benchmarks/merge.py "$out" "$work" tests large "${operations[@]}"

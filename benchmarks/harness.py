@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,44 @@ def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
 def _resident(mark: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
     return 1024 * int(line.split()[1])
+
+
+# --- What a GPU does meanwhile ---
+
+
+def device_use(device: torch.device, step: Callable[[], Any], median: float) -> dict[str, Any]:
+    """Of a GPU the ``idle_share`` of a call's time, and ``host_waits``, how often the call waits for it; else nothing.
+
+    Tracing slows a call down, but not what the GPU does in it: what it was busy for is compared with ``median``, which
+    was measured without.
+    """
+    if device.type != "cuda":
+        return {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    use: dict[str, Any] = {"host_waits": sum("synchronizing CUDA operation" in str(w.message) for w in caught)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize(device)
+    spans = [event.time_range for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if spans:  # of a machine that cannot be traced there are none
+        busy = 1e-6 * covered([(span.start, span.end) for span in spans])
+        use["idle_share"] = max(0.0, 1.0 - busy / median)
+    return use
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of intervals, each from its first number to its second."""
+    length, end = 0.0, -math.inf
+    for first, last in sorted(spans):
+        length += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return length
 
 
 # --- Time ---

@@ -48,7 +48,7 @@ class Run(NamedTuple):
     name: str  # of the file
     about: dict[str, Any]
     rows: list[dict[str, Any]]  # each with its "operation"
-    skipped: dict[str, dict[str, list[str]]]  # operation -> reason -> tests
+    left_out: dict[str, dict[str, int]]  # operation -> reason -> results
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -67,7 +67,21 @@ class Run(NamedTuple):
         lacking = sorted({name for row in rows for name in _OF_RESULTS - row.keys()} | (_OF_RUN - about.keys()))
         if lacking:
             raise ValueError(f"{path}: not what these benchmarks write now: it lacks {', '.join(lacking)}")
-        return cls(path.name, about, rows, run.get("skipped", {}))
+        return cls(path.name, about, rows, _reasons(run))
+
+
+def _reasons(run: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Why there are no results: skipped, failed, or not come to because the run was interrupted."""
+    found: dict[str, dict[str, int]] = {}
+    for operation, reasons in run.get("skipped", {}).items():
+        found.setdefault(operation, {}).update({reason: len(tests) for reason, tests in reasons.items()})
+    for operation, failed in run.get("failed", {}).items():
+        for reason in failed.values():
+            of = found.setdefault(operation, {})
+            of[f"failed: {reason}"] = of.get(f"failed: {reason}", 0) + 1
+    for operation, tests in run.get("not_run", {}).items():
+        found.setdefault(operation, {})["the time was over"] = len(tests)
+    return found
 
 
 def write_report(runs: Sequence[Run], page: Path, figures: Path) -> None:
@@ -100,6 +114,7 @@ def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
             found = [row for row in run.rows if row["operation"] == operation]
             if found:
                 lines += _tables(found, run, several=len({r.about["device"] for r in runs}) > 1)
+    lines += _table_of_device_use(rows)
     return lines + _left_out(runs)
 
 
@@ -137,17 +152,31 @@ def _tables(rows: Sequence[dict[str, Any]], run: Run, *, several: bool) -> list[
     return lines
 
 
+def _table_of_device_use(rows: Sequence[dict[str, Any]]) -> list[str]:
+    traced = [row for row in rows if "host_waits" in row]
+    if not traced:
+        return []
+    lines = ["", "### Idle GPU", "", "| | | GPU idle | Host waits |", "|---|---|---:|---:|"]
+    for row in traced:
+        idle = f"{row['idle_share']:.0%}" if "idle_share" in row else ""
+        lines.append(f"| {row['group']} | {row['contestant']} | {idle} | {row['host_waits']} |")
+    return lines
+
+
 def _left_out(runs: Sequence[Run]) -> list[str]:
     reasons: dict[tuple[str, str], int] = {}
     for run in runs:
-        for operation, found in run.skipped.items():
-            for reason, tests in found.items():
+        for operation, found in run.left_out.items():
+            for reason, number in found.items():
                 key = TITLES.get(operation, operation), reason
-                reasons[key] = reasons.get(key, 0) + len(tests)
+                reasons[key] = reasons.get(key, 0) + number
     if not reasons:
         return []
     lines = ["", "### Left out", "", "| | Reason | Results |", "|---|---|---:|"]
-    return lines + [f"| {operation} | {reason} | {number} |" for (operation, reason), number in reasons.items()]
+    for (operation, reason), number in reasons.items():
+        escaped = reason.replace("|", "\\|")
+        lines.append(f"| {operation} | {escaped} | {number} |")
+    return lines
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:

@@ -1,10 +1,12 @@
 """Time and peak memory over sizes: batch, steps, classes, rows of a bank, neighbours, each beside its baseline.
 
-    python benchmarks/scaling.py --out benchmarks/results/cpu-2-cores/scaling.json --plot docs/results/scaling.png
+    python benchmarks/scaling.py --out benchmarks/results/cpu-2-cores/scaling.json --plot docs/results/scaling.png \\
+        --workers benchmarks/results/scoring-workers-cpu-2-cores.json
 
 measures every curve (``--only loss-batch`` one of them) on the CPU and fits value = a · sizeᵇ, by least squares of the
 logarithms. An exponent b of the whole curve hides where it bends: ``steps`` in the JSON has that between each size and
-the next. ``--from JSON`` draws a run again.
+the next. ``--from JSON`` draws a run again. ``--workers JSON`` also draws what ``scoring_workers.py`` wrote: time a
+shard over the number of Ray's workers.
 """
 
 from __future__ import annotations
@@ -209,20 +211,48 @@ def measure(sweep: Sweep) -> dict[str, Any]:
     return result
 
 
-def draw(run: dict[str, Any], path: Path) -> None:
-    """The figure of a run."""
+def over_workers(scored: dict[str, Any]) -> dict[str, Any]:
+    """What ``scoring_workers.py`` wrote as a sweep: seconds a shard, over all workers, of each kind of corpus.
+
+    Raises:
+        ValueError: there are fewer than two numbers of workers.
+    """
+    result: dict[str, Any] = {
+        "title": f"a shard, scored by Ray on {scored['cores']} cores",
+        "size": "workers of one thread",
+        "contestants": {},
+    }
+    for corpus, medians in scored["medians"].items():
+        # "ray, 4 workers"; the local runner is no point of this curve.
+        found = {int(name.split()[1]): run["per_shard_s"] for name, run in medians.items() if name.startswith("ray")}
+        result["sizes"], values = sorted(found), [found[number] for number in sorted(found)]
+        exponent, steps_between = exponents(result["sizes"], values)
+        utterances = scored["utterances_per_shard"][corpus]
+        result["contestants"][f"{utterances:,} utterance{'s' * (utterances > 1)}"] = {
+            "seconds": {"values": values, "exponent": exponent, "steps": steps_between}
+        }
+    return result
+
+
+def report(name: str, sweep: dict[str, Any]) -> None:
+    """Print the exponents of a sweep's times."""
+    for contestant, shown in sweep["contestants"].items():
+        steps = " ".join(f"{step:.2f}" for step in shown["seconds"]["steps"])
+        print(f"{name}, {contestant}: exponent {shown['seconds']['exponent']:.2f} ({steps})", flush=True)
+
+
+def draw(sweeps: Sequence[dict[str, Any]], path: Path) -> None:
+    """The figure of some sweeps."""
     import figures
 
     def curves(sweep, quantity):
         return [
             figures.Curve(name, sweep["sizes"], shown[quantity]["values"], shown[quantity]["exponent"])
             for name, shown in sweep["contestants"].items()
+            if quantity in shown
         ]
 
-    panels = [
-        (sweep["title"], sweep["size"], curves(sweep, "seconds"), curves(sweep, "bytes"))
-        for sweep in run["sweeps"].values()
-    ]
+    panels = [(sweep["title"], sweep["size"], curves(sweep, "seconds"), curves(sweep, "bytes")) for sweep in sweeps]
     figures.scaling(panels, path)
 
 
@@ -233,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file; curves that it has and that are not measured now stay")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--from", dest="source", type=Path, help="draw this JSON, and measure nothing")
+    parser.add_argument("--workers", type=Path, help="JSON of scoring_workers.py, to be drawn as well")
     options = parser.parse_args(arguments)
     if options.source is not None:
         run = json.loads(options.source.read_text())
@@ -242,15 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in SWEEPS:
             if options.only is None or name in options.only:
                 run["sweeps"][name] = measure(SWEEPS[name])
-                for contestant, shown in run["sweeps"][name]["contestants"].items():
-                    steps = " ".join(f"{step:.2f}" for step in shown["seconds"]["steps"])
-                    print(f"{name}, {contestant}: exponent {shown['seconds']['exponent']:.2f} ({steps})", flush=True)
+                report(name, run["sweeps"][name])
             elif name in kept:
                 run["sweeps"][name] = kept[name]
         if options.out:
             options.out.write_text(json.dumps(run, indent=1) + "\n")
+    sweeps = list(run["sweeps"].values())
+    if options.workers:
+        sweeps.append(over_workers(json.loads(options.workers.read_text())))
+        report("workers", sweeps[-1])
     if options.plot:
-        draw(run, options.plot)
+        draw(sweeps, options.plot)
     return 0
 
 

@@ -137,5 +137,6 @@ def test_model(benchmark, contest, device, workload, way, contestant):
             lambda: result_of(run, model, inputs(), available, way),
             work.model(views, CLASSES, training=way == "training step"),
             error=lambda result: harness.relative_error(result, wanted),
+            traced=True,
             samples=views.batch,
         )

@@ -1,4 +1,7 @@
-"""Scoring a small corpus from files to files, beside the model alone on the same batches in memory."""
+"""Scoring a corpus from files to files, beside the model alone on batches in memory, and reading alone.
+
+Reading goes ahead and its batches go to the device as they do in scoring: the slower of storage and the way there.
+"""
 
 import copy
 import functools
@@ -9,17 +12,24 @@ from pathlib import Path
 
 import harness
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import work
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+import pyarrow.parquet as pq
 from scoring import CLASSES, make_model, ready_batches, run_model
 from workloads import SCORED, Views
 
 from m3er_fast.corpus import generate_corpus, read_parquet
+from m3er_fast.corpus.parquet import decode_rows
 from m3er_fast.scoring import Scorer, score
+from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.plan import plan_shards
+from m3er_fast.scoring.prefetch import Prefetch
+from m3er_fast.scoring.reader import read_windows
 
+MODEL, READING = "the model alone", "reading alone"
 COMPARED = 128  # utterances whose scores are compared with those of the model in float64
 
 
@@ -28,9 +38,10 @@ def prepared(device):
     """A corpus in a folder that goes with the process, a model fitted to it, and the first scores in float64."""
     folder = tempfile.TemporaryDirectory()
     corpus = Path(folder.name) / "corpus"
-    generate_corpus(corpus, utterances=SCORED, rows_per_shard=1024)
-    model = make_model(plan_shards(corpus)).to(device)
-    first = read_parquet(corpus).select(slice(0, COMPARED))
+    generate_corpus(corpus, utterances=SCORED[device.type], rows_per_shard=SCORED[device.type] // 2)
+    plan = plan_shards(corpus)
+    model = make_model(plan).to(device)
+    first = read_parquet(plan.shards[0].path).select(slice(0, COMPARED))
     features = {name: torch.from_numpy(x).double().to(device) for name, x in first.features.items()}
     with torch.inference_mode():
         exact = copy.deepcopy(model).double()
@@ -44,16 +55,34 @@ def probabilities_in(out):
     return np.stack([table[f"p_{name}"].to_numpy() for name in CLASSES], axis=1)
 
 
+def read_alone(plan, scorer):
+    """Every batch that the scorer would make, on the device."""
+    for shard in plan.shards:
+        with Prefetch(read_windows(plan.corpus, shard, window_bytes=scorer.window_bytes)) as tables:
+            for table in tables:
+                rows = decode_rows(table, scorer.model.input_dims)
+                for batch in plan_batches(rows.lengths, scorer.batch_frames):
+                    scorer._stager.stage(rows, batch, scorer.model.input_dims)
+
+
 @pytest.mark.benchmark(timer=harness.now)
-@pytest.mark.parametrize("contestant", ["ours", "the model alone"])
+@pytest.mark.parametrize("contestant", ["ours", MODEL, READING])
 def test_scoring(benchmark, contest, device, contestant):
     folder, model, oracle = prepared(device)
     corpus, runs = Path(folder.name) / "corpus", Path(folder.name) / "runs"
-    benchmark.group = f"scoring, {SCORED} utterances of up to 20 frames"
-    works = work.model(Views(model.input_dims, SCORED, 15), len(CLASSES), training=False)  # 15 frames on average
-    if contestant == "the model alone":
-        batches = ready_batches(plan_shards(corpus), Scorer(model), SCORED)
-        contest(contestant, lambda: run_model(model, batches), works, samples=SCORED)
+    samples = SCORED[device.type]
+    benchmark.group = f"scoring, {samples} utterances of up to 20 frames"
+    works = work.model(Views(model.input_dims, samples, 15), len(CLASSES), training=False)  # 15 frames on average
+    if contestant == MODEL:
+        batches = [
+            [{name: x.to(device) for name, x in features.items()}, lengths.to(device)]
+            for features, lengths in ready_batches(plan_shards(corpus), Scorer(model), samples)
+        ]
+        contest(contestant, lambda: run_model(model, batches), works, samples=samples)
+        return
+    if contestant == READING:
+        plan, scorer = plan_shards(corpus), Scorer(model)
+        contest(contestant, lambda: read_alone(plan, scorer), samples=samples)
         return
     numbers = itertools.count()
 
@@ -66,5 +95,5 @@ def test_scoring(benchmark, contest, device, contestant):
     def error(out):
         return harness.relative_error(probabilities_in(out), oracle)
 
-    contest(contestant, step, works, error=error, samples=SCORED)
+    contest(contestant, step, works, error=error, traced=True, samples=samples)
     shutil.rmtree(runs, ignore_errors=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -393,10 +394,11 @@ def bench(
 ) -> None:
     """Measure the throughput of operations beside the libraries they are compared with.
 
-    Needs a checkout of the project: the wheel has no benchmarks. A line a result, as soon as it is there. All of it
-    takes a quarter of an hour on two cores.
+    Needs a checkout of the project: the wheel has no benchmarks. Every result is shown as soon as it is there, in a
+    table on a terminal and as a line elsewhere. All of it takes a quarter of an hour on two cores.
     """
-    from m3er_fast.bench import COLUMNS, BenchmarkResult, benchmark_files, run_benchmarks
+    from m3er_fast.bench import BenchmarkResult, benchmark_files, run_benchmarks
+    from m3er_fast.bench_display import BenchmarkDisplay
 
     files = benchmark_files(benchmarks)
     unknown = [name for name in names or () if name not in files]
@@ -405,28 +407,28 @@ def bench(
             f"no benchmark is called {', '.join(unknown)}; there are {', '.join(files)}", param_hint="NAMES"
         )
     [chosen] = _devices(device)[:1]
-    group = ""
+    left_out: Counter[str] = Counter()
 
     def show(result: BenchmarkResult) -> None:
-        nonlocal group
         if result.left_out:
-            return
-        if result.group != group:
-            group = result.group
-            print(f"\n{group}\n  {'':34}" + "".join(f"{column:>16}" for column in COLUMNS))
-        print(f"  {result.contestant:34}" + "".join(f"{cell:>16}" for cell in result.cells), flush=True)
+            left_out.update(result.cells)
+        else:
+            display.add(result)
 
-    with ProgressDisplay("bench", "results") as display:
+    with BenchmarkDisplay.for_stdout() as display:
         number = run_benchmarks(
             [files[name] for name in names or files],
             device=chosen,
             out=out,
             plot=plot,
             show=show,
-            progress=lambda done, total: display.update(done, total),
+            progress=display.update,
         )
+    print()
+    for reason, results in left_out.items():
+        print(f"{results} left out: {reason}")
     written = "".join(f", {path}" for path in (out, plot) if path is not None)
-    print(f"\n{number} results{written}")
+    print(f"{number} results{written}")
 
 
 @app.command()

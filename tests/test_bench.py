@@ -1,6 +1,10 @@
 """`m3er-fast bench`, on a checkout whose only benchmark is a toy, with the project's own harness."""
 
+import contextlib
+import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from m3er_fast.bench import benchmark_files
+from m3er_fast.bench import COLUMNS, BenchmarkResult, benchmark_files
+from m3er_fast.bench_display import BenchmarkDisplay
 from m3er_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +38,15 @@ def test_toy(benchmark, contest, device, contestant):
     contest(contestant, step, [Work(8000, 1000)], error=lambda y: harness.relative_error(y, 2 * x))
 """
 BROKEN = "\n\ndef test_broken(benchmark):\n    assert 1 == 2\n"
+INTERRUPTED = """
+
+def test_interrupted(benchmark):
+    raise KeyboardInterrupt
+
+
+def test_never(benchmark):
+    benchmark(int)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,7 @@ def checkout(tmp_path_factory):
             shutil.copy(file, root / "benchmarks")
     (root / "benchmarks" / "test_toy.py").write_text(TOY)
     (root / "benchmarks" / "test_broken.py").write_text(TOY + BROKEN)
+    (root / "benchmarks" / "test_cut.py").write_text(TOY + BROKEN + INTERRUPTED)
     return root
 
 
@@ -76,7 +91,9 @@ def test_every_result_is_a_line_below_its_group(toy):
     assert [line.split()[0] for line in lines[3:5]] == ["ours", "slow"]
     assert lines[3].split()[-1] == "1.00"
     assert float(lines[4].split()[-1]) > 1
+    assert lines[-2] == "1 left out: gpu needs a GPU"
     assert lines[-1].startswith("2 results, ")
+    assert "\x1b" not in toy.stdout
 
 
 def test_the_run_is_written_with_the_reasons_of_what_was_left_out(toy, checkout):
@@ -101,10 +118,114 @@ def test_a_benchmark_that_fails_is_exit_code_1_and_named(run, checkout):
     assert len(json.loads((checkout / "broken.json").read_text())["benchmarks"]) == 2
 
 
+def test_an_interrupted_run_of_pytest_keeps_its_results_and_says_what_is_missing(checkout, benchmark_environment):
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_cut.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--benchmark-only", "--benchmark-json=cut.json"]
+    done = subprocess.run(command, env=benchmark_environment, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    run = json.loads((checkout / "cut.json").read_text())
+    assert [result["extra_info"]["contestant"] for result in run["benchmarks"]] == ["ours", "slow"]
+    assert run["skipped"] == {"cut": {"gpu needs a GPU": ["test_toy[gpu]"]}}
+    assert run["failed"] == {"cut": {"test_broken": "assert 1 == 2"}}
+    assert run["not_run"] == {"cut": ["test_interrupted", "test_never"]}
+
+
 def test_the_benchmarks_of_this_checkout_go_by_their_operation():
     files = benchmark_files()
     assert {"fusion_loss", "memory_scan", "cca", "reading", "scoring"} <= set(files)
     assert all(path.is_file() for path in files.values())
+
+
+def a_result(group, contestant, time):
+    return BenchmarkResult("toy", group, contestant, (time, *[""] * (len(COLUMNS) - 1)))
+
+
+def make_stdout_a_terminal(monkeypatch):
+    """In a test itself: pytest puts its own stdout back between a fixture and its test."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    return terminal
+
+
+def test_on_a_terminal_a_row_is_drawn_with_each_result_and_the_bar_with_each_measurement(monkeypatch):
+    terminal = make_stdout_a_terminal(monkeypatch)
+    with BenchmarkDisplay.for_stdout() as display:
+        display.add(a_result("a group", "ours", "1.23 ms"))
+        first = terminal.getvalue()
+        assert "a group" in first
+        assert "1.23 ms" in first
+        display.update(1, 4)
+        assert "1/4" in terminal.getvalue().removeprefix(first)
+        display.add(a_result("a group", "slow", "4.56 ms"))
+        added = terminal.getvalue().removeprefix(first)
+        assert "1.23 ms" in added  # the whole table is drawn anew
+        assert "4.56 ms" in added
+
+
+def test_what_stays_on_a_terminal_is_a_table_a_group(monkeypatch):
+    terminal = make_stdout_a_terminal(monkeypatch)
+    with BenchmarkDisplay.for_stdout() as display:
+        for number, (group, contestant) in enumerate([("one", "ours"), ("one", "slow"), ("two", "ours")]):
+            display.add(a_result(group, contestant, f"{number} ms"))
+            display.update(number + 1, 3)
+    lines = on_screen(terminal.getvalue())
+    assert [lines.count(title) for title in ("one", "two")] == [1, 1]
+    shown = [line for line in lines if line.startswith("│ ours") or line.startswith("│ slow")]
+    assert [line.split("│")[2].strip() for line in shown] == ["0 ms", "1 ms", "2 ms"]
+    assert not any("3/3" in line for line in lines)
+
+
+def test_what_was_measured_before_an_interrupt_stays_on_a_terminal(monkeypatch):
+    terminal = make_stdout_a_terminal(monkeypatch)
+    with contextlib.suppress(KeyboardInterrupt), BenchmarkDisplay.for_stdout() as display:
+        display.add(a_result("a group", "ours", "1.23 ms"))
+        raise KeyboardInterrupt
+    assert sum("1.23 ms" in line for line in on_screen(terminal.getvalue())) == 1
+
+
+def on_screen(written):
+    """The lines that a terminal shows after this was written to it; knows what moves the cursor and erases lines."""
+    lines, row = [""], 0
+    for text, code in re.findall(r"([^\x1b\r\n]+)|(\r|\n|\x1b\[\??\d*[A-Za-z])", re.sub(r"\x1b\[[\d;]*m", "", written)):
+        if code == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif code == "\x1b[2K":
+            lines[row] = ""
+        elif code.endswith("A"):
+            row -= int(code[2:-1] or 1)
+        else:
+            assert code in ("", "\r", "\x1b[?25l", "\x1b[?25h")
+            lines[row] += text
+    return [line.rstrip() for line in lines]
+
+
+def test_the_command_knows_a_terminal(checkout, benchmark_environment):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "m3er_fast.cli", "bench", "toy", "--benchmarks", str(checkout / "benchmarks")]
+    environment = benchmark_environment | {"TERM": "xterm", "COLUMNS": "140", "LINES": "40"}
+    with subprocess.Popen(command, env=environment, cwd=checkout, stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while part := os.read(ours, 4096):
+                written += part
+        except OSError:  # how Linux says that nobody writes any more
+            pass
+        assert process.wait() == 0, process.stderr.read()
+    os.close(ours)
+    lines = on_screen(written.decode())
+    assert lines.count("a toy") == 1
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["ours", "slow"]
+    assert lines[-2].startswith("2 results")
 
 
 @pytest.mark.parametrize(

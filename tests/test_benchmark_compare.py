@@ -1,15 +1,10 @@
 """Comparing two benchmark runs by the ratios within each."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import compare
 import pytest
-
-_PATH = Path(__file__).parents[1] / "benchmarks" / "compare.py"
-_spec = importlib.util.spec_from_file_location("benchmarks_compare", _PATH)
-compare = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(compare)
 
 NOISE = (0.99, 1.0, 1.01)
 
@@ -111,7 +106,7 @@ def test_what_cannot_be_compared_is_exit_code_2_in_one_line(command, capsys, bef
 
 
 def test_a_committed_run_has_fallen_where_all_of_ours_is_made_three_times_slower():
-    text = (_PATH.parent / "results" / "cpu-2-cores" / "loss-and-check.json").read_text()
+    text = (Path(compare.__file__).parent / "results" / "cpu-2-cores" / "loss-and-check.json").read_text()
     before, after = json.loads(text), json.loads(text)
     for result in after["benchmarks"]:
         if result["extra_info"]["contestant"] == "ours":

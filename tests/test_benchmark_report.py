@@ -1,41 +1,18 @@
-"""The generated part of the performance page, and the goals that it lists."""
+"""What is made of benchmark runs: the generated part of the performance page, goals, curves, one run of its parts."""
 
 import json
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import torch
 
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """The benchmarks import each other by name, as scripts do."""
-    before = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path[:] = before[0]
-    for name in set(sys.modules) - before[1]:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
-            del sys.modules[name]
-
-
-@pytest.fixture
-def report():
-    import report
-
-    return report
-
-
-@pytest.fixture
-def goals():
-    import goals
-
-    return goals
-
+import goals
+import harness
+import merge
+import report
+import scaling
 
 GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
 
@@ -76,14 +53,14 @@ def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, **more):
 
 
 @pytest.fixture
-def page(tmp_path, report):
+def page(tmp_path):
     file = tmp_path / "performance.md"
     file.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\n# After\n")
     return file
 
 
 @pytest.fixture
-def command(tmp_path, page, report):
+def command(tmp_path, page):
     """Reports runs on the page: the exit code."""
 
     def run(*runs):
@@ -96,7 +73,7 @@ def command(tmp_path, page, report):
     return run
 
 
-def test_only_what_stands_between_the_markers_is_written_anew(command, page, report):
+def test_only_what_stands_between_the_markers_is_written_anew(command, page):
     assert command(a_run({"ours": 0.01, "eager": 0.04})) == 0
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
@@ -140,7 +117,7 @@ def test_of_several_runs_all_must_meet_a_goal(command, page):
     assert "| ≥ 3.00 × eager | 2.00 × to 4.00 × | missed |" in page.read_text()
 
 
-def test_of_several_groups_the_worst_counts(goals):
+def test_of_several_groups_the_worst_counts():
     rows = [
         {"contestant": "ours", "group": group, "ratios": {"eager": ratio}, "error": error}
         for group, ratio, error in (("scan, B=1", 3.0, 1e-7), ("scan, B=2", 0.5, 1e-3), ("other", 0.1, 1.0))
@@ -149,7 +126,7 @@ def test_of_several_groups_the_worst_counts(goals):
     assert goals.Goal("", "cpu", "scan", "error", 1e-5).worst(rows) == 1e-3
 
 
-def test_an_error_and_a_time_are_met_below_their_limit(goals):
+def test_an_error_and_a_time_are_met_below_their_limit():
     for quantity in ("error", "seconds"):
         goal = goals.Goal("", "cpu", "", quantity, 1e-3)
         assert goal.met(1e-4)
@@ -161,7 +138,7 @@ def test_what_was_left_out_has_its_reason(command, page):
     assert "| Fusion loss and gradient | liger-kernel cross entropy needs a GPU | 2 |" in page.read_text()
 
 
-def test_an_inexact_contestant_is_no_baseline_of_the_bars(report):
+def test_an_inexact_contestant_is_no_baseline_of_the_bars():
     rows = [
         {"group": "g", "contestant": name, "median": median, "error": error}
         for name, median, error in (("ours", 1.0, 0.0), ("exact", 3.0, 0.0), ("index", 0.1, 0.2), ("other", 0.1, None))
@@ -195,7 +172,6 @@ def test_a_page_without_markers_is_left_alone(command, page, capsys):
 
 
 def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
-    import scaling
 
     sizes = [1, 2, 4, 8]
     exponent, steps = scaling.exponents(sizes, [3.0 * size**1.5 for size in sizes])
@@ -207,9 +183,6 @@ def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
 
 
 def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
-    import harness
-    import numpy as np
-    import torch
 
     def step():
         return torch.ones(2**22), np.ones(2**21)  # 16 MiB each
@@ -222,8 +195,6 @@ def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
 
 
 def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
-    import harness
-    import torch
 
     held = harness.peak_bytes(torch.device("cpu"), lambda: [float(torch.ones(2**24).sum()) for _ in range(8)])
     if held is None:
@@ -232,8 +203,6 @@ def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
 
 
 def test_the_relative_error_is_of_the_worst_tensor():
-    import harness
-    import torch
 
     wanted = [torch.tensor([1.0, -4.0]), torch.tensor([10.0])]
     assert harness.relative_error(wanted, wanted) == 0.0
@@ -241,9 +210,132 @@ def test_the_relative_error_is_of_the_worst_tensor():
 
 
 def test_missed_neighbours_are_counted_in_whatever_order():
-    import harness
-    import torch
 
     wanted = torch.tensor([[0, 1], [2, 3]])
     assert harness.missed(torch.tensor([[1, 0], [3, 2]]), wanted) == 0.0
     assert harness.missed(torch.tensor([[1, 9], [3, 2]]), wanted) == 0.25
+
+
+def test_a_scoring_run_becomes_a_curve_over_workers_without_the_local_runner(tmp_path):
+    runs = {"local": 9.0, "ray, 4 workers": 2.0, "ray, 1 workers": 4.0, "ray, 2 workers": 2.0}
+    medians = {"full": {name: {"first_s": 7.0, "per_shard_s": seconds} for name, seconds in runs.items()}}
+    sweep = scaling.over_workers({"cores": 2, "medians": medians, "utterances_per_shard": {"full": 1024}})
+    assert sweep["sizes"] == [1, 2, 4]
+    [(name, shown)] = sweep["contestants"].items()
+    assert name == "1,024 utterances"
+    assert shown["seconds"] == {"values": [4.0, 2.0, 2.0], "exponent": pytest.approx(-0.5), "steps": [-1.0, 0.0]}
+    scaling.draw([sweep], tmp_path / "scaling.png")  # which has no memory
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_runs_are_drawn_in_one_figure(tmp_path, capsys):
+    results = Path(scaling.__file__).parent / "results"
+    arguments = ["--from", results / "cpu-2-cores" / "scaling.json", "--plot", tmp_path / "scaling.png"]
+    arguments += ["--workers", results / "scoring-workers-cpu-2-cores.json"]
+    assert scaling.main(list(map(str, arguments))) == 0
+    assert capsys.readouterr().out.count("exponent") == 2
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("spans", "length"),
+    [
+        ([], 0.0),
+        ([(1.0, 3.0)], 2.0),
+        ([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0)], 4.0),  # two streams at a time, in whatever order
+        ([(0.0, 10.0), (1.0, 2.0), (9.0, 10.0)], 10.0),
+    ],
+)
+def test_a_gpu_is_busy_while_any_of_its_streams_is(spans, length):
+    assert harness.covered(spans) == length
+
+
+def test_what_a_gpu_does_is_not_asked_of_a_cpu():
+    assert harness.device_use(torch.device("cpu"), lambda: pytest.fail("called"), 1.0) == {}
+
+
+def test_what_failed_or_was_not_come_to_is_left_out_with_its_reason(command, page):
+    failed = {"memory_scan": {"test_a": "wrong by | 1", "test_b": "wrong by | 1"}}
+    assert command(a_run({"ours": 1.0}, failed=failed, not_run={"cca": ["test_c"]})) == 0
+    assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in page.read_text()
+    assert "| CCA | the time was over | 1 |" in page.read_text()
+
+
+def test_idle_gpus_have_a_table_and_a_goal(command, page):
+    group = "scoring, 32768 utterances of up to 20 frames"
+    run = a_run({"ours": 1.0, "reading alone": 0.9}, group=group, kind="cuda")
+    run["benchmarks"][0]["extra_info"] |= {"idle_share": 0.07, "host_waits": 3}
+    assert command(run) == 0
+    text = page.read_text()
+    assert f"| {group} | ours | 7% | 3 |" in text
+    assert "| scoring, the GPU | ≤ 10% idle | 7% idle | met |" in text
+    assert "| scoring, beside its reading alone | ≥ 0.80 × reading alone | 0.90 × | met |" in text
+
+
+# --- parts of a run ---
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Writes the files of a part, and merges all: the exit code, and the JSON."""
+
+    class Parts:
+        names = ()
+
+        def add(self, name, code, **files):
+            self.names = (*self.names, name)
+            for kind, text in {"code": str(code), **files}.items():
+                (tmp_path / f"{name}.{kind}").write_text(text)
+
+        def merge(self):
+            code = merge.main([str(tmp_path / "out"), str(tmp_path), *self.names])
+            return code, json.loads((tmp_path / "out").read_text())
+
+    return Parts()
+
+
+def a_part(operation, **more):
+    run = a_run({"ours": 0.01, "eager": 0.04}, group=operation)
+    return json.dumps(run | {"skipped": {operation: {"a reason": ["a"]}}, "failed": {}, "not_run": {}} | more)
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite errors="0" failures="1" skipped="2" tests="3" time="4.5">
+<testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="bad"><failure/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_parts_that_all_went_well_are_one_run_that_can_be_reported(parts, command):
+    parts.add("loss", 0, json=a_part("loss"))
+    parts.add("scan", 0, json=a_part("scan"))
+    code, run = parts.merge()
+    assert code == 0
+    assert run["exit_codes"] == {"loss": 0, "scan": 0}
+    assert [result["extra_info"]["group"] for result in run["benchmarks"]] == ["loss", "loss", "scan", "scan"]
+    assert set(run["skipped"]) == {"loss", "scan"}
+    assert command(run) == 0
+
+
+def test_a_part_that_was_killed_or_cut_short_takes_nothing_from_the_others(parts, capsys):
+    parts.add("tests", 1, xml=JUNIT)
+    parts.add("large", 137, xml="<testsui")
+    parts.add("loss", 124, json=a_part("loss", not_run={"loss": ["test_b", "test_c"]}))
+    parts.add("gate", 137, json='{"benchm')
+    parts.add("scan", 1, json=a_part("scan", failed={"scan": {"test_d": "wrong by 1"}}))
+    code, run = parts.merge()
+    assert code == 1
+    assert run["exit_codes"] == {"tests": 1, "large": 137, "loss": 124, "gate": 137, "scan": 1}
+    assert run["tests"] == {
+        "tests": {"tests": 3, "skipped": 2, "seconds": 4.5, "failed": ["tests.a::bad"]},
+        "large": None,
+    }
+    assert len(run["benchmarks"]) == 4
+    assert run["not_run"] == {"loss": ["test_b", "test_c"]}
+    assert run["failed"] == {"scan": {"test_d": "wrong by 1"}}
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == [
+        "tests: exit code 1; 3 tests, 2 skipped; tests.a::bad",
+        "large: exit code 137",
+        "loss: exit code 124; 2 not run",
+        "gate: exit code 137",
+        "scan: exit code 1; test_d: wrong by 1",
+    ]
