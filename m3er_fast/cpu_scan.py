@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3er_fast import reference
 from m3er_fast.reference import MemoryScanWeights
 from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
 
@@ -39,8 +40,9 @@ _BLOCK = 256
 _ROWS = 1024
 # So many numbers of a tensor, and its tanh takes longer than the four calls that do without.
 _MANY = 4096
-# Of fewer steps the reference is as fast: reordering weights takes a call about as long as three steps.
+# Of fewer steps the reference is as fast, in training and without: reordering weights takes as long as three steps.
 _FEWEST_STEPS = 8
+_FEWEST_SCORED = 4
 # A training step of more samples, unless it has many frames, is as fast by the reference (docs/memory_scan.md).
 _MOST_TRAINED = 128
 _MANY_FRAMES = 8192
@@ -49,11 +51,12 @@ _MANY_FRAMES = 8192
 def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
     """Whether these checked arguments are computed here: enough steps, one precision, both γ's layers of one size."""
     batch, steps, _ = features[0].shape
-    if steps < _FEWEST_STEPS:
+    if steps < _FEWEST_SCORED:
         return False
     dtype = weights.recurrent.dtype
     tensors = [*features, *tensors_of(weights)]
-    if batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES and _wants_gradients(tensors):
+    too_few = steps < _FEWEST_STEPS or (batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES)
+    if too_few and _wants_gradients(tensors):
         return False
     return (
         dtype in (torch.float32, torch.float64)
@@ -78,6 +81,17 @@ def memory_scan(
     with torch.autocast("cpu", enabled=False), torch.inference_mode():
         _forward(features, lengths, weights, dropout, results, keep=False)
     return results.hidden.transpose(0, 1), results.memory
+
+
+def step_by_step(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The reference; where nothing is trained, without autograd's share of each of its calls."""
+    if _wants_gradients([*features, *tensors_of(weights)]):
+        return reference.memory_scan(features, lengths, weights, dropout=dropout)
+    with torch.inference_mode():
+        hidden, memory = reference.memory_scan(features, lengths, weights, dropout=dropout)
+    return hidden.clone(), memory.clone()  # not tensors of that mode, which no later gradient could use
 
 
 def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
