@@ -30,17 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3er_fast import reference
 from m3er_fast.reference import MemoryScanWeights
 from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
 
 # Samples of a block; rows of a piece of it, where nothing is kept: more memory than that is given back to the system
 # and taken anew in every call, a page fault each 4 KiB, up to a fifth of the time.
 _BLOCK = 256
-_ROWS = 512
+_ROWS = 1024
 # So many numbers of a tensor, and its tanh takes longer than the four calls that do without.
 _MANY = 4096
-# Of fewer steps the reference is as fast: reordering weights takes a call about as long as three steps.
+# Of fewer steps the reference is as fast, in training and without: reordering weights takes as long as three steps.
 _FEWEST_STEPS = 8
+_FEWEST_SCORED = 4
 # A training step of more samples, unless it has many frames, is as fast by the reference (docs/memory_scan.md).
 _MOST_TRAINED = 128
 _MANY_FRAMES = 8192
@@ -49,11 +51,12 @@ _MANY_FRAMES = 8192
 def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
     """Whether these checked arguments are computed here: enough steps, one precision, both γ's layers of one size."""
     batch, steps, _ = features[0].shape
-    if steps < _FEWEST_STEPS:
+    if steps < _FEWEST_SCORED:
         return False
     dtype = weights.recurrent.dtype
     tensors = [*features, *tensors_of(weights)]
-    if batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES and _wants_gradients(tensors):
+    too_few = steps < _FEWEST_STEPS or (batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES)
+    if too_few and _wants_gradients(tensors):
         return False
     return (
         dtype in (torch.float32, torch.float64)
@@ -73,9 +76,22 @@ def memory_scan(
     if _wants_gradients(tensors):
         hidden, memory, *_ = _MemoryScan.apply(lengths, dropout, *tensors)  # type: ignore[no-untyped-call]
         return hidden, memory
-    with torch.autocast("cpu", enabled=False):
-        hidden, memory, _ = _forward(features, lengths, weights, dropout, keep=False)
-    return hidden, memory
+    results = _results(features, weights)
+    # Autograd's share of a call is a tenth of a small step. The results are no tensors of that mode: they are filled.
+    with torch.autocast("cpu", enabled=False), torch.inference_mode():
+        _forward(features, lengths, weights, dropout, results, keep=False)
+    return results.hidden.transpose(0, 1), results.memory
+
+
+def step_by_step(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The reference; where nothing is trained, without autograd's share of each of its calls."""
+    if _wants_gradients([*features, *tensors_of(weights)]):
+        return reference.memory_scan(features, lengths, weights, dropout=dropout)
+    with torch.inference_mode():
+        hidden, memory = reference.memory_scan(features, lengths, weights, dropout=dropout)
+    return hidden.clone(), memory.clone()  # not tensors of that mode, which no later gradient could use
 
 
 def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
@@ -87,9 +103,11 @@ class _MemoryScan(torch.autograd.Function):
     def forward(lengths: Tensor, dropout: float, *tensors: Any) -> tuple[Tensor, ...]:
         # The state that the masks are drawn from: second derivatives, which the reference computes, draw them again.
         state = torch.get_rng_state()
+        features, lengths, weights = arguments_of(tensors, lengths)
+        results = _results(features, weights)
         with torch.autocast("cpu", enabled=False):
-            hidden, memory, blocks = _forward(*arguments_of(tensors, lengths), dropout, keep=True)
-        return hidden, memory, state, *blocks
+            blocks = _forward(features, lengths, weights, dropout, results, keep=True)
+        return results.hidden.transpose(0, 1), results.memory, state, *blocks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -322,13 +340,32 @@ class _Carry(NamedTuple):
     memory: Tensor  # (n, u)
 
 
-def _forward(
-    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, dropout: float, *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    batch, steps = features[0].shape[:2]
+class _Results(NamedTuple):
+    """What the last valid step of each sample leaves; zero for a sample without one."""
+
+    hidden: Tensor  # (B, M, h)
+    memory: Tensor  # (B, u)
+
+
+def _results(features: Sequence[Tensor], weights: MemoryScanWeights) -> _Results:
+    batch = len(features[0])
     modalities, _, size = weights.recurrent.shape
-    hidden = weights.bias.new_zeros((batch, modalities, size))
-    memory = weights.bias.new_zeros((batch, weights.candidate[2].shape[0]))
+    new_zeros = weights.bias.new_zeros
+    return _Results(new_zeros((batch, modalities, size)), new_zeros((batch, weights.candidate[2].shape[0])))
+
+
+def _forward(
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    dropout: float,
+    results: _Results,
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    """Fill ``results``; what the way back needs of each block, if it is to be kept."""
+    batch, steps = features[0].shape[:2]
+    size = weights.recurrent.shape[2]
     merged = _Merged.of(weights)
     drawn = _draw_masks(weights, batch, steps, dropout) if dropout else None
     blocks = []
@@ -337,11 +374,11 @@ def _forward(
         masks = None if drawn is None else _Masks(*(mask.index_select(0, frames.place) for mask in drawn))
         block, carry = _forward_block(frames, features, weights, merged, masks, None if frames.starts else carry)
         ended = frames.samples[frames.go_on :]
-        hidden.index_copy_(0, ended, block.state[:, :, :size].index_select(0, frames.last))
-        memory.index_copy_(0, ended, block.memory.index_select(0, frames.last))
+        results.hidden.index_copy_(0, ended, block.state[:, :, :size].index_select(0, frames.last))
+        results.memory.index_copy_(0, ended, block.memory.index_select(0, frames.last))
         if keep:
             blocks.append(block.flat)
-    return hidden.transpose(0, 1), memory, blocks
+    return blocks
 
 
 def _draw_masks(weights: MemoryScanWeights, batch: int, steps: int, dropout: float) -> _Masks:
@@ -372,7 +409,8 @@ def _forward_block(
     first, first_bias, second, second_bias = merged.candidate
     torch.addmm(first_bias, attended, first.mT, out=kept.candidate_inner)
     _activated(kept.candidate_inner, None if masks is None else masks.candidate)
-    _tanh_(torch.addmm(second_bias, kept.candidate_inner, second.mT, out=kept.candidate))
+    torch.addmm(second_bias, kept.candidate_inner, second.mT, out=kept.candidate)
+    _tanh(kept.candidate, out=kept.candidate)
     torch.addmm(merged.context_bias, attended, merged.context.mT, out=kept.context)
     memory = _forward_memory(kept, frames.counts, merged, None if masks is None else masks.context, carry)
     return kept, _Carry(cells, state, memory)
@@ -411,6 +449,9 @@ def _forward_cells(
     read = state[:, :, : merged.state.shape[1]].transpose(0, 1)
     of_cells = [*gates.chunk(4, 2), gates, old, new, cells, cells.flatten(1)]
     of_attention = [inner, mask, attention, attention.flatten(1), state[:, :, :size], state[:, :, size:]]
+    # Biases of all steps at once: addmm would copy them in every step, a call more each.
+    inner.copy_(first_bias)
+    attention.flatten(1).copy_(second_bias)
     by_step = _by_step(counts, [*of_cells, *of_attention], [gates.transpose(0, 1), read])
     cell = None if carry is None else carry.cells
     seen = None if carry is None else carry.state
@@ -426,9 +467,9 @@ def _forward_cells(
         gate.sigmoid_()
         # With s = sigmoid(2x), tanh(x) = 2s - 1: the sigmoid of torch is several times as fast as its tanh.
         torch.mul(keep, before, out=cell_now).addcmul_(enter, value, value=2.0).sub_(enter)
-        torch.mul(show, _tanh_(cell_now.clone()), out=h)
-        _activated(torch.addmm(first_bias, flat, first, out=layer), dropped)
-        torch.softmax(torch.addmm(second_bias, layer, second), 1, out=softmax)
+        _tanh(cell_now, h).mul_(show)
+        _activated(layer.addmm_(flat, first), dropped)
+        torch.softmax(softmax.addmm_(layer, second), 1, out=softmax)
         torch.mul(share, both, out=r)
         cell, seen = cell_now, now
     return cell_now, now
@@ -461,9 +502,11 @@ def _forward_memory(
     return memory[len(memory) - counts[-1] :]
 
 
-def _tanh_(x: Tensor) -> Tensor:
-    """Tanh in place: where it takes longer than its call, by the sigmoid, to a few 1e-8 in float32."""
-    return x.tanh_() if x.numel() < _MANY else x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)
+def _tanh(x: Tensor, out: Tensor) -> Tensor:
+    """Tanh: where it takes longer than its call, by the sigmoid, to a few 1e-8 in float32."""
+    if x.numel() < _MANY:
+        return torch.tanh(x, out=out)
+    return torch.mul(x, 2.0, out=out).sigmoid_().mul_(2.0).sub_(1.0)
 
 
 # --- Backward ---
@@ -619,7 +662,7 @@ def _backward_cells(
     enter, keep, value, show = kept.gates.chunk(4, 2)
     old, new = kept.cells.chunk(2, 2)
     by_enter, by_keep, by_value, by_show = slopes.gates.chunk(4, 2)
-    squashed = _tanh_(slopes.to_cell.copy_(new))
+    squashed = _tanh(new, out=slopes.to_cell)
     _sigmoid_slope(show, by_show).mul_(squashed)
     to_cell = _tanh_slope(squashed, slopes.to_cell).mul_(show)
     _sigmoid_slope(enter, by_enter).mul_(torch.mul(value, 2.0).sub_(1.0))

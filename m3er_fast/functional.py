@@ -558,12 +558,13 @@ def memory_scan(
     """
     if len(features) != len(weights.input):
         raise ValueError(f"features: got {len(features)} modalities, wanted {len(weights.input)}")
+    frames = features[0].shape[:2]
     for m, (x, weight) in enumerate(zip(features, weights.input, strict=True)):
-        if x.ndim != 3 or x.shape[2] != weight.shape[1] or x.shape[:2] != features[0].shape[:2]:
-            wanted = (*features[0].shape[:2], weight.shape[1])
+        wanted = (*frames, weight.shape[1])
+        if x.ndim != 3 or x.shape != wanted:
             raise ValueError(f"features[{m}] has shape {tuple(x.shape)}, wanted {wanted}")
-    if lengths.shape != features[0].shape[:1]:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({features[0].shape[0]},)")
+    if lengths.shape != frames[:1]:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({frames[0]},)")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if recompute is not None and (isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1):
@@ -600,9 +601,9 @@ def _memory_scan(
         from m3er_fast.kernels import memory_scan as kernels
 
         return kernels.memory_scan(features, lengths, weights, dropout=dropout)
-    taken = backend == "auto" and _on_cpu(features[0]) and cpu_scan.takes(features, weights)
-    if taken and not _in_transform() and not any(map(_has_tangent, features)):
-        return cpu_scan.memory_scan(features, lengths, weights, dropout=dropout)
+    if backend == "auto" and _on_cpu(features[0]) and not _in_transform() and not _any_tangent(tensors):
+        scan = cpu_scan.memory_scan if cpu_scan.takes(features, weights) else cpu_scan.step_by_step
+        return scan(features, lengths, weights, dropout=dropout)
     return reference.memory_scan(features, lengths, weights, dropout=dropout)
 
 
@@ -613,7 +614,7 @@ def _beyond_memory_scan(
     if not torch.compiler.is_compiling():
         if _in_transform():
             return "it knows no transforms of torch.func"
-        if any(map(_has_tangent, tensors)):
+        if _any_tangent(tensors):
             return "it has no forward-mode derivative"
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1:
@@ -657,7 +658,7 @@ def _beyond_fast_paths(tensor: Tensor, *weights: Tensor | None) -> str | None:
         return None
     if _in_transform():
         return "it knows no transforms of torch.func"
-    if any(x is not None and _has_tangent(x) for x in (tensor, *weights)):
+    if _any_tangent([x for x in (tensor, *weights) if x is not None]):
         return "it has no forward-mode derivative"
     return None
 
@@ -667,8 +668,11 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+def _any_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward-mode derivatives are asked for; outside of ``dual_level`` no tensor need be looked at."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
 
 
 def _uses_triton(op: str, backend: str, tensor: Tensor, modalities: int, beyond: str | None) -> bool:

@@ -11,14 +11,9 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
-
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, not the interpreter")
     config.addinivalue_line("markers", "large: takes most of a GPU's memory")
-    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
     device = torch.device(config.getoption("--device"))
     if device.type == "cpu":
         # Read when a kernel is defined: before any test imports one.
@@ -54,10 +49,6 @@ def benchmark_environment():
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
     if torch.device(config.getoption("--device")).type == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):

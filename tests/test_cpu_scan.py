@@ -19,6 +19,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu_scan, "_ROWS", 7)
     monkeypatch.setattr(cpu_scan, "_MANY", 20)
     monkeypatch.setattr(cpu_scan, "_FEWEST_STEPS", 0)
+    monkeypatch.setattr(cpu_scan, "_FEWEST_SCORED", 0)
 
 
 def problem(dims=(3, 5, 2), batch=7, steps=9, *, feedback=True, dtype=torch.float64, sizes=(3, 4, 5, 6, 7), seed=0):
@@ -267,6 +268,23 @@ def test_transforms_and_forward_mode_are_the_references():
     with torch.autograd.forward_ad.dual_level():
         moved = scan(torch.autograd.forward_ad.make_dual(first, direction))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(moved).tangent, slope)
+        moving = weights._replace(bias=torch.autograd.forward_ad.make_dual(weights.bias, weights.bias))
+        memory = memory_scan([first, *others], lengths, moving)[1]
+        assert torch.autograd.forward_ad.unpack_dual(memory).tangent.any()
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+def test_what_no_gradient_was_asked_of_can_be_used_where_one_is(steps, monkeypatch):
+    monkeypatch.setattr(cpu_scan, "_FEWEST_SCORED", 5)
+    features, weights = problem((2, 3), 3, steps)
+    lengths = torch.tensor([steps, 1, 0])
+    with torch.no_grad():
+        results = memory_scan(features, lengths, weights)
+    for got, want in zip(results, reference.memory_scan(features, lengths, weights), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        scale = torch.ones_like(got, requires_grad=True)
+        (gradient,) = torch.autograd.grad((scale * got).sum(), scale)
+        torch.testing.assert_close(gradient, got)
 
 
 def test_many_samples_of_few_frames_are_trained_by_the_reference():
