@@ -156,6 +156,8 @@ def pytest_sessionfinish(session):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     rows = {(row["group"], row["contestant"]): row for row in harness.with_ratios(config.stash[_ROWS])}
+    # One that was interrupted has been timed in part, and has no row.
+    output_json["benchmarks"] = [result for result in output_json["benchmarks"] if "group" in result["extra_info"]]
     for result in output_json["benchmarks"]:
         info = result["extra_info"]
         info.update(rows.get((info.get("group"), info.get("contestant")), {}))

@@ -41,6 +41,7 @@ BROKEN = "\n\ndef test_broken(benchmark):\n    assert 1 == 2\n"
 INTERRUPTED = """
 
 def test_interrupted(benchmark):
+    benchmark(int)
     raise KeyboardInterrupt
 
 
