@@ -120,7 +120,8 @@ def test_on_the_cpu_it_says_so_and_answers():
     assert w[0].filename == __file__
     assert not compiled.is_recorded
     features = batch_on("cpu")
-    assert_same(compiled(features), model(features), tolerance=0)
+    with torch.no_grad():  # where nothing is trained other paths may be faster, which round otherwise
+        assert_same(compiled(features), model(features), tolerance=0)
     assert not compiled(features).logits.requires_grad
 
 

@@ -419,7 +419,10 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_process_and_nothing_half_wr
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130, error
-    assert error.decode() == "m3er-fast: error: interrupted\n"
+    # On a busy machine there are lines of progress too.
+    assert [line for line in error.decode().splitlines() if not line.startswith("score: ")] == [
+        "m3er-fast: error: interrupted"
+    ]
     assert not list(out.glob(".*"))
     assert not (out / "_SUCCESS").exists()
     deadline = time.monotonic() + 20
