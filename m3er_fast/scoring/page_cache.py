@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 
-from m3er_fast.scoring.plan import Location, Plan, Shard
+from m3er_fast.scoring.plan import Plan, Shard
 
 
 def outgrows_page_cache(plan: Plan) -> bool:
     """Whether a corpus on this machine's own filesystem takes more than half of the memory.
 
-    Read once, it would push out what other processes have there; and looking for pages to push out took a tenth of the
-    time of scoring it.
+    Read once, it would push out what other processes have there; and filling memory with it took a tenth of the time
+    of scoring it (docs/scoring.md).
     """
     if not plan.corpus.is_local or not hasattr(os, "posix_fadvise"):
         return False
     return sum(shard.size for shard in plan.shards) > 0.5 * _memory_bytes()
 
 
-def drop_from_page_cache(corpus: Location, shard: Shard) -> None:
-    """Let go of the pages of a file that was read; if it was taken away meanwhile, they are gone with it."""
-    if not corpus.is_local:
-        return
+def drop_from_page_cache(shard: Shard) -> None:
+    """Let go of the pages of a local file that was read; if it was taken away meanwhile, they are gone with it."""
     try:
         descriptor = os.open(shard.path, os.O_RDONLY)
     except OSError:

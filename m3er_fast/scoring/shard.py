@@ -78,5 +78,5 @@ def score_shard(
         else:
             result = ShardResult(shard.name, writer.rows, writer.errors)
     if not job.keep_cached:
-        drop_from_page_cache(job.plan.corpus, shard)
+        drop_from_page_cache(shard)
     yield result

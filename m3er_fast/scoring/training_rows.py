@@ -66,7 +66,7 @@ class TrainingReader(NamedTuple):
                 except (pa.ArrowException, UnicodeDecodeError) as error:
                     raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
         if not self.keep_cached:
-            drop_from_page_cache(self.corpus, shard)
+            drop_from_page_cache(shard)
 
     def _check_schema(self, schema: pa.Schema) -> None:
         unknown = [name for name in modality_columns(schema) if name not in self.input_dims]
