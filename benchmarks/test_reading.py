@@ -1,6 +1,7 @@
 """From Parquet in the page cache to tensors, in this project's layout, beside pyarrow's reading of lists.
 
-Both go row group by row group, 64 MiB at a time, and drop each when the next is there, as the scorer does.
+Both go row group by row group, 64 MiB at a time, and drop each when the next is there, as the scorer does; ours as
+the few tensors, of successive rows, that the scorer gathers its batches from.
 """
 
 import functools
@@ -55,7 +56,7 @@ def by_ours(plan, verify):
     for shard in plan.shards:
         for table in read_windows(plan.corpus, shard, verify=verify):
             columns = decode_rows(table).columns
-            yield {name: torch.from_numpy(column.values) for name, column in columns.items()}
+            yield {name: [torch.from_numpy(block) for block in column.blocks] for name, column in columns.items()}
 
 
 def by_pyarrow(path):
@@ -63,7 +64,8 @@ def by_pyarrow(path):
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             yield {
-                name: torch.from_numpy(table[name].combine_chunks().flatten().to_numpy()) for name in table.column_names
+                name: [torch.from_numpy(table[name].combine_chunks().flatten().to_numpy())]
+                for name in table.column_names
             }
 
 
@@ -72,7 +74,7 @@ def first_of_all(windows):
     first = None
     for tensors in windows:
         if first is None:
-            first = [tensors[name].reshape(-1)[: COMPARED * 20 * d].clone() for name, d in PAPER_DIMS.items()]
+            first = [tensors[name][0].reshape(-1)[: COMPARED * 20 * d].clone() for name, d in PAPER_DIMS.items()]
     return first
 
 

@@ -18,6 +18,7 @@ from m3er_fast.corpus import (
     split_by_group,
     write_parquet,
 )
+from m3er_fast.corpus.parquet import decode_rows
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -173,6 +174,23 @@ def test_every_layout_gives_the_same_frames(tmp_path, layout):
         expected = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
         np.testing.assert_array_equal(corpus.features["m"], np.array(expected, np.float32))
         assert corpus.target is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_column_of_several_chunks_gives_its_rows_in_any_order(layout):
+    array, metadata = layout
+    schema = pa.schema([pa.field("id", pa.string()), pa.field("m", array.type, metadata=metadata)])
+    whole = pa.Table.from_arrays([pa.array(["a", "b", "c"]), array], schema=schema)
+    table = pa.concat_tables([whole.slice(0, 2), whole.slice(0, 0), whole.slice(1, 2), whole, whole.slice(0, 0)])
+    row_of = np.array([0, 1, 1, 2, 0, 1, 2])
+    assert table["m"].num_chunks > 3
+    column = decode_rows(table, {"m": 3}).columns["m"]
+    order = np.array([6, 0, 3, 2, 5, 1, 4, 2])
+    expected = np.array([[[1, 2, 3], [4, 5, 6], [0, 0, 0]], [[7, 8, 9], [0, 0, 0], [0, 0, 0]], np.zeros((3, 3))])
+    for steps in (1, 2, 3):
+        np.testing.assert_array_equal(column.padded(order, steps), expected[row_of[order], :steps])
+    assert column.padded(order[:0], 2).shape == (0, 2, 3)
+    np.testing.assert_array_equal(column.present, row_of < 2)
 
 
 def test_a_flat_column_takes_its_feature_count_from_input_dims(tmp_path):

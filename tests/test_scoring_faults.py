@@ -21,7 +21,7 @@ from score_folder import SUMMARY, contents, counted
 
 from m3er_fast import M3ERFusion
 from m3er_fast.cli import main
-from m3er_fast.corpus import CorpusError, generate_corpus, write_parquet
+from m3er_fast.corpus import CorpusError, features_from_table, generate_corpus, read_parquet, write_parquet
 from m3er_fast.corpus.generate import _make_shard
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import Scorer, fit_statistics, iter_scores, load_model, page_cache, score
@@ -639,6 +639,19 @@ def test_windows_are_bounded_by_bytes_whatever_the_row_groups(tmp_path):
     row = 4 * 4 * 16
     windows = list(read_windows(plan.corpus, plan.shards[0], window_bytes=60 * (row + 8)))
     assert [table.num_rows for table in windows] == [60] * 8 + [20]
+
+
+def test_a_window_comes_in_pieces_that_arrow_reuses_and_holds_every_row_once(tmp_path):
+    generate_corpus(tmp_path / "corpus", utterances=1000, input_dims={"text": 1500, "audio": 6}, steps=4)
+    plan = plan_shards(tmp_path / "corpus")
+    first, *_, last = windows = list(read_windows(plan.corpus, plan.shards[0], window_bytes=2**24))
+    assert first["text"].num_chunks == 2
+    assert max(chunk.nbytes for table in windows for chunk in table["text"].chunks) <= 2**23
+    assert sum(table.nbytes for table in windows) > 2**24 > last.nbytes
+    ids, features, *_ = features_from_table(pa.concat_tables(windows))
+    written = read_parquet(tmp_path / "corpus")
+    assert ids.tolist() == written.ids.tolist()
+    np.testing.assert_array_equal(features["text"], written.features["text"])
 
 
 def test_prefetch_passes_items_on_in_order_and_then_the_exception():

@@ -205,7 +205,7 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
         raise AssertionError("unreachable")
     rows = np.arange(len(ids))
     steps = max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values())))
-    dims = {name: column.values.shape[1] for name, column in decoded.columns.items()} | dict(input_dims or {})
+    dims = {name: column.dim for name, column in decoded.columns.items()} | dict(input_dims or {})
     features = {
         name: decoded.columns[name].padded(rows, steps)
         if name in decoded.columns
@@ -218,9 +218,15 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
 class FrameColumn(NamedTuple):
     """The frames of one modality, of N rows; not padded, so that one long row does not make all of them long."""
 
-    values: np.ndarray  # (F, d) float32, the frames of all rows one after the other; maybe a view of Arrow's memory
+    blocks: tuple[np.ndarray, ...]  # (F, d) float32, the frames of successive rows; maybe views of Arrow's memory
+    first_rows: np.ndarray  # int64, the first row of each block
     frames: np.ndarray  # (N,) int64, how many of them each row has
     present: np.ndarray  # (N,) bool, False for null
+
+    @property
+    def dim(self) -> int:
+        """d, the features of a frame."""
+        return int(self.blocks[0].shape[1])
 
     def padded(self, rows: np.ndarray, steps: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return the first ``steps`` frames of some rows (R,) as (R, steps, d), padded with zeros and zero where null.
@@ -230,30 +236,45 @@ class FrameColumn(NamedTuple):
             steps: length of the time axis.
             out: (R, steps, d) float32 to write them to, instead of to a new array.
         """
-        dim = self.values.shape[1]
         if out is None:
-            out = np.empty((len(rows), steps, dim), np.float32)
-        if not len(rows):
-            return out
-        stored = int(self.frames[0])
-        if (self.frames == stored).all():
-            kept = min(stored, steps)
-            block = self.values.reshape(len(self.frames), stored, dim)
-            if kept == stored == steps:
-                np.take(block, rows, axis=0, out=out)
+            out = np.empty((len(rows), steps, self.dim), np.float32)
+        within = np.searchsorted(self.first_rows, rows, side="right") - 1
+        for index, block in enumerate(self.blocks):
+            where = np.flatnonzero(within == index)
+            if not len(where):
+                continue
+            start = self.first_rows[index]
+            stop = self.first_rows[index + 1] if index + 1 < len(self.blocks) else len(self.frames)
+            chosen, frames = rows[where] - start, self.frames[start:stop]
+            if len(where) == len(rows):
+                _pad(block, frames, chosen, out)
             else:
-                out[:, :kept] = block[rows, :kept]
-                out[:, kept:] = 0
-        else:
-            starts = np.cumsum(self.frames) - self.frames
-            step = np.arange(steps)
-            inside = step < self.frames[rows, None]
-            out[:] = 0
-            out[inside] = self.values[(starts[rows, None] + step)[inside]]
+                part = np.empty((len(where), *out.shape[1:]), np.float32)
+                _pad(block, frames, chosen, part)
+                out[where] = part
         absent = ~self.present[rows]
         if absent.any():
             out[absent] = 0
         return out
+
+
+def _pad(values: np.ndarray, frames: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """Write the first frames of some rows of a block to (R, steps, d), and zeros behind them."""
+    steps, stored = out.shape[1], int(frames[0])
+    if (frames == stored).all():
+        kept = min(stored, steps)
+        block = values.reshape(len(frames), stored, values.shape[1])
+        if kept == stored == steps:
+            np.take(block, rows, axis=0, out=out, mode="clip")  # with "raise" NumPy would gather twice
+        else:
+            out[:, :kept] = block[rows, :kept]
+            out[:, kept:] = 0
+    else:
+        starts = np.cumsum(frames) - frames
+        step = np.arange(steps)
+        inside = step < frames[rows, None]
+        out[:] = 0
+        out[inside] = values[(starts[rows, None] + step)[inside]]
 
 
 class DecodedRows(NamedTuple):
@@ -513,22 +534,26 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
     import pyarrow as pa
 
     field = table.schema.field(name)
-    column = _one_chunk(table[name])
     metadata = field.metadata or {}
     counts = {int(metadata[b"features"])} if metadata.get(b"features", b"").isdigit() else set()
     if isinstance(field.type, pa.FixedShapeTensorType):
         counts.add(field.type.shape[-1])
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    present = ~_nulls(column)
-    if pa.types.is_fixed_size_binary(column.type):
+    present = ~_nulls(table[name])
+    first_rows, fixed = np.zeros(1, np.int64), None
+    if pa.types.is_fixed_size_binary(field.type):
         dtype = metadata.get(b"dtype", b"float32").decode(errors="replace")
-        items, flat = _binary_items(column, name, dtype)
-        fixed = column.type.byte_width // np.dtype(dtype).itemsize
+        fixed, blocks = _binary_blocks(table[name], name, dtype)
+        items = np.full(len(present), fixed)
+        first_rows = np.cumsum([0, *(len(chunk) for chunk in table[name].chunks[:-1])])
     else:
+        column = _one_chunk(table[name])
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
         items, flat, inner = _list_items(column, name, wanted, ids, problems)
+        blocks = [flat]
         counts |= inner
-        fixed = column.type.list_size if pa.types.is_fixed_size_list(column.type) and not inner else None
+        if pa.types.is_fixed_size_list(column.type) and not inner:
+            fixed = int(column.type.list_size)
     if wanted is not None:
         counts.add(wanted)
     if len(counts) != 1 or 0 in counts:
@@ -545,26 +570,28 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
         for row in np.flatnonzero(ragged):
             message = f"has {items[row]} values, not a multiple of {dim} features"
             problems.setdefault(int(row), f"column {name!r}: {_name(ids, row)} {message}")
-        flat, items = flat[np.repeat(~ragged, items)], np.where(ragged, 0, items)
-    return FrameColumn(flat.reshape(-1, dim), items // dim, present)
+        blocks, items = [blocks[0][np.repeat(~ragged, items)]], np.where(ragged, 0, items)  # a list is one block
+    return FrameColumn(tuple(block.reshape(-1, dim) for block in blocks), first_rows, items // dim, present)
 
 
-def _binary_items(column: Any, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of values in each row (N,) and all values as float32, whatever they are where null."""
+def _binary_blocks(column: pa.ChunkedArray, name: str, dtype: str) -> tuple[int, list[np.ndarray]]:
+    """Return the number of values in a row and, by chunk, all values as float32, whatever they are where null."""
     if dtype not in ("float16", "float32", "float64"):
         raise CorpusError(f"column {name!r} holds {dtype!r}, wanted float16, float32 or float64")
     kind = np.dtype(dtype).newbyteorder("<")
     width = column.type.byte_width
     if width % kind.itemsize:
         raise CorpusError(f"column {name!r} has {width} bytes a row, not a multiple of {kind.itemsize} for {dtype}")
-    rows = len(column)
-    items = np.full(rows, width // kind.itemsize)
-    values = column.buffers()[1]
-    if not rows or not width or values is None:
-        return items, np.zeros(rows * (width // kind.itemsize), np.float32)
-    raw = np.frombuffer(values, np.uint8)[column.offset * width : (column.offset + rows) * width]
-    with np.errstate(over="ignore"):
-        return items, raw.view(kind).astype(np.float32, copy=False)
+    blocks = []
+    for chunk in column.chunks:
+        values = chunk.buffers()[1]
+        if values is None or not width:
+            blocks.append(np.zeros(len(chunk) * (width // kind.itemsize), np.float32))
+            continue
+        raw = np.frombuffer(values, np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+        with np.errstate(over="ignore"):
+            blocks.append(raw.view(kind).astype(np.float32, copy=False))
+    return width // kind.itemsize, blocks or [np.zeros(0, np.float32)]
 
 
 def _list_items(

@@ -143,6 +143,4 @@ def _look_at(corpus: Location, shard: Shard, known: Mapping[str, int] | None) ->
                 rows = decode_rows(next(read_windows(corpus, shard, window_bytes=_FIRST_BYTES)), known)
     except CorpusError as error:
         return error
-    return _ShardSchema(
-        {name: column.values.shape[1] for name, column in rows.columns.items()}, "split" in schema.names
-    )
+    return _ShardSchema({name: column.dim for name, column in rows.columns.items()}, "split" in schema.names)
