@@ -28,6 +28,7 @@ from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
+from m3er_fast.state import eval_mode
 
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
@@ -203,13 +204,8 @@ class M3ERFusion(
 
         They sum to 1 with ``activation="softmax"``, and are independent answers with "sigmoid".
         """
-        was_training = self.training
-        self.eval()
-        try:
-            output = self(features, lengths, available, effective=effective)
-        finally:
-            self.train(was_training)
-        return self.probabilities(output)
+        with eval_mode(self):
+            return self.probabilities(self(features, lengths, available, effective=effective))
 
     def probabilities(self, output: M3EROutput) -> Tensor:
         """(B, C) probabilities of an output's fused head."""

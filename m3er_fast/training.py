@@ -25,6 +25,7 @@ from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
 from m3er_fast.scoring.statistics import ModelStatistics
+from m3er_fast.state import eval_mode
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.json"
@@ -181,19 +182,14 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if effective is not None and effective.shape != corpus.available.shape:
         raise ValueError(f"effective must have shape {corpus.available.shape}, got {effective.shape}")
-    was_training = model.training
-    model.eval()
     parts = []
-    try:
-        with torch.no_grad():
-            for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
-                verdict = None if effective is None else torch.from_numpy(effective[rows])
-                output = model(features, lengths, available, effective=verdict)
-                fused, own = model.probabilities(output), model.modality_probabilities(output)
-                verdicts = (output.effective, output.p_value, output.abstained, output.available)
-                parts.append([value.cpu().numpy() for value in (fused, own.transpose(0, 1), *verdicts)])
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
+            verdict = None if effective is None else torch.from_numpy(effective[rows])
+            output = model(features, lengths, available, effective=verdict)
+            fused, own = model.probabilities(output), model.modality_probabilities(output)
+            verdicts = (output.effective, output.p_value, output.abstained, output.available)
+            parts.append([value.cpu().numpy() for value in (fused, own.transpose(0, 1), *verdicts)])
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     probabilities, by_modality, judged, p_value, abstained, present = columns
     report = None

@@ -423,6 +423,17 @@ def test_probabilities_sum_to_one_and_the_mode_stays(model):
     torch.testing.assert_close(model.modality_probabilities(output), output.modality_logits.softmax(dim=2))
 
 
+def test_what_is_frozen_in_a_mode_of_its_own_stays_in_it(model):
+    model = copy.deepcopy(model).train()
+    model.network.lstms.eval()
+    modes = [module.training for module in model.modules()]
+    model.predict_proba(sequences(3))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="unknown modality"):
+        model.predict_proba({"smell": torch.zeros(1, 1)})
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_yes_no_probabilities_are_independent():
     model = build(M3ERConfig(check=None, loss=LossConfig(activation="sigmoid")))
     features = sequences(10)

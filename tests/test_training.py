@@ -1,5 +1,6 @@
 """Training, resuming and evaluation, on corpora of a hundred utterances."""
 
+import copy
 import json
 import os
 import signal
@@ -548,6 +549,14 @@ def test_evaluation_leaves_the_mode_of_the_model_alone(trained, mode):
         assert {module.training for module in model.modules()} == {mode}
     finally:
         model.eval()
+
+
+def test_evaluation_leaves_what_is_frozen_in_a_mode_of_its_own(trained):
+    model = copy.deepcopy(trained.model).train()
+    model.network.lstms.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, CORPUS)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_evaluation_that_fails_leaves_the_mode_of_the_model_alone():

@@ -35,9 +35,10 @@ from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.model import eval_mode, model_signature
+from m3er_fast.scoring.model import model_signature
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import WINDOW_BYTES
+from m3er_fast.state import eval_mode
 
 if TYPE_CHECKING:
     import pyarrow as pa
