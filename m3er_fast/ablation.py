@@ -22,6 +22,7 @@ from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import paper_protocol
+from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
 from m3er_fast.reference import fusion_weights
@@ -195,8 +196,10 @@ def run_ablation(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
-        (out / "table.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        with replacing(out / "table.md") as partial:
+            partial.write_text(result.to_markdown() + "\n", encoding="utf-8")
+        with replacing(out / "table.json") as partial:
+            partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         chosen = examples(first.model, first.noisy, first.truth, first.predictions[True, FULL])
         _draw(result, pictures, chosen, out)
     return result

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
+from m3er_fast.files import replacing
 from m3er_fast.inference import CompiledInference, Stages
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
@@ -283,8 +284,10 @@ class M3ERFusion(
             "config": self.config.to_dict(),
         }
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, save_directory / _WEIGHTS_FILE)
-        (save_directory / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        with replacing(save_directory / _WEIGHTS_FILE) as partial:
+            save_file(state, partial)
+        with replacing(save_directory / _CONFIG_FILE) as partial:
+            partial.write_text(json.dumps(description, indent=2) + "\n")
 
     def generate_model_card(self, *, data: str | None = None, metrics: str | None = None, **_kwargs: Any) -> ModelCard:
         """The README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.

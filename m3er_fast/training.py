@@ -22,6 +22,7 @@ from torch import Tensor
 from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
+from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
 from m3er_fast.scoring.statistics import ModelStatistics
@@ -102,8 +103,8 @@ def train(
 
     The validation loss is measured without the check and the proxies: it is the network's own. Everything is drawn
     from ``config.training.seed``: the same corpus, configuration and thread count give the same model, whether or not
-    training was interrupted. With ``out`` every epoch is written there as it ends (to a temporary name, then renamed),
-    so that a killed training goes on from its last epoch.
+    training was interrupted. With ``out`` every epoch is written there as it ends, under a temporary name until it is
+    on the disk, so that a killed training goes on from its last epoch.
 
     Args:
         corpus: with labels and splits; without a validation split one is carved out of train, by group.
@@ -153,7 +154,8 @@ def train(
     if out is not None:
         _save(model, out, training, validation, history, statistics)
         _write_plot(history, out / HISTORY_PLOT)
-        _write_atomically(out / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
+        with replacing(out / HISTORY_FILE) as partial:
+            partial.write_text(json.dumps(history, indent=2) + "\n")
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return TrainingResult(model, history, state.best_epoch)
 
@@ -276,7 +278,8 @@ class _State:
         # Through memory: torch's own writer hides what the disk said.
         buffer = io.BytesIO()
         torch.save(values, buffer)
-        _write_atomically(path, buffer.getbuffer())
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def load(self, path: Path) -> None:
         values = torch.load(path, weights_only=True)
@@ -441,15 +444,6 @@ def _write_plot(history: dict[str, Any], path: Path) -> None:
     except ImportError:  # the picture is an extra; history.json holds the same
         return
     plot_history(history, path)
-
-
-def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck
+from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, fusion
 from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 
 DIMS = {"text": 8, "audio": 6, "face": 5}  # not in alphabetical order
@@ -396,6 +396,20 @@ def test_another_check_may_take_the_place_of_the_models_own(model):
     z = dict(zip(DIMS, model.standardizer(features).features, strict=True))
     assert torch.equal(output.effective, other.check(z).effective)
     assert model.modality_check is not other
+
+
+def test_a_save_that_fails_leaves_the_weights_that_were_there(model, tmp_path, monkeypatch):
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(fusion, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_ablated_models_can_be_saved(model, tmp_path):

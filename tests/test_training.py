@@ -203,7 +203,7 @@ train(CORPUS, RESUMED, out=Path(sys.argv[1]))
         check=False,
     )
     assert process.returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", ".checkpoint.pt.partial"}
     seen = []
     result = train(CORPUS, RESUMED, out=tmp_path, progress=seen.append)
     assert [record.epoch for record in seen] == [3, 4]
@@ -310,11 +310,12 @@ def test_without_matplotlib_the_picture_alone_is_missing(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == RUN_FILES - {"history.png"}
 
 
-def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", [(Path, "replace"), (os, "fsync")])
+def test_a_failed_write_leaves_no_temporary_file(call, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(*call, fail)
     with pytest.raises(OSError, match="No space left"):
         train(CORPUS, settings(epochs=1), out=tmp_path)
     assert not list(tmp_path.iterdir())
