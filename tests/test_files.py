@@ -65,7 +65,8 @@ def test_a_block_that_raises_leaves_the_former_file_alone(error, path):
             partial.write_text("half")
             raise error
 
-    pytest.raises(error, write_half)
+    with pytest.raises(error):
+        write_half()
     assert path.read_text() == "former"
     assert list(path.parent.iterdir()) == [path]
 
