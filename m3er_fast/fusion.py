@@ -96,8 +96,9 @@ class M3ERFusion(
         self.num_classes = num_classes
         self.network = MemoryFusionNetwork(self.input_dims, num_classes, **vars(config.network))
         self.classes = tuple(map(str, range(num_classes))) if classes is None else tuple(classes)
-        if len(self.classes) != num_classes or len(set(self.classes)) != num_classes:
-            raise ValueError(f"classes must be {num_classes} different names, got {self.classes}")
+        are_names = not isinstance(classes, str) and all(isinstance(name, str) for name in self.classes)
+        if not are_names or len(self.classes) != num_classes or len(set(self.classes)) != num_classes:
+            raise ValueError(f"classes must be {num_classes} different names, got {classes!r}")
         self.standardizer = Standardizer(self.input_dims)
         self.modality_check = None if config.check is None else ModalityCheck(self.input_dims, **vars(config.check))
         self.proxy_generator = None if config.proxy is None else ProxyGenerator(self.input_dims, **vars(config.proxy))

@@ -876,6 +876,8 @@ def test_an_unknown_setting_in_the_file_is_named(model, tmp_path):
         ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
         ({"num_classes": 2.0}, "num_classes must be a positive int, got 2.0"),
         ({"classes": ("a", "b")}, "classes must be 3 different names, got ('a', 'b')"),
+        ({"classes": (0, 1, 2)}, "classes must be 3 different names, got (0, 1, 2)"),
+        ({"classes": "abc"}, "classes must be 3 different names, got 'abc'"),
         ({"classes": ("a", "b", "a")}, "classes must be 3 different names, got ('a', 'b', 'a')"),
         ({"config": {"check": None}}, "config must be an M3ERConfig, got dict"),
         ({"config": M3ERConfig(loss=LossConfig(class_weight=(1.0,)))}, "loss.class_weight has 1 values, wanted 3"),
