@@ -139,7 +139,7 @@ def run_ablation(
     config: M3ERConfig | None = None,
     *,
     seeds: int = 5,
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Train with both losses and test with and without each step, on clean and on corrupted utterances.
@@ -170,6 +170,9 @@ def run_ablation(
     if test.target is None or (test.target == NO_LABEL).all():
         raise ValueError("the test split has no labels to score")
     corpus = ensure_validation(corpus, seed=config.training.seed)
+    if out is not None:  # where nothing can be written it is said now, not after hours
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda line: None)
     reports: dict[tuple[bool, str], list[ClassificationReport]] = {}
     quality: dict[str, list[tuple[NDArray[np.bool_], Prediction]]] = {}
@@ -195,7 +198,6 @@ def run_ablation(
         settings=_describe(corpus, config, seeds),
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "table.md") as partial:
             partial.write_text(result.to_markdown() + "\n", encoding="utf-8")
         with replacing(out / "table.json") as partial:

@@ -10,6 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ HISTORY_PLOT = "history.png"
 
 
 class ResumeMismatchError(RuntimeError):
-    """A run folder holds a training that was begun with another corpus or configuration."""
+    """A run folder holds a training that was begun with another corpus or configuration, or is damaged."""
 
 
 class TrainingError(RuntimeError):
@@ -95,7 +96,7 @@ def train(
     config: M3ERConfig | None = None,
     *,
     statistics: ModelStatistics | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = True,
     progress: Callable[[EpochRecord], None] | None = None,
 ) -> TrainingResult:
@@ -119,10 +120,12 @@ def train(
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
             the configuration's activation; or ``statistics`` are of other modalities or settings.
-        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics.
+        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, or what it
+            holds is damaged.
         TrainingError: if the loss is no longer finite.
     """
     config = default_config(corpus, statistics) if config is None else config
+    out = None if out is None else Path(out)
     _check_task(corpus, config)
     corpus = ensure_validation(corpus, seed=config.training.seed)
     training, validation = corpus.subset("train"), corpus.subset("valid")
@@ -282,12 +285,13 @@ class _State:
             partial.write_bytes(buffer.getbuffer())
 
     def load(self, path: Path) -> None:
-        values = torch.load(path, weights_only=True)
-        _check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
-        self.model.network.load_state_dict(values["network"])
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.best, self.best_epoch = values["best"], values["best_epoch"]
-        self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
+        with _resuming(path):
+            values = torch.load(path, weights_only=True)
+            _check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+            self.model.network.load_state_dict(values["network"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.best, self.best_epoch = values["best"], values["best_epoch"]
+            self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
 
 
 def _run_epochs(
@@ -403,9 +407,24 @@ def _check_fingerprint(found: str, wanted: str, out: Path) -> None:
 
 
 def _finished(out: Path, fingerprint: str) -> TrainingResult:
-    history = json.loads((out / HISTORY_FILE).read_text())
-    _check_fingerprint(history["fingerprint"], fingerprint, out)
-    return TrainingResult(M3ERFusion.from_pretrained(out), history, history["best_epoch"])
+    with _resuming(out / HISTORY_FILE):
+        history = json.loads((out / HISTORY_FILE).read_text())
+        _check_fingerprint(history["fingerprint"], fingerprint, out)
+        best_epoch = history["best_epoch"]
+    return TrainingResult(M3ERFusion.from_pretrained(out), history, best_epoch)
+
+
+@contextmanager
+def _resuming(path: Path) -> Iterator[None]:
+    """Name the file that a training cannot be resumed from."""
+    try:
+        yield
+    except (ResumeMismatchError, OSError):
+        raise
+    except Exception as error:  # whatever a damaged file makes the parsers of JSON and torch say
+        raise ResumeMismatchError(
+            f"{path} is damaged, or no training wrote it ({type(error).__name__}): give another folder, or begin anew"
+        ) from error
 
 
 def _save(

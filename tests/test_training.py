@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,6 +266,17 @@ def test_a_run_begun_with_something_else_is_not_resumed(tmp_path, finished):
         with pytest.raises(ResumeMismatchError, match="another corpus or configuration"):
             train(*other(CORPUS, config), out=tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"PK\x03\x04half", b"{}", b"[]", b"{half"])
+@pytest.mark.parametrize("name", ["history.json", "checkpoint.pt"])
+def test_a_damaged_run_is_one_error_that_names_the_file_and_can_be_begun_anew(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ResumeMismatchError, match=rf"{re.escape(str(tmp_path / name))} is damaged, or no training"):
+        train(CORPUS, settings(epochs=1), out=tmp_path)
+    assert (tmp_path / name).read_bytes() == content
+    train(CORPUS, settings(epochs=1), out=str(tmp_path), resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
 
 
 @pytest.mark.parametrize("finished", [True, False])
