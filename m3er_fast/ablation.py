@@ -22,6 +22,7 @@ from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import paper_protocol
+from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
 from m3er_fast.reference import fusion_weights
@@ -138,7 +139,7 @@ def run_ablation(
     config: M3ERConfig | None = None,
     *,
     seeds: int = 5,
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Train with both losses and test with and without each step, on clean and on corrupted utterances.
@@ -169,6 +170,9 @@ def run_ablation(
     if test.target is None or (test.target == NO_LABEL).all():
         raise ValueError("the test split has no labels to score")
     corpus = ensure_validation(corpus, seed=config.training.seed)
+    if out is not None:  # where nothing can be written it is said now, not after hours
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda line: None)
     reports: dict[tuple[bool, str], list[ClassificationReport]] = {}
     quality: dict[str, list[tuple[NDArray[np.bool_], Prediction]]] = {}
@@ -194,9 +198,10 @@ def run_ablation(
         settings=_describe(corpus, config, seeds),
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
-        (out / "table.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        with replacing(out / "table.md") as partial:
+            partial.write_text(result.to_markdown() + "\n", encoding="utf-8")
+        with replacing(out / "table.json") as partial:
+            partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         chosen = examples(first.model, first.noisy, first.truth, first.predictions[True, FULL])
         _draw(result, pictures, chosen, out)
     return result

@@ -565,6 +565,8 @@ def memory_scan(
             raise ValueError(f"features[{m}] has shape {tuple(x.shape)}, wanted {wanted}")
     if lengths.shape != frames[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, wanted ({frames[0]},)")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if recompute is not None and (isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
+from m3er_fast.files import replacing
 from m3er_fast.inference import CompiledInference, Stages
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
@@ -28,6 +29,7 @@ from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
+from m3er_fast.state import eval_mode
 
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
@@ -94,8 +96,9 @@ class M3ERFusion(
         self.num_classes = num_classes
         self.network = MemoryFusionNetwork(self.input_dims, num_classes, **vars(config.network))
         self.classes = tuple(map(str, range(num_classes))) if classes is None else tuple(classes)
-        if len(self.classes) != num_classes or len(set(self.classes)) != num_classes:
-            raise ValueError(f"classes must be {num_classes} different names, got {self.classes}")
+        are_names = not isinstance(classes, str) and all(isinstance(name, str) for name in self.classes)
+        if not are_names or len(self.classes) != num_classes or len(set(self.classes)) != num_classes:
+            raise ValueError(f"classes must be {num_classes} different names, got {classes!r}")
         self.standardizer = Standardizer(self.input_dims)
         self.modality_check = None if config.check is None else ModalityCheck(self.input_dims, **vars(config.check))
         self.proxy_generator = None if config.proxy is None else ProxyGenerator(self.input_dims, **vars(config.proxy))
@@ -203,13 +206,8 @@ class M3ERFusion(
 
         They sum to 1 with ``activation="softmax"``, and are independent answers with "sigmoid".
         """
-        was_training = self.training
-        self.eval()
-        try:
-            output = self(features, lengths, available, effective=effective)
-        finally:
-            self.train(was_training)
-        return self.probabilities(output)
+        with eval_mode(self):
+            return self.probabilities(self(features, lengths, available, effective=effective))
 
     def probabilities(self, output: M3EROutput) -> Tensor:
         """(B, C) probabilities of an output's fused head."""
@@ -287,8 +285,10 @@ class M3ERFusion(
             "config": self.config.to_dict(),
         }
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, save_directory / _WEIGHTS_FILE)
-        (save_directory / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        with replacing(save_directory / _WEIGHTS_FILE) as partial:
+            save_file(state, partial)
+        with replacing(save_directory / _CONFIG_FILE) as partial:
+            partial.write_text(json.dumps(description, indent=2) + "\n")
 
     def generate_model_card(self, *, data: str | None = None, metrics: str | None = None, **_kwargs: Any) -> ModelCard:
         """The README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.

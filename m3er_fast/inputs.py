@@ -147,12 +147,7 @@ def iterate_batches(
 
 def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
     """The modality as a floating (B, T, dim) tensor."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"features[{name!r}] must be a tensor or a numeric array, got {type(value).__name__}"
-        ) from error
+    tensor = _as_tensor(f"features[{name!r}]", value)
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
     if not tensor.is_floating_point():
@@ -165,11 +160,24 @@ def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
     return tensor
 
 
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor, array or sequence of numbers as a tensor, which shares its memory where torch can."""
+    got = type(value).__name__
+    if isinstance(value, np.ndarray):
+        got = f"an array of {value.dtype}"
+        if not value.dtype.isnative or min(value.strides, default=0) < 0:  # such as x[::-1]
+            value = value.astype(value.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor or a numeric array, got {got}") from error
+
+
 def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
     """Return (B,) lengths in 0..T as int64 on ``device``, all T for None, or raise a ValueError that says why not."""
     if lengths is None:
         return torch.full((batch,), steps, dtype=torch.int64, device=device)
-    length = torch.as_tensor(lengths)
+    length = _as_tensor("lengths", lengths)
     if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool or length.shape != (batch,):
         raise ValueError(
             f"lengths must be integers of shape ({batch},), got {length.dtype} of shape {tuple(length.shape)}"
@@ -184,7 +192,7 @@ def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) ->
 
 def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device) -> Tensor:
     """Return a (B, M) mask as booleans on ``device``, or raise a ValueError that names it."""
-    tensor = torch.as_tensor(mask)
+    tensor = _as_tensor(name, mask)
     if tensor.dtype != torch.bool or tensor.shape != tuple(shape):
         raise ValueError(
             f"{name} must be booleans of shape {tuple(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"

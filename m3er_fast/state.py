@@ -1,8 +1,9 @@
-"""What modules have in common whose state is learned by ``fit`` and kept in buffers."""
+"""What modules have in common whose state is learned by ``fit`` and kept in buffers; and the mode of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -53,3 +54,16 @@ class FittedModule(PreciseModule):
             if buffer is not None and isinstance(value, Tensor) and value.shape != buffer.shape:
                 self._buffers[name] = buffer.new_empty(value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode, and put those of its modules that were not back into train mode."""
+    in_training = [module for module in model.modules() if module.training]
+    if in_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True

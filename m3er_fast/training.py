@@ -10,6 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,11 @@ from torch import Tensor
 from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
+from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
 from m3er_fast.scoring.statistics import ModelStatistics
+from m3er_fast.state import eval_mode
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.json"
@@ -32,7 +35,7 @@ HISTORY_PLOT = "history.png"
 
 
 class ResumeMismatchError(RuntimeError):
-    """A run folder holds a training that was begun with another corpus or configuration."""
+    """A run folder holds a training that was begun with another corpus or configuration, or is damaged."""
 
 
 class TrainingError(RuntimeError):
@@ -93,7 +96,7 @@ def train(
     config: M3ERConfig | None = None,
     *,
     statistics: ModelStatistics | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = True,
     progress: Callable[[EpochRecord], None] | None = None,
 ) -> TrainingResult:
@@ -101,8 +104,8 @@ def train(
 
     The validation loss is measured without the check and the proxies: it is the network's own. Everything is drawn
     from ``config.training.seed``: the same corpus, configuration and thread count give the same model, whether or not
-    training was interrupted. With ``out`` every epoch is written there as it ends (to a temporary name, then renamed),
-    so that a killed training goes on from its last epoch.
+    training was interrupted. With ``out`` every epoch is written there as it ends, under a temporary name until it is
+    on the disk, so that a killed training goes on from its last epoch.
 
     Args:
         corpus: with labels and splits; without a validation split one is carved out of train, by group.
@@ -117,10 +120,12 @@ def train(
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
             the configuration's activation; or ``statistics`` are of other modalities or settings.
-        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics.
+        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, or what it
+            holds is damaged.
         TrainingError: if the loss is no longer finite.
     """
     config = default_config(corpus, statistics) if config is None else config
+    out = None if out is None else Path(out)
     _check_task(corpus, config)
     corpus = ensure_validation(corpus, seed=config.training.seed)
     training, validation = corpus.subset("train"), corpus.subset("valid")
@@ -152,7 +157,8 @@ def train(
     if out is not None:
         _save(model, out, training, validation, history, statistics)
         _write_plot(history, out / HISTORY_PLOT)
-        _write_atomically(out / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
+        with replacing(out / HISTORY_FILE) as partial:
+            partial.write_text(json.dumps(history, indent=2) + "\n")
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return TrainingResult(model, history, state.best_epoch)
 
@@ -181,19 +187,14 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if effective is not None and effective.shape != corpus.available.shape:
         raise ValueError(f"effective must have shape {corpus.available.shape}, got {effective.shape}")
-    was_training = model.training
-    model.eval()
     parts = []
-    try:
-        with torch.no_grad():
-            for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
-                verdict = None if effective is None else torch.from_numpy(effective[rows])
-                output = model(features, lengths, available, effective=verdict)
-                fused, own = model.probabilities(output), model.modality_probabilities(output)
-                verdicts = (output.effective, output.p_value, output.abstained, output.available)
-                parts.append([value.cpu().numpy() for value in (fused, own.transpose(0, 1), *verdicts)])
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        for rows, features, lengths, available in _batches(corpus, np.arange(len(corpus)), batch_size):
+            verdict = None if effective is None else torch.from_numpy(effective[rows])
+            output = model(features, lengths, available, effective=verdict)
+            fused, own = model.probabilities(output), model.modality_probabilities(output)
+            verdicts = (output.effective, output.p_value, output.abstained, output.available)
+            parts.append([value.cpu().numpy() for value in (fused, own.transpose(0, 1), *verdicts)])
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     probabilities, by_modality, judged, p_value, abstained, present = columns
     report = None
@@ -280,15 +281,17 @@ class _State:
         # Through memory: torch's own writer hides what the disk said.
         buffer = io.BytesIO()
         torch.save(values, buffer)
-        _write_atomically(path, buffer.getbuffer())
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def load(self, path: Path) -> None:
-        values = torch.load(path, weights_only=True)
-        _check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
-        self.model.network.load_state_dict(values["network"])
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.best, self.best_epoch = values["best"], values["best_epoch"]
-        self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
+        with _resuming(path):
+            values = torch.load(path, weights_only=True)
+            _check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+            self.model.network.load_state_dict(values["network"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.best, self.best_epoch = values["best"], values["best_epoch"]
+            self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
 
 
 def _run_epochs(
@@ -404,9 +407,24 @@ def _check_fingerprint(found: str, wanted: str, out: Path) -> None:
 
 
 def _finished(out: Path, fingerprint: str) -> TrainingResult:
-    history = json.loads((out / HISTORY_FILE).read_text())
-    _check_fingerprint(history["fingerprint"], fingerprint, out)
-    return TrainingResult(M3ERFusion.from_pretrained(out), history, history["best_epoch"])
+    with _resuming(out / HISTORY_FILE):
+        history = json.loads((out / HISTORY_FILE).read_text())
+        _check_fingerprint(history["fingerprint"], fingerprint, out)
+        best_epoch = history["best_epoch"]
+    return TrainingResult(M3ERFusion.from_pretrained(out), history, best_epoch)
+
+
+@contextmanager
+def _resuming(path: Path) -> Iterator[None]:
+    """Name the file that a training cannot be resumed from."""
+    try:
+        yield
+    except (ResumeMismatchError, OSError):
+        raise
+    except Exception as error:  # whatever a damaged file makes the parsers of JSON and torch say
+        raise ResumeMismatchError(
+            f"{path} is damaged, or no training wrote it ({type(error).__name__}): give another folder, or begin anew"
+        ) from error
 
 
 def _save(
@@ -445,15 +463,6 @@ def _write_plot(history: dict[str, Any], path: Path) -> None:
     except ImportError:  # the picture is an extra; history.json holds the same
         return
     plot_history(history, path)
-
-
-def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -317,6 +317,13 @@ def test_what_cannot_be_ablated_is_an_error_before_any_training(monkeypatch, cor
         ablation.run_ablation(corpus, config, seeds=seeds)
 
 
+def test_where_nothing_can_be_written_is_an_error_before_any_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained for nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        ablation.run_ablation(CORPUS, CONFIG, out=tmp_path / "file")
+
+
 # --- corruption ---
 
 

@@ -74,7 +74,7 @@ def test_unlabelled_rows_are_split_too():
     np.testing.assert_allclose(shares(split_by_group(corpus)), (0.7, 0.1, 0.2), atol=0.03)
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.5, 0.5), (1.2, -0.2, 0.0)])
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.5, 0.5), (1.2, -0.2, 0.0), (float("nan"), 0.5, 0.5)])
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(ValueError, match="fractions must be three"):
         split_by_group(make_corpus(), fractions=fractions)

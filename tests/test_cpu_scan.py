@@ -229,7 +229,7 @@ def test_every_scan_that_it_does_not_take_is_the_references():
         got, want = memory_scan(x, torch.full((3,), 4), w), reference.memory_scan(x, torch.full((3,), 4), w)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     empty = [x[:, :0] for x in plain]
-    assert not any(x.any() for x in memory_scan(empty, torch.zeros(3), fixed))
+    assert not any(x.any() for x in memory_scan(empty, torch.zeros(3, dtype=torch.int64), fixed))
     assert not any(x.any() for x in cpu_scan.memory_scan(empty, torch.zeros(3), fixed))
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck
+from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, fusion
 from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 
 DIMS = {"text": 8, "audio": 6, "face": 5}  # not in alphabetical order
@@ -398,6 +398,20 @@ def test_another_check_may_take_the_place_of_the_models_own(model):
     assert model.modality_check is not other
 
 
+def test_a_save_that_fails_leaves_the_weights_that_were_there(model, tmp_path, monkeypatch):
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(fusion, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_ablated_models_can_be_saved(model, tmp_path):
     features = sequences(10, seed=1)
     model.ablated(check=False).save_pretrained(tmp_path)
@@ -421,6 +435,17 @@ def test_probabilities_sum_to_one_and_the_mode_stays(model):
     assert model.training
     output = model.eval()(features)
     torch.testing.assert_close(model.modality_probabilities(output), output.modality_logits.softmax(dim=2))
+
+
+def test_what_is_frozen_in_a_mode_of_its_own_stays_in_it(model):
+    model = copy.deepcopy(model).train()
+    model.network.lstms.eval()
+    modes = [module.training for module in model.modules()]
+    model.predict_proba(sequences(3))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="unknown modality"):
+        model.predict_proba({"smell": torch.zeros(1, 1)})
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_yes_no_probabilities_are_independent():
@@ -851,6 +876,8 @@ def test_an_unknown_setting_in_the_file_is_named(model, tmp_path):
         ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
         ({"num_classes": 2.0}, "num_classes must be a positive int, got 2.0"),
         ({"classes": ("a", "b")}, "classes must be 3 different names, got ('a', 'b')"),
+        ({"classes": (0, 1, 2)}, "classes must be 3 different names, got (0, 1, 2)"),
+        ({"classes": "abc"}, "classes must be 3 different names, got 'abc'"),
         ({"classes": ("a", "b", "a")}, "classes must be 3 different names, got ('a', 'b', 'a')"),
         ({"config": {"check": None}}, "config must be an M3ERConfig, got dict"),
         ({"config": M3ERConfig(loss=LossConfig(class_weight=(1.0,)))}, "loss.class_weight has 1 values, wanted 3"),

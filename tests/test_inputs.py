@@ -48,7 +48,10 @@ def with_text(value):
         ({}, "none of the modalities ['text', 'audio'] was given"),
         (with_text("hello"), "features['text'] must be a tensor or a numeric array, got str"),
         (with_text([[1.0, 2.0], [3.0]]), "features['text'] must be a tensor or a numeric array, got list"),
-        (with_text(np.array([[None] * 3] * 4)), "features['text'] must be a tensor or a numeric array, got ndarray"),
+        (
+            with_text(np.array([[None] * 3] * 4)),
+            "features['text'] must be a tensor or a numeric array, got an array of object",
+        ),
         (with_text(torch.zeros(4, 5, 3, dtype=torch.complex64)), "features['text'] must hold real numbers"),
         (with_text(torch.zeros(4, 5, 3, dtype=torch.bool)), "features['text'] must hold real numbers, got torch.bool"),
         (torch.zeros(4, 5, 3), "features must map modality names to tensors, got Tensor"),
@@ -65,6 +68,9 @@ def test_bad_features_are_named_with_what_came_and_what_was_wanted(bad, message)
         ({"lengths": torch.tensor([1, 2])}, "lengths must be integers of shape (4,), got torch.int64 of shape (2,)"),
         ({"lengths": torch.ones(4)}, "lengths must be integers of shape (4,), got torch.float32 of shape (4,)"),
         ({"lengths": [True] * 4}, "lengths must be integers of shape (4,), got torch.bool of shape (4,)"),
+        ({"lengths": "four"}, "lengths must be a tensor or a numeric array, got str"),
+        ({"lengths": ["1", "2", "3", "4"]}, "lengths must be a tensor or a numeric array, got list"),
+        ({"available": "all"}, "available must be a tensor or a numeric array, got str"),
         ({"lengths": [0, 1, 2, 6]}, "lengths must lie in 0..5, got values from 0 to 6"),
         ({"lengths": [-1, 1, 2, 3]}, "lengths must lie in 0..5, got values from -1 to 3"),
         (
@@ -178,6 +184,18 @@ def test_lengths_of_any_integer_type_are_read(steps_dtype):
     batch = prepare_batch(features(), np.array([0, 1, 3, 5], dtype=steps_dtype), input_dims=DIMS)
     assert batch.lengths.tolist() == [0, 1, 3, 5]
     assert batch.lengths.dtype == torch.int64
+
+
+@pytest.mark.parametrize("change", [lambda x: x[::-1].copy()[::-1], lambda x: x.astype(x.dtype.newbyteorder())])
+def test_arrays_that_torch_cannot_share_memory_with_are_read(change):
+    arrays = {name: np.arange(x.numel(), dtype=np.float32).reshape(x.shape) for name, x in features().items()}
+    lengths, available = np.array([0, 1, 3, 5]), np.array([[True, False], [True, True], [False, True], [True, True]])
+    wanted = prepare_batch(arrays, lengths, available, input_dims=DIMS)
+    changed = {name: change(x) for name, x in arrays.items()}
+    batch = prepare_batch(changed, change(lengths), change(available), input_dims=DIMS)
+    for x, y in zip([*batch.features, *batch[1:]], [*wanted.features, *wanted[1:]], strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
 
 
 def test_mixed_dtypes_are_promoted_and_integers_become_floats():

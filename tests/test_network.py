@@ -160,7 +160,7 @@ def test_one_step_of_zero_feedback_is_the_plain_network():
     plain = weights._replace(feedback=None)
     features, lengths = sequences(4, 3), torch.full((4,), 3)
     first = [x[:, :1] for x in features]
-    assert torch.equal(*[memory_scan(first, torch.ones(4), w)[1] for w in (weights, plain)])
+    assert torch.equal(*[memory_scan(first, torch.full((4,), 1), w)[1] for w in (weights, plain)])
     later = [memory_scan(features, lengths, w)[0] for w in (weights, plain)]
     assert (later[0] - later[1]).abs().max() > 1e-4
 
@@ -190,6 +190,8 @@ def test_what_padding_holds_never_matters():
         ({"features": [*sequences(2, 3)[:2], torch.zeros(2, 3, 9)]}, r"features\[2\] has shape \(2, 3, 9\), wanted"),
         ({"features": [*sequences(2, 3)[:2], torch.zeros(2, 4, 4)]}, r"features\[2\] .*wanted \(2, 3, 4\)"),
         ({"features": [torch.zeros(2, 5), *sequences(2, 3)[1:]]}, r"features\[0\] has shape \(2, 5\)"),
+        ({"lengths": torch.tensor([3.0, 1.0])}, r"lengths must be integers, got torch\.float32"),
+        ({"lengths": torch.tensor([True, False])}, r"lengths must be integers, got torch\.bool"),
         ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\), wanted \(2,\)"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1\.0"),
         ({"dropout": float("nan")}, r"dropout must lie in \[0, 1\), got nan"),

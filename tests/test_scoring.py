@@ -270,6 +270,25 @@ def test_a_model_without_a_check_needs_no_fit(corpus, corpus_dir, tmp_path):
 # --- a model that does not fit ---
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "dask"}, "engine must be 'local' or 'ray', got 'dask'"),
+        ({"workers": 2}, "address and workers are for engine 'ray', got None and 2"),
+        ({"address": "auto"}, "address and workers are for engine 'ray', got 'auto' and None"),
+        ({"devices": []}, r"devices must be a list of one or more, such as \['cpu'\], or None, got \[\]"),
+        ({"devices": "cpu"}, r"devices must be a list of one or more, such as \['cpu'\], or None, got 'cpu'"),
+        ({"checksum": "none"}, "checksum must be 'sampled' or 'full', got 'none'"),
+        ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"batch_frames": 0}, "batch_frames must be a positive int or 'auto', got 0"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_written(arguments, message, model, corpus_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        score(corpus_dir, model, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_modalities_are_refused_by_name_before_anything_is_written(training, corpus_dir, tmp_path):
     part = dataclasses.replace(
         training, features={n: training.features[n] for n in ("text", "audio")}, available=training.available[:, :2]

@@ -1,7 +1,9 @@
 """Training, resuming and evaluation, on corpora of a hundred utterances."""
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,7 +204,7 @@ train(CORPUS, RESUMED, out=Path(sys.argv[1]))
         check=False,
     )
     assert process.returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", ".checkpoint.pt.partial"}
     seen = []
     result = train(CORPUS, RESUMED, out=tmp_path, progress=seen.append)
     assert [record.epoch for record in seen] == [3, 4]
@@ -266,6 +268,17 @@ def test_a_run_begun_with_something_else_is_not_resumed(tmp_path, finished):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("content", [b"", b"half", b"PK\x03\x04half", b"{}", b"[]", b"{half"])
+@pytest.mark.parametrize("name", ["history.json", "checkpoint.pt"])
+def test_a_damaged_run_is_one_error_that_names_the_file_and_can_be_begun_anew(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ResumeMismatchError, match=rf"{re.escape(str(tmp_path / name))} is damaged, or no training"):
+        train(CORPUS, settings(epochs=1), out=tmp_path)
+    assert (tmp_path / name).read_bytes() == content
+    train(CORPUS, settings(epochs=1), out=str(tmp_path), resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_without_resume_training_begins_anew(tmp_path, finished):
     if finished:
@@ -309,11 +322,12 @@ def test_without_matplotlib_the_picture_alone_is_missing(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == RUN_FILES - {"history.png"}
 
 
-def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", [(Path, "replace"), (os, "fsync")])
+def test_a_failed_write_leaves_no_temporary_file(call, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(*call, fail)
     with pytest.raises(OSError, match="No space left"):
         train(CORPUS, settings(epochs=1), out=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -548,6 +562,14 @@ def test_evaluation_leaves_the_mode_of_the_model_alone(trained, mode):
         assert {module.training for module in model.modules()} == {mode}
     finally:
         model.eval()
+
+
+def test_evaluation_leaves_what_is_frozen_in_a_mode_of_its_own(trained):
+    model = copy.deepcopy(trained.model).train()
+    model.network.lstms.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, CORPUS)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_evaluation_that_fails_leaves_the_mode_of_the_model_alone():

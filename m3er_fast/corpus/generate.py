@@ -12,6 +12,7 @@ import numpy as np
 
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.parquet import new_folder, write_shard
+from m3er_fast.files import replacing
 
 SCALE_DIMS = {"text": 300, "audio": 74, "face": 36}
 _LATENT = 16
@@ -58,9 +59,8 @@ def generate_corpus(
         path = folder / f"part-{shard:05d}.parquet"
         paths.append(path)
         first = shard * rows_per_shard
-        partial = path.with_name(f"{path.name}.partial")
-        write_shard(_make_shard(first, min(rows_per_shard, utterances - first), dims, steps, seed), partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            write_shard(_make_shard(first, min(rows_per_shard, utterances - first), dims, steps, seed), partial)
         if progress is not None:
             progress(shard + 1, shards)
     return paths

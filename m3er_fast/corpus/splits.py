@@ -24,7 +24,7 @@ def split_by_group(corpus: Corpus, *, fractions: tuple[float, float, float] = (0
     Raises:
         ValueError: fractions that are negative or do not sum to 1, or fewer groups than splits that were asked for.
     """
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+    if len(fractions) != len(SPLITS) or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-9):
         raise ValueError(f"fractions must be three non-negative numbers that sum to 1, got {fractions}")
     part = _deal_groups(corpus, fractions, seed)
     return dataclasses.replace(corpus, split=np.array(SPLITS, dtype=object)[part])

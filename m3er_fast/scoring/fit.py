@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from m3er_fast.config import CheckConfig, M3ERConfig, ProxyConfig
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.inputs import prepare_batch
 from m3er_fast.proxy import BankSample, ProxyGenerator, count_paired
+from m3er_fast.scoring.engine import Engine, check_engine
 from m3er_fast.scoring.output import QuarantinedShard
 from m3er_fast.scoring.plan import Plan, Shard, Source, plan_shards
 from m3er_fast.scoring.statistics import ModelStatistics
@@ -56,7 +57,7 @@ def fit_statistics(
     config: M3ERConfig | None = None,
     *,
     input_dims: Mapping[str, int] | None = None,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
     address: str | None = None,
     workers: int | None = None,
     progress: Callable[[FitProgress], None] | None = None,
@@ -82,12 +83,10 @@ def fit_statistics(
         CorpusError: there is no corpus, no shard of it can be read, only some shards have splits, or the corpus changed
             while it was read.
         ValueError: an argument is out of range, or the corpus has no training utterance.
+        ImportError: engine is "ray", and Ray is missing.
         RuntimeError: workers of Ray died repeatedly.
     """
-    if engine not in ("local", "ray"):
-        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
-    if engine == "local" and (address, workers) != (None, None):
-        raise ValueError("address and workers are for engine 'ray'")
+    check_engine(engine, address, workers)
     if config is None:
         config = M3ERConfig(proxy=ProxyConfig(max_bank=DEFAULT_MAX_BANK))
     plan = plan_shards(corpus)

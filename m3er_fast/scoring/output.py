@@ -17,13 +17,13 @@ object store the name is given by a copy, which appears whole.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m3er_fast.files import sync
 from m3er_fast.scoring.plan import Location, Shard
 from m3er_fast.scoring.scorer import SIGNATURE_KEY
 
@@ -200,13 +200,8 @@ class OutputFolder:
         self._sync(self.location.path)
 
     def _sync(self, path: str) -> None:
-        if not self.location.is_local or os.name == "nt":  # where folders cannot be opened
-            return
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if self.location.is_local:
+            sync(path)
 
     def _delete(self, name: str) -> None:
         with suppress(FileNotFoundError):

@@ -21,7 +21,6 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -186,8 +185,7 @@ class _ScoreShard:
     def __init__(self, job: ScoringJob, model: M3ERFusion, device: str, batch_frames: int, dtype: str) -> None:
         from m3er_fast import __version__
 
-        # Workers are told of one shard at a time; the list of a hundred thousand is not sent to each.
-        self._job = replace(job, plan=job.plan._replace(shards=()), output=replace(job.output, shards=()))
+        self._job = job.without_shards()
         self._model = pickle.dumps(copy.deepcopy(model).to("cpu"))
         self._device, self._batch_frames, self._dtype = device, batch_frames, dtype
         self._version = __version__

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.scoring.engine import Engine, check_engine
 from m3er_fast.scoring.local import make_scorers, run_local
 from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, QuarantinedShard, check_folder, read_manifest
 from m3er_fast.scoring.page_cache import outgrows_page_cache
@@ -58,7 +59,7 @@ def score(
     out: Source,
     *,
     resume: bool = False,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
     devices: Sequence[str] | None = None,
     batch_frames: int | Literal["auto"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -97,16 +98,14 @@ def score(
         OSError: ``out`` cannot be written to, for example for lack of space. Finished shards stay.
     """
     start = time.perf_counter()
-    if engine not in ("local", "ray"):
-        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
-    if engine == "local" and (address, workers) != (None, None):
-        raise ValueError("address and workers are for engine 'ray'")
+    check_engine(engine, address, workers)
+    if devices is not None and (isinstance(devices, str) or not devices):
+        raise ValueError(f"devices must be a list of one or more, such as ['cpu'], or None, got {devices!r}")
     if engine == "ray":
-        from m3er_fast.scoring.ray import check_ray, ray_cluster, run_ray
+        from m3er_fast.scoring.ray import ray_cluster, run_ray
 
         if devices is not None and len(devices) > 1:
             raise ValueError(f"devices: with engine 'ray' each worker has one, got {list(devices)}")
-        check_ray(workers)
     plan = plan_shards(corpus, checksum)
     location = locate(out)
     check_folder(location, resume=resume)

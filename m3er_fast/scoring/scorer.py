@@ -35,9 +35,10 @@ from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.model import eval_mode, model_signature
+from m3er_fast.scoring.model import model_signature
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import WINDOW_BYTES
+from m3er_fast.state import eval_mode
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,10 +114,7 @@ class Scorer:
         Raises:
             CorpusError: as :meth:`score`.
         """
-        names = list(self.model.input_dims)
-        unknown = [name for name in modality_columns(schema) if name not in names]
-        if unknown:
-            raise CorpusError(f"the corpus has modalities {unknown}, unknown to the model, which knows {names}")
+        self._check_modalities(schema)
         decode_rows(schema.empty_table(), self.model.input_dims)
 
     def score(self, table: pa.Table) -> pa.Table:
@@ -130,7 +128,7 @@ class Scorer:
         """
         import pyarrow as pa
 
-        self.check_schema(table.schema)
+        self._check_modalities(table.schema)
         try:
             rows = decode_rows(table, self.model.input_dims)
         except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -141,6 +139,12 @@ class Scorer:
         with eval_mode(self.model):
             self._score_rows(rows, scores)
         return self._to_table(table, rows, scores)
+
+    def _check_modalities(self, schema: pa.Schema) -> None:
+        names = list(self.model.input_dims)
+        unknown = [name for name in modality_columns(schema) if name not in names]
+        if unknown:
+            raise CorpusError(f"the corpus has modalities {unknown}, unknown to the model, which knows {names}")
 
     @torch.inference_mode()
     def _score_rows(self, rows: DecodedRows, scores: _Scores) -> None:

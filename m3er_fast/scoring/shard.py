@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError
@@ -35,6 +35,10 @@ class ScoringJob:
     output: OutputFolder
     verify: bool = True  # page checksums of the input
     keep_cached: bool = True  # leave the input in the page cache
+
+    def without_shards(self) -> ScoringJob:
+        """The same for workers, who are told of some shards at a time: a list of a hundred thousand is sent to none."""
+        return replace(self, plan=self.plan._replace(shards=()), output=replace(self.output, shards=()))
 
     def read(self, shard: Shard, scorer: Scorer) -> Iterator[pa.Table]:
         """Read a shard in tables of the size that the scorer wants."""

@@ -6,17 +6,16 @@ the metadata what they were learned with and from.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from m3er_fast.config import CheckConfig, M3ERConfig, ProxyConfig
+from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.inputs import check_input_dims
 from m3er_fast.scoring.output import QuarantinedShard
@@ -95,7 +94,8 @@ class ModelStatistics:
             "quarantined": [entry._asdict() for entry in self.quarantined],
         }
         state = {name: value.detach().cpu().contiguous() for name, value in self.state.items()}
-        _write(Path(path), save(state, metadata={_KEY: json.dumps(about)}))
+        with replacing(Path(path)) as partial:
+            partial.write_bytes(save(state, metadata={_KEY: json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | Path) -> ModelStatistics:
@@ -129,17 +129,3 @@ class ModelStatistics:
 
 def _plain(config: CheckConfig | ProxyConfig | None) -> dict[str, object] | None:
     return None if config is None else dataclasses.asdict(config)
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -273,12 +273,10 @@ def _count_shards(
     size = min(max(len(shards) // 64, 1), _MOST_SHARDS)
     placed = [(shard, int(start)) for shard, start in zip(shards, starts[:-1], strict=True)]
     tasks = [placed[first : first + size] for first in range(0, len(placed), size)]
-    # Workers are told of some shards at a time; the list of a hundred thousand is not sent to each.
-    job = replace(job, plan=job.plan._replace(shards=()), output=replace(job.output, shards=()))
     names = _Names([], [])
     found = _Found.nothing(names, edges)
     # Added in order: rounding, and which groups are the first, must not depend on who was faster.
-    results = map_tasks(_CountSome(job, edges), tasks)
+    results = map_tasks(_CountSome(job.without_shards(), edges), tasks)
     with closing(results):  # type: ignore[type-var]
         for its_names, its in results:
             if not names.classes:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.scoring.model import eval_mode
 from m3er_fast.scoring.scorer import MOST_FRAMES
+from m3er_fast.state import eval_mode
 
 
 @dataclass(frozen=True)
