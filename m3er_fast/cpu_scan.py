@@ -11,6 +11,7 @@ all steps at once:
 The way back is the same in reverse, its loops leaving the gradients before each activation, from which the weights'
 gradients are again products over all steps. Only frames that are valid are touched: samples are sorted by length, and
 a step takes the leading ones that are still alive. A block of samples at a time bounds the memory and fits the cache.
+Of few steps none of this pays: ``cpu_loop`` computes them.
 
 z and r are kept modality by modality, (old, new) of the first, then of the second, so that a modality's slice is one
 piece; the matrices that meet them are reordered once a call.
@@ -77,7 +78,7 @@ def memory_scan(
                 return cpu_loop.memory_scan(features, lengths, weights, dropout=dropout)
         hidden, memory, *_ = _MemoryScan.apply(lengths, dropout, *tensors)  # type: ignore[no-untyped-call]
         return hidden, memory
-    # Autograd's share of a call is a tenth of a small step.
+    # Autograd takes a tenth of a small step. Results are no tensors of inference mode, but filled there, or copied.
     with torch.autocast("cpu", enabled=False):
         if steps < _FEWEST_SCORED:
             with torch.inference_mode():
