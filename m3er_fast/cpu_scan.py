@@ -11,6 +11,7 @@ all steps at once:
 The way back is the same in reverse, its loops leaving the gradients before each activation, from which the weights'
 gradients are again products over all steps. Only frames that are valid are touched: samples are sorted by length, and
 a step takes the leading ones that are still alive. A block of samples at a time bounds the memory and fits the cache.
+Of few steps none of this pays: ``cpu_loop`` computes them.
 
 z and r are kept modality by modality, (old, new) of the first, then of the second, so that a modality's slice is one
 piece; the matrices that meet them are reordered once a call.
@@ -23,6 +24,7 @@ sizes of attention, candidate and gates.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,37 +32,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3er_fast import reference
+from m3er_fast import cpu_loop, reference
 from m3er_fast.reference import MemoryScanWeights
 from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
 
-# Samples of a block; rows of a piece of it, where nothing is kept: more memory than that is given back to the system
-# and taken anew in every call, a page fault each 4 KiB, up to a fifth of the time.
+# Samples of a block; rows of a piece of it, where nothing is kept.
 _BLOCK = 256
 _ROWS = 1024
+# Bytes of working memory that a thread holds from call to call. The allocator gives such pieces back to the system, and
+# taking them anew is a page fault each 4 KiB: up to a third of the time.
+_MOST_HELD = 2**25
 # So many numbers of a tensor, and its tanh takes longer than the four calls that do without.
 _MANY = 4096
-# Of fewer steps the reference is as fast, in training and without: reordering weights takes as long as three steps.
-_FEWEST_STEPS = 8
-_FEWEST_SCORED = 4
-# A training step of more samples, unless it has many frames, is as fast by the reference (docs/memory_scan.md).
+# Of fewer steps the loop is as fast, in training and without: reordering weights takes as long as three steps.
+_FEWEST_STEPS = 4
+_FEWEST_SCORED = 5
+# So is a training step of more samples, unless it has many frames (docs/memory_scan.md).
 _MOST_TRAINED = 128
 _MANY_FRAMES = 8192
 
 
 def takes(features: Sequence[Tensor], weights: MemoryScanWeights) -> bool:
-    """Whether these checked arguments are computed here: enough steps, one precision, both γ's layers of one size."""
-    batch, steps, _ = features[0].shape
-    if steps < _FEWEST_SCORED:
-        return False
+    """Whether these checked arguments are computed here: a step at least, one precision, γ's layers of one size."""
     dtype = weights.recurrent.dtype
-    tensors = [*features, *tensors_of(weights)]
-    too_few = steps < _FEWEST_STEPS or (batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES)
-    if too_few and _wants_gradients(tensors):
-        return False
     return (
-        dtype in (torch.float32, torch.float64)
-        and all(x is None or x.dtype == dtype for x in tensors)
+        features[0].shape[1] > 0
+        and dtype in (torch.float32, torch.float64)
+        and all(x is None or x.dtype == dtype for x in (*features, *tensors_of(weights)))
         and weights.retain[0].shape == weights.update[0].shape
     )
 
@@ -73,13 +71,22 @@ def memory_scan(
     Under one seed the units dropped are those that the reference drops.
     """
     tensors = [*features, *tensors_of(weights)]
+    batch, steps, _ = features[0].shape
     if _wants_gradients(tensors):
+        if steps < _FEWEST_STEPS or (batch > _MOST_TRAINED and batch * steps < _MANY_FRAMES):
+            with torch.autocast("cpu", enabled=False):
+                return cpu_loop.memory_scan(features, lengths, weights, dropout=dropout)
         hidden, memory, *_ = _MemoryScan.apply(lengths, dropout, *tensors)  # type: ignore[no-untyped-call]
         return hidden, memory
-    results = _results(features, weights)
-    # Autograd's share of a call is a tenth of a small step. The results are no tensors of that mode: they are filled.
-    with torch.autocast("cpu", enabled=False), torch.inference_mode():
-        _forward(features, lengths, weights, dropout, results, keep=False)
+    # Autograd takes a tenth of a small step. Results are no tensors of inference mode, but filled there, or copied.
+    with torch.autocast("cpu", enabled=False):
+        if steps < _FEWEST_SCORED:
+            with torch.inference_mode():
+                hidden, memory = cpu_loop.memory_scan(features, lengths, weights, dropout=dropout)
+            return hidden.clone(), memory.clone()
+        results = _results(features, weights)
+        with torch.inference_mode():
+            _forward(features, lengths, weights, dropout, results, keep=False)
     return results.hidden.transpose(0, 1), results.memory
 
 
@@ -290,6 +297,22 @@ def _carve(flat: Tensor, number: int, shapes: Sequence[tuple[int, ...]]) -> list
     return [part.view(number, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+_held = threading.local()
+
+
+def _scratch(number: int, dtype: torch.dtype) -> Tensor:
+    """Memory for so many numbers, which whatever asks next on this thread overwrites."""
+    if number * dtype.itemsize > _MOST_HELD:
+        return torch.empty(number, dtype=dtype)
+    # Views of a tensor of inference mode take half the time, but outside of it none may be written to.
+    kind = dtype, torch.is_inference_mode_enabled()
+    held, flat = getattr(_held, "memory", (None, torch.empty(0)))
+    if held != kind or len(flat) < number:
+        flat = torch.empty(number, dtype=dtype)
+        _held.memory = kind, flat
+    return flat[:number]
+
+
 class _Kept(NamedTuple):
     """What the way back needs of a block, in one piece of memory."""
 
@@ -305,8 +328,8 @@ class _Kept(NamedTuple):
     memory: Tensor  # (N, u)
 
     @classmethod
-    def of(cls, flat: Tensor | None, number: int, weights: MemoryScanWeights) -> _Kept:
-        """Of memory that ``flat`` is, or of new memory."""
+    def of(cls, flat: Tensor | None, number: int, weights: MemoryScanWeights, *, keep: bool = True) -> _Kept:
+        """Of memory that ``flat`` is, or of new memory, or without ``keep`` of what the next piece overwrites."""
         modalities, _, size = weights.recurrent.shape
         memory, candidate = weights.candidate[2].shape
         attention, context = weights.attention[0].shape[0], 2 * weights.retain[0].shape[0]
@@ -315,7 +338,8 @@ class _Kept(NamedTuple):
             (modalities, 3 * size), (candidate,), (memory,), (context,), (2, memory), (memory,),
         ]  # fmt: skip
         if flat is None:
-            flat = weights.bias.new_empty(number * sum(map(math.prod, shapes)))
+            total = number * sum(map(math.prod, shapes))
+            flat = weights.bias.new_empty(total) if keep else _scratch(total, weights.bias.dtype)
         return cls(*_carve(flat, number, shapes))
 
     @property
@@ -372,12 +396,15 @@ def _forward(
     carry = None
     for frames in _blocks(lengths, steps, None if keep else _ROWS):
         masks = None if drawn is None else _Masks(*(mask.index_select(0, frames.place) for mask in drawn))
-        block, carry = _forward_block(frames, features, weights, merged, masks, None if frames.starts else carry)
+        carry = None if frames.starts else carry
+        block, carry = _forward_block(frames, features, weights, merged, masks, carry, keep=keep)
         ended = frames.samples[frames.go_on :]
         results.hidden.index_copy_(0, ended, block.state[:, :, :size].index_select(0, frames.last))
         results.memory.index_copy_(0, ended, block.memory.index_select(0, frames.last))
         if keep:
             blocks.append(block.flat)
+        elif frames.go_on:
+            carry = _Carry(*(x.clone() for x in carry))  # the next piece has the same memory
     return blocks
 
 
@@ -397,8 +424,10 @@ def _forward_block(
     merged: _Merged,
     masks: _Masks | None,
     carry: _Carry | None,
+    *,
+    keep: bool,
 ) -> tuple[_Kept, _Carry]:
-    kept = _Kept.of(None, len(frames.place), weights)
+    kept = _Kept.of(None, len(frames.place), weights, keep=keep)
     size = weights.recurrent.shape[2]
     kept.gates.copy_(weights.bias)
     for m, (x, w) in enumerate(zip(_rows(features, frames), weights.input, strict=True)):
@@ -607,7 +636,7 @@ def _open(inner: Tensor, scale: float) -> Tensor:
 
 
 class _Slopes(NamedTuple):
-    """What gradients are multiplied by on their way back, and then the gradients, in one piece of memory."""
+    """What gradients are multiplied by on their way back, and then the gradients, in memory the next block has too."""
 
     memory: Tensor  # (N, 3, u): from du to before the activations of γ1, γ2 and û
     context: Tensor  # (N, 2g), before the relu of the γ's inner layers
@@ -625,7 +654,7 @@ class _Slopes(NamedTuple):
             (3, memory.shape[1]), context.shape[1:], gates.shape[1:], (gates.shape[1], gates.shape[2] // 4),
             cells.shape[1:], inner.shape[1:], cells.shape[1:], cells.shape[1:],
         ]  # fmt: skip
-        flat = gates.new_empty(len(gates) * sum(map(math.prod, shapes)))
+        flat = _scratch(len(gates) * sum(map(math.prod, shapes)), gates.dtype)
         return cls(*_carve(flat, len(gates), shapes))
 
 

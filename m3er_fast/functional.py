@@ -544,9 +544,9 @@ def memory_scan(
         recompute: in training, how many samples' activations are held at a time: so many samples are scanned, then
             the next, and the way back scans them again, one forward pass more for less memory. None holds them all.
             Under one seed other units are dropped than without. Transforms of torch.func hold them all.
-        backend: "auto" (on CUDA the kernel, on the CPU the rearranged scan of ``cpu_scan``, each where it takes the
-            arguments, else "torch"), "torch" or "triton". The kernel takes float16, bfloat16 and float32, all sizes
-            but d_m and that of û's inner layer multiples of 16, and both γ's inner layers of one size.
+        backend: "auto" (on CUDA the kernel, on the CPU ``cpu_scan``, each where it takes the arguments, else "torch"),
+            "torch" or "triton". The kernel takes float16, bfloat16 and float32, all sizes but d_m and that of û's
+            inner layer multiples of 16, and both γ's inner layers of one size.
 
     Returns:
         The last hidden states (M, B, h) and the memory (B, u), both zero for a sample without frames. Differentiable

@@ -443,12 +443,12 @@ def memory_scan(
         enter, keep, value, show = gates.chunk(4, dim=2)
         new_cell = keep.sigmoid() * cell + enter.sigmoid() * value.tanh()
         new_hidden = show.sigmoid() * new_cell.tanh()
-        both = torch.cat([_side_by_side(cell), _side_by_side(new_cell)], dim=1)  # z_t, (B, 2Mh)
-        attended = _two_layers(both, weights.attention, dropout).softmax(dim=1) * both
-        candidate = _two_layers(attended, weights.candidate, dropout).tanh()
+        both = torch.cat([side_by_side(cell), side_by_side(new_cell)], dim=1)  # z_t, (B, 2Mh)
+        attended = two_layers(both, weights.attention, dropout).softmax(dim=1) * both
+        candidate = two_layers(attended, weights.candidate, dropout).tanh()
         context = torch.cat([attended, memory], dim=1)
-        retain = _two_layers(context, weights.retain, dropout).sigmoid()
-        update = _two_layers(context, weights.update, dropout).sigmoid()
+        retain = two_layers(context, weights.retain, dropout).sigmoid()
+        update = two_layers(context, weights.update, dropout).sigmoid()
         alive = (t < lengths)[:, None]
         hidden = torch.where(alive, new_hidden, hidden)
         cell = torch.where(alive, new_cell, cell)
@@ -456,12 +456,13 @@ def memory_scan(
     return hidden, memory
 
 
-def _side_by_side(state: Tensor) -> Tensor:
+def side_by_side(state: Tensor) -> Tensor:
     """(M, B, h) as (B, M·h)."""
     return state.transpose(0, 1).flatten(1)
 
 
-def _two_layers(x: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor], dropout: float) -> Tensor:
+def two_layers(x: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor], dropout: float) -> Tensor:
+    """The second layer of the first one's relu, some units of which are dropped."""
     first, first_bias, second, second_bias = layers
     inner = F.dropout(F.relu(F.linear(x, first, first_bias)), dropout, training=dropout > 0)
     return F.linear(inner, second, second_bias)

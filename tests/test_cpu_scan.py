@@ -1,11 +1,13 @@
 """The memory scan's CPU path against the reference's step-by-step loop under autograd."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from m3er_fast import cpu_scan, reference
+from m3er_fast import cpu_loop, cpu_scan, reference
 from m3er_fast.functional import MemoryScanWeights, memory_scan
 
 # Length 0, a negative one, one above T, and ties.
@@ -61,10 +63,10 @@ def detached(weights):
     return MemoryScanWeights(*map(one, weights))
 
 
-def assert_equal(features, lengths, weights, *, dropout=0.0, forward=1e-12, gradient=1e-9):
+def assert_equal(features, lengths, weights, *, dropout=0.0, forward=1e-12, gradient=1e-9, ours=cpu_scan.memory_scan):
     """Results, with and without a graph, and every gradient; ``gradient`` relative to the largest of a tensor."""
     runs = []
-    for scan in (cpu_scan.memory_scan, reference.memory_scan):
+    for scan in (ours, reference.memory_scan):
         torch.manual_seed(5)
         results = scan(features, lengths, weights, dropout=dropout)
         generator = torch.Generator().manual_seed(1)
@@ -273,6 +275,37 @@ def test_transforms_and_forward_mode_are_the_references():
         assert torch.autograd.forward_ad.unpack_dual(memory).tangent.any()
 
 
+def test_working_memory_is_held_up_to_a_bound_and_results_are_not_in_it(monkeypatch):
+    features, weights = problem((2, 3), 3, 9)
+    plain, fixed, lengths = [x.detach() for x in features], detached(weights), torch.full((3,), 9)
+    wanted = reference.memory_scan(plain, lengths, fixed)
+    first = cpu_scan.memory_scan(plain, lengths, fixed)
+    cpu_scan.memory_scan([-x for x in plain], lengths, fixed)
+    sum(x.sum() for x in cpu_scan.memory_scan(features, lengths, weights)).backward()
+    single = [x.float() for x in plain], detached(problem((2, 3), 3, 9, dtype=torch.float32)[1])
+    cpu_scan.memory_scan(single[0], lengths, single[1])
+    assert cpu_scan._held.memory[1].dtype == torch.float32
+    for got, want in zip(first, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    monkeypatch.setattr(cpu_scan, "_MOST_HELD", 0)
+    monkeypatch.setattr(cpu_scan, "_held", threading.local())
+    for got, want in zip(cpu_scan.memory_scan(plain, lengths, fixed), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert not hasattr(cpu_scan._held, "memory")
+
+
+def test_threads_scan_at_the_same_time():
+    features, weights = problem(steps=40)
+    lengths = torch.arange(7) * 6
+    cases = [[x.detach() * scale for x in features] for scale in (1.0, -1.0, 0.5, 2.0)]
+    wanted = [reference.memory_scan(x, lengths, weights) for x in cases]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: cpu_scan.memory_scan(cases[i % 4], lengths, detached(weights)), range(40)))
+    for i, results in enumerate(got):
+        for ours, want in zip(results, wanted[i % 4], strict=True):
+            torch.testing.assert_close(ours, want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("steps", [2, 9])
 def test_what_no_gradient_was_asked_of_can_be_used_where_one_is(steps, monkeypatch):
     monkeypatch.setattr(cpu_scan, "_FEWEST_SCORED", 5)
@@ -287,9 +320,18 @@ def test_what_no_gradient_was_asked_of_can_be_used_where_one_is(steps, monkeypat
         torch.testing.assert_close(gradient, got)
 
 
-def test_many_samples_of_few_frames_are_trained_by_the_reference():
+def test_many_samples_of_few_frames_are_trained_by_the_loop(monkeypatch):
+    calls = []
+    looped = cpu_loop.memory_scan
+    monkeypatch.setattr(cpu_loop, "memory_scan", lambda *args, **more: calls.append(1) or looped(*args, **more))
     features, weights = problem(batch=cpu_scan._MOST_TRAINED + 1, sizes=(2, 2, 2, 2, 2))
-    assert not cpu_scan.takes(features, weights)
-    assert cpu_scan.takes([x.detach() for x in features], detached(weights))
-    assert cpu_scan.takes([x[:-1] for x in features], weights)
-    assert cpu_scan.takes([x.repeat(1, 8, 1) for x in features], weights)
+    longer, fewer = [x.repeat(1, 8, 1) for x in features], [x[:-1] for x in features]
+    for x, w, by_loop in (
+        (features, weights, True),
+        ([x.detach() for x in features], detached(weights), False),
+        (fewer, weights, False),
+        (longer, weights, False),
+    ):
+        calls.clear()
+        memory_scan(x, torch.full((len(x[0]),), 9), w)
+        assert bool(calls) == by_loop

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m3er_fast import MemoryFusionNetwork, reference
+from m3er_fast import MemoryFusionNetwork, cpu_scan, reference
 from m3er_fast.functional import BackendUnavailableError, MemoryScanWeights, memory_scan
 
 triton = pytest.importorskip("triton")
@@ -267,7 +267,8 @@ def test_autocast_leaves_the_precision_alone(device):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_what_it_does_not_take_is_told_and_left_to_the_reference(device):
+def test_what_it_does_not_take_is_told_and_left_to_the_reference(device, monkeypatch):
+    monkeypatch.setattr(cpu_scan, "takes", lambda *_: False)  # which on the CPU would take it
     features, lengths, weights = problem(device, (3, 2), 3, 2)
     odd = problem(device, (3, 2), 3, 2, sizes=(3, 32, 16, 24, 16))
     narrow = weights._replace(update=problem(device, (3, 2), 3, 2, sizes=(16, 32, 16, 24, 32))[2].update)
