@@ -27,6 +27,8 @@ from typing import Any
 import pytest
 import torch
 
+from m3er_fast.bench import COLUMNS
+
 OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
 _ROTATED_BYTES = {"cpu": 2**27, "cuda": 2**28}
@@ -291,11 +293,8 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-HEADER = ("time", "share of floor", "bytes / s", "peak memory", "error", "time : ours")
-
-
 def cells(row: dict[str, Any], ours: float | None) -> tuple[str, ...]:
-    """A row as text, in the order of ``HEADER``; what is not known is empty."""
+    """A row as text, in the order of ``COLUMNS``; what is not known is empty."""
     floor, moved, median = row.get("floor"), row.get("bytes"), row["median"]
     return (
         shown_seconds(median),
@@ -318,13 +317,13 @@ def shown_bytes(number: float | None) -> str:
     return "" if number is None else f"{number / 1e6:.3g} MB" if number < 1e9 else f"{number / 1e9:.3g} GB"
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The results as tables, a group each, in the order in which groups were first measured."""
+def markdown(rows: Sequence[dict[str, Any]], where: str = "") -> list[str]:
+    """The results as tables, a group each, in the order in which groups were first measured; with ``where`` behind."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
         results = [row for row in rows if row["group"] == group]
         ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
-        lines += ["", f"**{group}**", "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
+        lines += ["", f"**{group}**{where}", "", f"| | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
     return lines
 
