@@ -201,16 +201,25 @@ def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
-    if "pyarrow" in sys.modules:  # it has an allocator of its own
-        sys.modules["pyarrow"].default_memory_pool().release_unused()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        give_free_memory_back()
         Path("/proc/self/clear_refs").write_text("5")
         held = _resident("VmRSS")
         step()
         return max(0, _resident("VmHWM") - held)
     except (AttributeError, OSError):
         return None
+
+
+def give_free_memory_back() -> None:
+    """To the system, so that what the process holds is what it needs.
+
+    Raises:
+        AttributeError, OSError: this system's allocator cannot; that of Linux can.
+    """
+    if "pyarrow" in sys.modules:  # it has an allocator of its own
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(mark: str) -> int:

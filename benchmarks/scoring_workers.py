@@ -11,7 +11,8 @@ utterances of up to 20 frames and 410 features. Of each run it reports
 * ``peak_bytes_with_ray``: the same with Ray's own processes, which start as many idle workers as there may be.
 
 Memory is the sum of proportional set sizes: what several processes share, such as torch's code, counts once. It is read
-every 50 ms (Linux alone), in a run of its own that is not timed. Ray is started once, before.
+every 50 ms (Linux alone), in a run of its own that is not timed and before which this process gives back what it does
+not need. Ray is started once, before.
 """
 
 import argparse
@@ -101,6 +102,7 @@ class PeakMemory:
 
 def peak_memory(corpus, model, out, **options):
     """Bytes of one run until its last shard is done, as the module says."""
+    harness.give_free_memory_back()
     peak = PeakMemory()
 
     def stop_at_last(progress):
