@@ -84,7 +84,7 @@ def roofline(points: Sequence[Point], copy: float, rates: Mapping[str, float], p
         for rate, units in levels.items():
             axes.plot(x, np.minimum(x * copy, rate), color="0.6", linewidth=1)
             axes.annotate(
-                f"{', '.join(units)} {_rate(rate)}", (x[-1], rate), (0, 2), textcoords="offset points", ha="right",
+                f"{', '.join(units)} {_rate(rate)}", (rate / copy, rate), (4, 2), textcoords="offset points",
                 va="bottom", color="0.35", fontsize=8,
             )  # fmt: skip
         axes.annotate(

@@ -27,6 +27,8 @@ from typing import Any
 import pytest
 import torch
 
+from m3er_fast.bench import COLUMNS
+
 OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
 _ROTATED_BYTES = {"cpu": 2**27, "cuda": 2**28}
@@ -199,16 +201,25 @@ def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
-    if "pyarrow" in sys.modules:  # it has an allocator of its own
-        sys.modules["pyarrow"].default_memory_pool().release_unused()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        give_free_memory_back()
         Path("/proc/self/clear_refs").write_text("5")
         held = _resident("VmRSS")
         step()
         return max(0, _resident("VmHWM") - held)
     except (AttributeError, OSError):
         return None
+
+
+def give_free_memory_back() -> None:
+    """To the system, so that what the process holds is what it needs.
+
+    Raises:
+        AttributeError, OSError: this system's allocator cannot; that of Linux can.
+    """
+    if "pyarrow" in sys.modules:  # it has an allocator of its own
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(mark: str) -> int:
@@ -291,11 +302,8 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-HEADER = ("time", "share of floor", "bytes / s", "peak memory", "error", "time : ours")
-
-
 def cells(row: dict[str, Any], ours: float | None) -> tuple[str, ...]:
-    """A row as text, in the order of ``HEADER``; what is not known is empty."""
+    """A row as text, in the order of ``COLUMNS``; what is not known is empty."""
     floor, moved, median = row.get("floor"), row.get("bytes"), row["median"]
     return (
         shown_seconds(median),
@@ -318,13 +326,13 @@ def shown_bytes(number: float | None) -> str:
     return "" if number is None else f"{number / 1e6:.3g} MB" if number < 1e9 else f"{number / 1e9:.3g} GB"
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The results as tables, a group each, in the order in which groups were first measured."""
+def markdown(rows: Sequence[dict[str, Any]], where: str = "") -> list[str]:
+    """The results as tables, a group each, in the order in which groups were first measured; with ``where`` behind."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
         results = [row for row in rows if row["group"] == group]
         ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
-        lines += ["", f"**{group}**", "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
+        lines += ["", f"**{group}**{where}", "", f"| | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
     return lines
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import goals
-from harness import HEADER, OURS, cells
+from harness import OURS, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- Written by benchmarks/report.py: begin -->"
@@ -104,6 +104,7 @@ def write_report(runs: Sequence[Run], page: Path, figures: Path) -> None:
 def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
     """The generated part, as lines of Markdown."""
     rows = [row for run in runs for row in run.rows]
+    several_devices = len({run.about["device"] for run in runs}) > 1
     lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs, goals.CPU)]
     lines += ["", "On a GPU:", "", *_table_of_goals(runs, goals.GPU)]
     for figure in figures:
@@ -113,7 +114,7 @@ def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
         for run in runs:
             found = [row for row in run.rows if row["operation"] == operation]
             if found:
-                lines += _tables(found, run, several=len({r.about["device"] for r in runs}) > 1)
+                lines += markdown(found, f", {run.about['device']}" if several_devices else "")
     lines += _table_of_device_use(rows)
     return lines + _left_out(runs)
 
@@ -138,17 +139,6 @@ def _table_of_goals(runs: Sequence[Run], wanted: Iterable[goals.Goal]) -> list[s
         shown = " to ".join(dict.fromkeys(goal.shown(value) for value in (found[:1] + found[-1:])))
         verdict = "not measured" if not found else "met" if all(map(goal.met, found)) else "missed"
         lines.append(f"| {goal.what} | {goal.wanted()} | {shown} | {verdict} |")
-    return lines
-
-
-def _tables(rows: Sequence[dict[str, Any]], run: Run, *, several: bool) -> list[str]:
-    lines = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        results = [row for row in rows if row["group"] == group]
-        ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
-        heading = f"**{group}**" + (f", {run.about['device']}" if several else "")
-        lines += ["", heading, "", f"| | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
-        lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
     return lines
 
 

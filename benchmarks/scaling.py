@@ -6,7 +6,7 @@
 measures every curve (``--only loss-batch`` one of them) on the CPU and fits value = a · sizeᵇ, by least squares of the
 logarithms. An exponent b of the whole curve hides where it bends: ``steps`` in the JSON has that between each size and
 the next. ``--from JSON`` draws a run again. ``--workers JSON`` also draws what ``scoring_workers.py`` wrote: time a
-shard over the number of Ray's workers.
+shard, and memory, over the number of Ray's workers.
 """
 
 from __future__ import annotations
@@ -182,6 +182,15 @@ def exponents(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, l
     return slope, [(y1 - y0) / (x1 - x0) for x1, x0, y1, y0 in pairs]
 
 
+def fitted(sizes: Sequence[float], curves: dict[str, list[float]]) -> dict[str, Any]:
+    """Each curve with its exponents, as the JSON has them."""
+    shown: dict[str, Any] = {}
+    for quantity, values in curves.items():
+        exponent, steps_between = exponents(sizes, values)
+        shown[quantity] = {"values": values, "exponent": exponent, "steps": steps_between}
+    return shown
+
+
 def measure(sweep: Sweep) -> dict[str, Any]:
     """Seconds and bytes of each contestant at each size, with their exponents."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -193,26 +202,19 @@ def measure(sweep: Sweep) -> dict[str, Any]:
             curves["seconds"].append(seconds[name])
             # A page at least: what is smaller came from pages that the process had.
             curves["bytes"].append(max(harness.peak_bytes(CPU, step) or 0, 4096))
-    result: dict[str, Any] = {
+    return {
         "title": sweep.title,
         "size": sweep.size,
         "sizes": list(sweep.sizes),
         "commit": harness.commit(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "contestants": {},
+        "contestants": {name: fitted(sweep.sizes, curves) for name, curves in found.items()},
     }
-    for name, curves in found.items():
-        shown: dict[str, Any] = {}
-        for quantity, values in curves.items():
-            exponent, steps_between = exponents(sweep.sizes, values)
-            shown[quantity] = {"values": values, "exponent": exponent, "steps": steps_between}
-        result["contestants"][name] = shown
-    return result
 
 
 def over_workers(scored: dict[str, Any]) -> dict[str, Any]:
-    """What ``scoring_workers.py`` wrote as a sweep: seconds a shard, over all workers, of each kind of corpus.
+    """What ``scoring_workers.py`` wrote as a sweep: seconds a shard, over all workers, and their bytes.
 
     Raises:
         ValueError: there are fewer than two numbers of workers.
@@ -222,23 +224,24 @@ def over_workers(scored: dict[str, Any]) -> dict[str, Any]:
         "size": "workers of one thread",
         "contestants": {},
     }
-    for corpus, medians in scored["medians"].items():
+    for corpus, runs in scored["medians"].items():
         # "ray, 4 workers"; the local runner is no point of this curve.
-        found = {int(name.split()[1]): run["per_shard_s"] for name, run in medians.items() if name.startswith("ray")}
-        result["sizes"], values = sorted(found), [found[number] for number in sorted(found)]
-        exponent, steps_between = exponents(result["sizes"], values)
+        names = {int(name.split()[1]): name for name in runs if name.startswith("ray")}
+        result["sizes"] = sorted(names)
+        curves = {"seconds": [runs[names[number]]["per_shard_s"] for number in result["sizes"]]}
+        if held := scored["memory"].get(corpus):
+            curves["bytes"] = [held[names[number]]["peak_bytes"] for number in result["sizes"]]
         utterances = scored["utterances_per_shard"][corpus]
-        result["contestants"][f"{utterances:,} utterance{'s' * (utterances > 1)}"] = {
-            "seconds": {"values": values, "exponent": exponent, "steps": steps_between}
-        }
+        result["contestants"][f"{utterances:,} utterance{'s' * (utterances > 1)}"] = fitted(result["sizes"], curves)
     return result
 
 
 def report(name: str, sweep: dict[str, Any]) -> None:
-    """Print the exponents of a sweep's times."""
+    """Print the exponents of a sweep's curves."""
     for contestant, shown in sweep["contestants"].items():
-        steps = " ".join(f"{step:.2f}" for step in shown["seconds"]["steps"])
-        print(f"{name}, {contestant}: exponent {shown['seconds']['exponent']:.2f} ({steps})", flush=True)
+        for quantity, curve in shown.items():
+            steps = " ".join(f"{step:.2f}" for step in curve["steps"])
+            print(f"{name}, {contestant}, {quantity}: exponent {curve['exponent']:.2f} ({steps})", flush=True)
 
 
 def draw(sweeps: Sequence[dict[str, Any]], path: Path) -> None:

@@ -6,14 +6,21 @@ utterances of up to 20 frames and 410 features. Of each run it reports
 
 * ``first_s``: until the first shard was done, the start of workers among it;
 * ``per_shard_s``: time a shard, over all workers, once each could have finished one;
-* ``utterances_per_second``: in the same time.
+* ``utterances_per_second``: in the same time;
+* ``peak_bytes``: the most memory that the process which starts the run and its workers held together;
+* ``peak_bytes_with_ray``: the same with Ray's own processes, which start as many idle workers as there may be.
 
-Ray is started once, before.
+Memory is the sum of proportional set sizes: what several processes share, such as torch's code, counts once. It is read
+every 50 ms (Linux alone), in a run of its own that is not timed and before which this process gives back what it does
+not need. Ray is started once, before.
 """
 
 import argparse
+import contextlib
 import statistics
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +71,51 @@ def measure(corpus, model, out, **options):
     }
 
 
+class PeakMemory:
+    """Watches this process and all that it has started, until it is told to stop."""
+
+    def __init__(self):
+        self.of_workers = self.of_all = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self):
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self):
+        import psutil  # Ray's own copy, which is found once Ray is imported
+
+        this = psutil.Process()
+        while not self._over.wait(0.05):
+            workers, others = this.memory_full_info().pss, 0
+            for process in this.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                    held = process.memory_full_info().pss
+                    if "".join(process.cmdline()).startswith("ray::_Worker"):
+                        workers += held
+                    else:
+                        others += held
+            self.of_workers, self.of_all = max(self.of_workers, workers), max(self.of_all, workers + others)
+
+
+def peak_memory(corpus, model, out, **options):
+    """Bytes of one run until its last shard is done, as the module says."""
+    harness.give_free_memory_back()
+    peak = PeakMemory()
+
+    def stop_at_last(progress):
+        if progress.done == progress.shards:
+            peak.stop()
+
+    try:
+        score(corpus, model, out, progress=stop_at_last, **options)
+    finally:
+        peak.stop()
+    return {"peak_bytes": peak.of_workers, "peak_bytes_with_ray": peak.of_all}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny-shards", type=int, default=400)
@@ -99,6 +151,15 @@ def main():
                 for name, how in runs.items():
                     out = root / f"scores-{corpus}-{turn}-{name}"
                     found[corpus][name].append(measure(root / corpus, model, out, **how))
+        memory = {}
+        if sys.platform == "linux":  # others do not say what a process shares
+            memory = {
+                corpus: {
+                    name: peak_memory(root / corpus, model, root / f"memory-{corpus}-{name}", **how)
+                    for name, how in runs.items()
+                }
+                for corpus, model in models.items()
+            }
     ray.shutdown()
     result = {
         **harness.circumstances(),
@@ -113,6 +174,7 @@ def main():
             }
             for corpus, runs_of in found.items()
         },
+        "memory": memory,
         "rounds": found,
     }
     harness.write_json(result, options.out)

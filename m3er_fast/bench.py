@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +77,8 @@ def run_benchmarks(
 
     written = [(path, path.with_name(f"{path.name}.partial")) for path in (out, plot) if path is not None]
     arguments = [*map(str, files), f"--rootdir={files[0].parents[1]}", f"--device={device}", "--benchmark-only"]
-    # Its own report, and the capture that would swallow ours, are switched off.
-    arguments += ["-p", "no:terminal", "-p", "no:cacheprovider", "--capture=no", "--override-ini=addopts="]
+    # The capture that would swallow our report is switched off.
+    arguments += ["-p", "no:cacheprovider", "--capture=no", "--override-ini=addopts="]
     for (path, partial), option in zip(
         written, [name for name, path in (("benchmark-json", out), ("roofline", plot)) if path is not None], strict=True
     ):
@@ -85,7 +86,7 @@ def run_benchmarks(
         arguments.append(f"--{option}={partial}")
     listener = _Listener(show, progress)
     try:
-        code = pytest.main(arguments, plugins=[listener])
+        code = pytest.main(arguments, plugins=[listener, _without_report()])
         if code == pytest.ExitCode.USAGE_ERROR:  # which pytest has explained on stderr
             raise BenchmarkError("pytest did not start")
         if code == pytest.ExitCode.INTERRUPTED and not listener.failures:
@@ -105,6 +106,23 @@ def run_benchmarks(
         name, reason = listener.failures[0]
         raise BenchmarkError(f"{len(listener.failures)} failed, such as {name}: {reason}")
     return listener.results
+
+
+def _without_report() -> Any:
+    """A plugin that sends pytest's own report nowhere.
+
+    With no reporter at all (``-p no:terminal``) pytest 8 and 9.0 cannot say why an assertion failed.
+    """
+    import pytest
+    from _pytest.terminal import TerminalReporter
+
+    class WithoutReport:
+        @pytest.hookimpl(trylast=True)  # when there is one to replace
+        def pytest_configure(self, config: pytest.Config) -> None:
+            config.pluginmanager.unregister(name="terminalreporter")
+            config.pluginmanager.register(TerminalReporter(config, io.StringIO()), "terminalreporter")
+
+    return WithoutReport()
 
 
 class _Listener:

@@ -216,15 +216,27 @@ def test_missed_neighbours_are_counted_in_whatever_order():
     assert harness.missed(torch.tensor([[1, 9], [3, 2]]), wanted) == 0.25
 
 
-def test_a_scoring_run_becomes_a_curve_over_workers_without_the_local_runner(tmp_path):
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_a_scoring_run_becomes_curves_over_workers_without_the_local_runner(with_memory, tmp_path):
     runs = {"local": 9.0, "ray, 4 workers": 2.0, "ray, 1 workers": 4.0, "ray, 2 workers": 2.0}
     medians = {"full": {name: {"first_s": 7.0, "per_shard_s": seconds} for name, seconds in runs.items()}}
-    sweep = scaling.over_workers({"cores": 2, "medians": medians, "utterances_per_shard": {"full": 1024}})
+    held = {"local": 1, "ray, 4 workers": 400, "ray, 1 workers": 100, "ray, 2 workers": 200}
+    memory = {"full": {name: {"peak_bytes": bytes_, "peak_bytes_with_ray": 999} for name, bytes_ in held.items()}}
+    scored = {"cores": 2, "medians": medians, "utterances_per_shard": {"full": 1024}}
+    sweep = scaling.over_workers(scored | {"memory": memory if with_memory else {}})  # elsewhere than on Linux
     assert sweep["sizes"] == [1, 2, 4]
     [(name, shown)] = sweep["contestants"].items()
     assert name == "1,024 utterances"
     assert shown["seconds"] == {"values": [4.0, 2.0, 2.0], "exponent": pytest.approx(-0.5), "steps": [-1.0, 0.0]}
-    scaling.draw([sweep], tmp_path / "scaling.png")  # which has no memory
+    if with_memory:
+        assert shown["bytes"] == {
+            "values": [100, 200, 400],
+            "exponent": pytest.approx(1),
+            "steps": pytest.approx([1, 1]),
+        }
+    else:
+        assert "bytes" not in shown
+    scaling.draw([sweep], tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -233,7 +245,7 @@ def test_the_committed_runs_are_drawn_in_one_figure(tmp_path, capsys):
     arguments = ["--from", results / "cpu-2-cores" / "scaling.json", "--plot", tmp_path / "scaling.png"]
     arguments += ["--workers", results / "scoring-workers-cpu-2-cores.json"]
     assert scaling.main(list(map(str, arguments))) == 0
-    assert capsys.readouterr().out.count("exponent") == 2
+    assert capsys.readouterr().out.count("exponent") == 4  # time and memory of two kinds of shards
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 

@@ -386,7 +386,9 @@ def _ray_here(ray: Any, cpus: int | None, object_store_bytes: int) -> Iterator[N
 
 
 def _init(ray: Any, **options: Any) -> None:
-    with _handlers_kept():
+    with _handlers_kept(), warnings.catch_warnings():
+        # Ray 2.54 tells every driver how later versions will treat workers without a GPU; ours need nothing of that.
+        warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
