@@ -34,7 +34,7 @@ _MOST_EXPANSION = 1000
 _SMALL_SHARD = 2**30
 _BUFFER = 2**20
 # Decoded at a time: Arrow takes larger buffers from the system and gives them back, so that each page of them is
-# cleared again, which slowed reading by a sixth to a half (docs/scoring.md).
+# cleared again, which slowed reading by a tenth to a half (docs/scoring.md).
 _PIECE_BYTES = 8 * 2**20
 _GROUP_ROWS = 2**16  # of the column of groups that are read at a time
 
