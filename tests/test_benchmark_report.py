@@ -185,13 +185,14 @@ def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
 def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
 
     def step():
-        return torch.ones(2**22), np.ones(2**21)  # 16 MiB each
+        # 64 MiB each: beside which the 2 MiB that a process may take or give back meanwhile are little.
+        return torch.ones(2**24), np.ones(2**23)
 
     step()  # as a benchmark has, before memory is measured: what is loaded once is loaded by then
     held = harness.peak_bytes(torch.device("cpu"), step)
     if held is None:
         pytest.skip("this system has no high-water mark")
-    assert held == pytest.approx(2**25, rel=0.05)
+    assert held == pytest.approx(2**27, rel=0.05)
 
 
 def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
