@@ -5,8 +5,11 @@
 
 * ``read``: reading all shards as the scorer reads them, page checksums verified and not, by one and by two threads,
   from the page cache;
-* ``model``: the model alone, on batches that the scorer would make, in memory, before and after every run;
-* ``score``: the whole run, and its peak memory; ``ratio`` is to the mean of the model's rates before and after.
+* ``model``: the model alone, on batches that the scorer would make, in memory, one after the other with all threads,
+  before and after every run; ``model_by_threads``: the same batches, as many at a time as there are threads, a thread
+  each;
+* ``score``: the whole run, and its peak memory; ``ratio`` is to the mean of the model's rates before and after, and
+  ``ratio_by_threads`` to that of the other.
 """
 
 import argparse
@@ -29,8 +32,10 @@ from m3er_fast.scoring import Scorer, score
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.plan import plan_shards
 from m3er_fast.scoring.reader import read_windows
+from m3er_fast.scoring.threads import map_in_order
 
 CLASSES = ("angry", "happy", "neutral", "sad")
+MODELS = ("model", "model_by_threads")
 
 
 def peak_gib():
@@ -81,26 +86,33 @@ def ready_batches(plan, scorer, rows):
     return batches
 
 
-def run_model(model, batches):
-    """Class probabilities of ready batches."""
-    with torch.inference_mode():
-        return [model.probabilities(model(*batch)) for batch in batches]
+def run_model(model, batches, threads=None):
+    """Class probabilities of ready batches: one after the other, or as many at a time as there are threads."""
+
+    def run(batch, _is_canceled):
+        with torch.inference_mode():
+            return model.probabilities(model(*batch))
+
+    return list(map_in_order(run, batches, threads))
 
 
-def model_rate(plan, scorer, rows):
-    """Utterances a second of the model alone, on batches that lie ready in memory."""
+def model_rates(plan, scorer, rows):
+    """Utterances a second of the model alone, by `MODELS`, on batches that lie ready in memory."""
     batches = ready_batches(plan, scorer, rows)
-    run_model(scorer.model, batches[:1])
-    start = time.perf_counter()
-    run_model(scorer.model, batches)
-    return sum(len(lengths) for _, lengths in batches) / (time.perf_counter() - start)
+    rates = []
+    for threads in (None, torch.get_num_threads()):
+        run_model(scorer.model, batches[:2], threads)
+        start = time.perf_counter()
+        run_model(scorer.model, batches, threads)
+        rates.append(sum(len(lengths) for _, lengths in batches) / (time.perf_counter() - start))
+    return rates
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--utterances", type=int, default=50_000)
     parser.add_argument("--corpus", type=Path, help="folder to reuse, or to generate the corpus in and keep")
-    parser.add_argument("--rounds", type=int, default=3, help="of model and score, in turn; medians are reported")
+    parser.add_argument("--rounds", type=int, default=3, help="of models and score, in turn; medians are reported")
     parser.add_argument("--model-rows", type=int, default=16_384)
     parser.add_argument("--skip-reading", action="store_true", help="where the corpus does not fit the page cache")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -127,23 +139,34 @@ def main():
                 for threads in (1, 2)
                 for verify in (False, True)
             }
-        rates = {"model": [model_rate(plan, scorer, options.model_rows)], "score": []}
+        rates = {name: [] for name in (*MODELS, "score")}
+
+        def time_model():
+            for name, rate in zip(MODELS, model_rates(plan, scorer, options.model_rows), strict=True):
+                rates[name].append(rate)
+
+        time_model()
         for turn in range(options.rounds):
             out = Path(scratch) / f"scores-{turn}"
             summary = score(corpus, scorer.model, out)
             rates["score"].append(summary.rows / summary.seconds)
             shutil.rmtree(out)
-            rates["model"].append(model_rate(plan, scorer, options.model_rows))
+            time_model()
         # A run of minutes sees the model's own rate drift.
-        beside = [statistics.mean(pair) for pair in itertools.pairwise(rates["model"])]
+        beside = {name: [statistics.mean(pair) for pair in itertools.pairwise(rates[name])] for name in MODELS}
+        ratio, by_threads = (
+            statistics.median(s / m for s, m in zip(rates["score"], beside[name], strict=True)) for name in MODELS
+        )
         result |= {
             "utterances": summary.rows,
             "errors": summary.errors,
             "seconds": summary.seconds,
             "rates": rates,
             "model_utterances_per_second": statistics.median(rates["model"]),
+            "model_by_threads_utterances_per_second": statistics.median(rates["model_by_threads"]),
             "score_utterances_per_second": statistics.median(rates["score"]),
-            "ratio": statistics.median(s / m for s, m in zip(rates["score"], beside, strict=True)),
+            "ratio": ratio,
+            "ratio_by_threads": by_threads,
             "peak_rss_gib": peak_gib(),
         }
     harness.write_json(result, options.out)

@@ -29,7 +29,7 @@ from m3er_fast.scoring.plan import plan_shards
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import read_windows
 
-MODEL, READING = "the model alone", "reading alone"
+MODEL, THREADS, READING = "the model alone", "the model alone, a batch a thread", "reading alone"
 COMPARED = 128  # utterances whose scores are compared with those of the model in float64
 
 
@@ -66,19 +66,22 @@ def read_alone(plan, scorer):
 
 
 @pytest.mark.benchmark(timer=harness.now)
-@pytest.mark.parametrize("contestant", ["ours", MODEL, READING])
+@pytest.mark.parametrize("contestant", ["ours", MODEL, THREADS, READING])
 def test_scoring(benchmark, contest, device, contestant):
     folder, model, oracle = prepared(device)
     corpus, runs = Path(folder.name) / "corpus", Path(folder.name) / "runs"
     samples = SCORED[device.type]
     benchmark.group = f"scoring, {samples} utterances of up to 20 frames"
     works = work.model(Views(model.input_dims, samples, 15), len(CLASSES), training=False)  # 15 frames on average
-    if contestant == MODEL:
+    if contestant == THREADS and device.type != "cpu":
+        pytest.skip("scoring computes batches one after the other there")
+    if contestant in (MODEL, THREADS):
+        threads = torch.get_num_threads() if contestant == THREADS else None
         batches = [
             [{name: x.to(device) for name, x in features.items()}, lengths.to(device)]
             for features, lengths in ready_batches(plan_shards(corpus), Scorer(model), samples)
         ]
-        contest(contestant, lambda: run_model(model, batches), works, samples=samples)
+        contest(contestant, lambda: run_model(model, batches, threads), works, samples=samples)
         return
     if contestant == READING:
         plan, scorer = plan_shards(corpus), Scorer(model)

@@ -563,12 +563,12 @@ def test_several_devices_leave_the_bytes_of_one(corpus_dir, model, tmp_path):
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
-def test_one_scorer_computes_in_the_thread_that_calls_and_several_in_one_each(corpus_dir, model, tmp_path, monkeypatch):
+def test_one_thread_is_the_one_that_calls_and_several_scorers_have_one_each(corpus_dir, model, tmp_path, monkeypatch):
     computing, score_table = [], Scorer.score
 
-    def noted(scorer, table):
+    def noted(scorer, table, **options):
         computing.append((threading.current_thread(), scorer))
-        return score_table(scorer, table)
+        return score_table(scorer, table, **options)
 
     monkeypatch.setattr(Scorer, "score", noted)
     score(corpus_dir, model, tmp_path / "one")
@@ -601,7 +601,7 @@ def test_only_a_corpus_of_more_than_half_the_memory_is_dropped_from_the_page_cac
 
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
 def test_what_a_scorer_raises_stops_the_run(devices, corpus_dir, model, tmp_path, monkeypatch):
-    def fail(*_arguments):
+    def fail(*_arguments, **_options):
         raise AssertionError("a defect")
 
     monkeypatch.setattr(Scorer, "score", fail)

@@ -232,26 +232,19 @@ class FrameColumn(NamedTuple):
         """Return the first ``steps`` frames of some rows (R,) as (R, steps, d), padded with zeros and zero where null.
 
         Args:
-            rows: indices of rows.
+            rows: indices of rows, in ascending order.
             steps: length of the time axis.
             out: (R, steps, d) float32 to write them to, instead of to a new array.
         """
         if out is None:
             out = np.empty((len(rows), steps, self.dim), np.float32)
-        within = np.searchsorted(self.first_rows, rows, side="right") - 1
+        ends = [*self.first_rows[1:], len(self.frames)]
+        bounds = np.searchsorted(rows, [0, *ends])
         for index, block in enumerate(self.blocks):
-            where = np.flatnonzero(within == index)
-            if not len(where):
-                continue
-            start = self.first_rows[index]
-            stop = self.first_rows[index + 1] if index + 1 < len(self.blocks) else len(self.frames)
-            chosen, frames = rows[where] - start, self.frames[start:stop]
-            if len(where) == len(rows):
-                _pad(block, frames, chosen, out)
-            else:
-                part = np.empty((len(where), *out.shape[1:]), np.float32)
-                _pad(block, frames, chosen, part)
-                out[where] = part
+            start, stop = self.first_rows[index], ends[index]
+            of_block = slice(bounds[index], bounds[index + 1])
+            if of_block.stop > of_block.start:
+                _pad(block, self.frames[start:stop], rows[of_block] - start, out[of_block])
         absent = ~self.present[rows]
         if absent.any():
             out[absent] = 0

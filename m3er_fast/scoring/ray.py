@@ -28,7 +28,7 @@ import torch
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.plan import Shard
 from m3er_fast.scoring.scorer import Scorer
-from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shard
+from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shards
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -197,7 +197,7 @@ class _ScoreShard:
         finished = self._job.output.finished(task)
         if finished is not None:  # a worker was lost after it had written them
             return ShardResult(task.name, finished.rows, finished.errors)
-        with contextlib.closing(score_shard(self._job, task, self._scorer)) as scored:  # type: ignore[type-var]
+        with contextlib.closing(score_shards(self._job, [task], self._scorer)) as scored:  # type: ignore[type-var]
             for result in scored:
                 if isinstance(result, ShardResult):
                     return result
@@ -232,10 +232,7 @@ class _Lost(str):
 
 
 class _Worker:
-    """What Ray makes an actor of.
-
-    It has one thread, the main one: in another OpenMP would be slower, see :func:`m3er_fast.scoring.local.run_local`.
-    """
+    """What Ray makes an actor of."""
 
     def __init__(self, work: _Work, threads: int) -> None:
         self._work, self._threads = work, threads

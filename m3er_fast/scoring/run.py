@@ -20,7 +20,7 @@ from m3er_fast.scoring.page_cache import outgrows_page_cache
 from m3er_fast.scoring.plan import Checksum, Location, Plan, Shard, Source, locate, plan_shards
 from m3er_fast.scoring.reader import read_schema
 from m3er_fast.scoring.scorer import Scorer
-from m3er_fast.scoring.shard import ScoringJob, ShardResult
+from m3er_fast.scoring.shard import ScoringJob, ShardResult, read_tables, scored_parts
 from m3er_fast.scoring.summary import MapFunction, RunRecord, map_in_threads, write_summary
 
 if TYPE_CHECKING:
@@ -147,16 +147,14 @@ def iter_scores(
     Raises:
         CorpusError: a shard cannot be read; nothing is put in quarantine here.
     """
-    from m3er_fast.scoring.prefetch import Prefetch
-    from m3er_fast.scoring.reader import read_windows
-
     plan, scorer = plan_shards(corpus), Scorer(model, batch_frames=batch_frames)
-    for shard in plan.shards:
-        windows = read_windows(
-            plan.corpus, shard, window_bytes=scorer.window_bytes, verify=verify, check=scorer.check_schema
-        )
-        with naming(shard.name), Prefetch(windows) as tables:
-            yield from map(scorer.score, tables)
+    with closing(scored_parts(partial(read_tables, plan.corpus, verify=verify), plan.shards, scorer)) as scored:  # type: ignore[type-var]
+        for part in scored:
+            if part.error is not None:
+                with naming(part.shard.name):
+                    raise part.error
+            if part.scores is not None:
+                yield part.scores
 
 
 class Tally:

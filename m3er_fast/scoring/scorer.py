@@ -23,7 +23,9 @@ Dimension legend: N utterances of a table, B of a batch, M modalities, C classes
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +34,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
+from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.model import model_signature
@@ -117,13 +119,18 @@ class Scorer:
         self._check_modalities(schema)
         decode_rows(schema.empty_table(), self.model.input_dims)
 
-    def score(self, table: pa.Table) -> pa.Table:
+    def score(self, table: pa.Table, *, is_canceled: Callable[[], bool] = bool) -> pa.Table:
         """Score the utterances of a table in the layout of :mod:`m3er_fast.corpus.parquet`.
 
         A modality of the model that has no column is unavailable. Labels, splits and groups are not looked at. A row
-        that cannot be scored has an ``error``.
+        that cannot be scored has an ``error``. On the CPU several threads may score tables at a time.
+
+        Args:
+            table: some utterances.
+            is_canceled: asked before every batch whether the scores are of use no more.
 
         Raises:
+            CancelledError: they are not.
             CorpusError: the table holds a modality that the model does not know, or a column that cannot be read.
         """
         import pyarrow as pa
@@ -137,7 +144,7 @@ class Scorer:
             rows.problems.setdefault(int(row), f"it has {rows.lengths[row]} frames, more than {MOST_FRAMES}")
         scores = _Scores.empty(table.num_rows, self.model)
         with eval_mode(self.model):
-            self._score_rows(rows, scores)
+            self._score_rows(rows, scores, is_canceled)
         return self._to_table(table, rows, scores)
 
     def _check_modalities(self, schema: pa.Schema) -> None:
@@ -147,12 +154,18 @@ class Scorer:
             raise CorpusError(f"the corpus has modalities {unknown}, unknown to the model, which knows {names}")
 
     @torch.inference_mode()
-    def _score_rows(self, rows: DecodedRows, scores: _Scores) -> None:
+    def _score_rows(self, rows: DecodedRows, scores: _Scores, is_canceled: Callable[[], bool]) -> None:
         good = np.ones(len(rows.lengths), dtype=bool)
         good[list(rows.problems)] = False
         wanted = np.flatnonzero(good)
         batches = [wanted[batch] for batch in plan_batches(rows.lengths[wanted], self.batch_frames)]
-        staged = (self._stager.stage(rows, batch, self.model.input_dims) for batch in batches)
+
+        def stage(batch: np.ndarray) -> _Staged:
+            if is_canceled():
+                raise CancelledError
+            return self._stager.stage(rows, batch, self.model.input_dims)
+
+        staged = map(stage, batches)
         if self.device.type == "cpu":
             for batch in staged:
                 self._score_batch(batch, rows.problems, scores)
@@ -282,7 +295,8 @@ class _Stager:
     """Gathers the rows of a batch and brings them to the device.
 
     To CUDA through two pinned buffers, taken in turn, on a stream of its own: the next batch is copied while the one
-    before is computed.
+    before is computed. On the CPU a batch is in memory that the next one of the same thread overwrites: new memory
+    would be cleared by the system first, page by page.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -293,6 +307,7 @@ class _Stager:
         self._slots: list[dict[str, Tensor]] = [{}, {}]
         self._events: list[Any] = [None, None]
         self._turn = 0
+        self._own = threading.local()
 
     def stage(self, rows: DecodedRows, batch: np.ndarray, dims: dict[str, int]) -> _Staged:
         """Bring the rows ``batch`` to the device, padded to the longest of them; a null modality is left out."""
@@ -300,17 +315,13 @@ class _Stager:
         lengths, available = torch.from_numpy(rows.lengths[batch]), torch.from_numpy(rows.available[batch])
         columns = {name: rows.columns[name] for name in dims if name in rows.columns}
         if self._stream is None:
-            features = {name: torch.from_numpy(column.padded(batch, steps)) for name, column in columns.items()}
-            return _Staged(batch, features, lengths, available)
+            self._own.slot = slot = getattr(self._own, "slot", {})
+            return _Staged(batch, _gather(columns, batch, steps, slot, pinned=False), lengths, available)
         slot, event = self._slots[self._turn], self._events[self._turn]
         if event is not None:
             event.synchronize()  # the buffer is free once its last copy is done
-        pinned = {}
-        for name, column in columns.items():
-            shape = (len(batch), steps, dims[name])
-            pinned[name] = _pinned(slot, name, int(np.prod(shape)), torch.float32).view(shape)
-            column.padded(batch, steps, out=pinned[name].numpy())
-        pinned_lengths = _pinned(slot, "", len(batch), torch.int64).copy_(lengths)
+        pinned = _gather(columns, batch, steps, slot, pinned=True)
+        pinned_lengths = _buffer(slot, "", len(batch), torch.int64, pinned=True).copy_(lengths)
         with torch.cuda.stream(self._stream):
             features = {name: values.to(self.device, non_blocking=True) for name, values in pinned.items()}
             moved = pinned_lengths.to(self.device, non_blocking=True)
@@ -322,9 +333,21 @@ class _Stager:
         return _Staged(batch, features, moved, known, copied)
 
 
-def _pinned(slot: dict[str, Tensor], name: str, size: int, dtype: torch.dtype) -> Tensor:
+def _gather(
+    columns: dict[str, FrameColumn], batch: np.ndarray, steps: int, slot: dict[str, Tensor], *, pinned: bool
+) -> dict[str, Tensor]:
+    """Bring rows together, padded, in the buffers of a slot."""
+    features = {}
+    for name, column in columns.items():
+        shape = (len(batch), steps, column.dim)
+        features[name] = _buffer(slot, name, int(np.prod(shape)), torch.float32, pinned=pinned).view(shape)
+        column.padded(batch, steps, out=features[name].numpy())
+    return features
+
+
+def _buffer(slot: dict[str, Tensor], name: str, size: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
     if name not in slot or slot[name].numel() < size:
-        slot[name] = torch.empty(size, dtype=dtype, pin_memory=True)
+        slot[name] = torch.empty(size, dtype=dtype, pin_memory=pinned)
     return slot[name][:size]
 
 
