@@ -201,14 +201,29 @@ def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
+    held = reset_resident_peak()
+    if held is None:
+        return None
+    step()
+    return max(0, resident_peak() - held)
+
+
+def reset_resident_peak() -> int | None:
+    """Give free memory back, begin a new high-water mark of this process, and return the bytes that it starts from.
+
+    None where the system has no such mark.
+    """
     try:
         give_free_memory_back()
         Path("/proc/self/clear_refs").write_text("5")
-        held = _resident("VmRSS")
-        step()
-        return max(0, _resident("VmHWM") - held)
+        return _resident("VmRSS")
     except (AttributeError, OSError):
         return None
+
+
+def resident_peak() -> int:
+    """The high-water mark that `reset_resident_peak` began."""
+    return _resident("VmHWM")
 
 
 def give_free_memory_back() -> None:

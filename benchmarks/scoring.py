@@ -8,13 +8,12 @@
 * ``model``: the model alone, on batches that the scorer would make, in memory, one after the other with all threads,
   before and after every run; ``model_by_threads``: the same batches, as many at a time as there are threads, a thread
   each;
-* ``score``: the whole run, and its peak memory; ``ratio`` is to the mean of the model's rates before and after, and
-  ``ratio_by_threads`` to that of the other.
+* ``score``: the whole run, and the most memory that this process holds during it; ``ratio`` is to the mean of the
+  model's rates before and after, and ``ratio_by_threads`` to that of the other.
 """
 
 import argparse
 import itertools
-import resource
 import shutil
 import statistics
 import tempfile
@@ -36,10 +35,6 @@ from m3er_fast.scoring.threads import map_in_order
 
 CLASSES = ("angry", "happy", "neutral", "sad")
 MODELS = ("model", "model_by_threads")
-
-
-def peak_gib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def make_model(corpus):
@@ -139,6 +134,7 @@ def main():
                 for threads in (1, 2)
                 for verify in (False, True)
             }
+        peaks = []
         rates = {name: [] for name in (*MODELS, "score")}
 
         def time_model():
@@ -148,7 +144,10 @@ def main():
         time_model()
         for turn in range(options.rounds):
             out = Path(scratch) / f"scores-{turn}"
+            is_marked = harness.reset_resident_peak() is not None
             summary = score(corpus, scorer.model, out)
+            if is_marked:
+                peaks.append(harness.resident_peak())
             rates["score"].append(summary.rows / summary.seconds)
             shutil.rmtree(out)
             time_model()
@@ -167,7 +166,7 @@ def main():
             "score_utterances_per_second": statistics.median(rates["score"]),
             "ratio": ratio,
             "ratio_by_threads": by_threads,
-            "peak_rss_gib": peak_gib(),
+            "peak_rss_gib": max(peaks) / 2**30 if peaks else None,  # of this process while it scores
         }
     harness.write_json(result, options.out)
 
