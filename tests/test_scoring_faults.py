@@ -240,6 +240,21 @@ def test_a_bomb_of_repeated_frames_is_refused_before_it_is_unpacked(tmp_path):
     assert grown < 100 * MIB
 
 
+@pytest.mark.parametrize("width", [4, 700, 1024, 1025])  # of which the last is more than a header may hold
+def test_pages_of_one_row_whose_headers_hold_more_than_the_row_are_no_bomb(width, tmp_path):
+    features = np.random.default_rng(0).normal(size=(500, width)).astype(np.float32)
+    frames = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), 500, [None, pa.py_buffer(features)])
+    field = pa.field("text", pa.binary(4 * width), metadata={"features": str(width)})
+    ids = pa.array([f"u{row}" for row in range(500)])
+    table = pa.Table.from_arrays([ids, frames], schema=pa.schema([pa.field("id", pa.string()), field]))
+    pq.write_table(
+        table, tmp_path / "a.parquet", write_batch_size=1, data_page_size=1, use_dictionary=False, compression="none"
+    )
+    plan = plan_shards(tmp_path)
+    [read] = read_windows(plan.corpus, plan.shards[0])
+    np.testing.assert_array_equal(features_from_table(read).features["text"][:, 0], features)
+
+
 def test_a_bomb_of_one_huge_page_is_refused_by_what_its_rows_can_hold(tmp_path):
     path = tmp_path / "bomb.parquet"
     long = pa.array(["x" * (128 * MIB)])
@@ -320,13 +335,13 @@ def test_a_read_only_output_is_exit_code_2_in_one_line(corpus_dir, model_dir, tm
 # --- killed, interrupted ---
 
 
-def start_scoring(corpus, model, out, *more):
+def start_scoring(corpus, model, out, *more, threads=1):
     return subprocess.Popen(
         [sys.executable, "-m", "m3er_fast.cli", "score", corpus, "--model", model, "--out", out, *more],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
 
 
@@ -341,7 +356,7 @@ def test_killed_at_random_moments_and_resumed_leaves_the_bytes_of_an_uninterrupt
         if killed == kills:
             break
         out = tmp_path / f"out-{attempt // 5}"
-        run = start_scoring(tmp_path / "corpus", model_dir, out, "--resume")
+        run = start_scoring(tmp_path / "corpus", model_dir, out, "--resume", threads=1 + attempt % 2)
         deadline = time.monotonic() + 60
         while not (out / "manifest.json").exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -358,14 +373,16 @@ def test_killed_at_random_moments_and_resumed_leaves_the_bytes_of_an_uninterrupt
         assert scores_of(out)["id"].to_pylist() == corpus.ids.tolist()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_exit_code_130_and_leaves_nothing_half_written(number, corpus, model_dir, tmp_path, request):
+@pytest.mark.parametrize(("number", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_an_interrupt_is_exit_code_130_and_leaves_nothing_half_written(
+    number, threads, corpus, model_dir, tmp_path, request
+):
     # A shell that starts tests in the background has them ignore SIGINT, and what is ignored a new process inherits.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     make_tiny_shards(tmp_path / "corpus", corpus, 2000)
     out = tmp_path / "out"
-    run = start_scoring(tmp_path / "corpus", model_dir, out)
+    run = start_scoring(tmp_path / "corpus", model_dir, out, threads=threads)
     deadline = time.monotonic() + 60
     while not list(out.glob("part-*")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -5,7 +5,7 @@ Layout: ``part-00000.parquet`` and so on, with the columns
 * ``id``: string;
 * one a modality: fixed-size binary, the T·d float32 values of the padded frames, with the field metadata ``features``
   (d), ``frames`` (T) and ``dtype``; plain and uncompressed, because floats do not compress and a plain column is read
-  at the speed of memory; null means unavailable;
+  at the speed of memory, in pages of 64 KiB or of one row; null means unavailable;
 * ``length``: int32, the number of leading frames that are not padding;
 * ``label`` (optional): int32 class index or null, or list<float> of C answers or probabilities;
 * ``split`` and ``group`` (optional): string;
@@ -38,6 +38,8 @@ FORMAT_VERSION = "1"
 _FORMAT, _CLASSES, _TASK = b"m3er_fast.format", b"m3er_fast.classes", b"m3er_fast.task"
 _RESERVED = ("id", "length", "label", "split", "group")
 _ROW_GROUP_BYTES = 64 * 2**20
+# So that a page is still in a core's cache when, once read, it is verified, and then decoded.
+_PAGE_BYTES = 64 * 2**10
 
 
 class TableFeatures(NamedTuple):
@@ -105,10 +107,13 @@ def write_shard(corpus: Corpus, path: str | Path) -> None:
         OSError: it cannot be written, for example for lack of space.
     """
     table = _to_table(corpus)
+    frame_bytes = 4 * corpus.steps
     _pyarrow_parquet().write_table(
         table,
         path,
-        row_group_size=max(1, _ROW_GROUP_BYTES // (4 * corpus.steps * sum(corpus.input_dims.values()))),
+        row_group_size=max(1, _ROW_GROUP_BYTES // (frame_bytes * sum(corpus.input_dims.values()))),
+        data_page_size=_PAGE_BYTES,
+        write_batch_size=max(1, _PAGE_BYTES // (frame_bytes * max(corpus.input_dims.values()))),
         compression="none",
         use_dictionary=False,
         write_page_checksum=True,

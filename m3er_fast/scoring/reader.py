@@ -32,7 +32,8 @@ _MOST_ID_BYTES = 64 * 2**10
 # Floats hardly compress. Zeros and nulls do, so that a small shard of them is read whatever its ratio is.
 _MOST_EXPANSION = 1000
 _SMALL_SHARD = 2**30
-_BUFFER = 2**20
+# Of a column that is read at a time: little enough to stay in a core's cache, or worth a request to a store.
+_LOCAL_BUFFER, _REMOTE_BUFFER = 2**17, 2**22
 # Decoded at a time: Arrow takes larger buffers from the system and gives them back, so that each page of them is
 # cleared again, which slowed reading by a tenth to a half (docs/scoring.md).
 _PIECE_BYTES = 8 * 2**20
@@ -92,7 +93,9 @@ def _read_parquet(
         parquet.ParquetFile(
             source,
             metadata=(metadata := parquet.read_metadata(source)),
-            buffer_size=_BUFFER,  # else a column of a row group is read as a whole
+            buffer_size=_LOCAL_BUFFER
+            if corpus.is_local
+            else _REMOTE_BUFFER,  # else a column of a row group is read as a whole
             pre_buffer=False,
             page_checksum_verification=verify,
             read_dictionary=["id"]
@@ -144,8 +147,10 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
                 most = rows * 1024 + _MOST_ID_BYTES
             else:
                 most = chunk.num_values * 8
-            # Levels, page headers and a dictionary beside the values; a page that unpacks to more is a bomb.
-            if chunk.total_uncompressed_size > 1.1 * most + 64 * rows + 2**16:
+            # Levels, page headers and a dictionary beside the values; a page that unpacks to more is a bomb. A header
+            # may have the least and the largest value of a page, of 4 KiB at most, and a page may be of one row.
+            beside = 64 + 2 * min(widths.get(name, 8), 2**12)
+            if chunk.total_uncompressed_size > 1.1 * most + beside * rows + 2**16:
                 raise CorpusError(
                     f"column {name!r} would unpack to {chunk.total_uncompressed_size} bytes, "
                     f"but its {rows} rows hold at most {most}"
@@ -311,7 +316,7 @@ def _parquet_groups(source: Any, verify: bool) -> Iterator[Any]:
         source,
         metadata=metadata,
         read_dictionary=["group"],  # so that one huge name, repeated, is not unpacked
-        buffer_size=_BUFFER,
+        buffer_size=_REMOTE_BUFFER,
         pre_buffer=False,
         page_checksum_verification=verify,
     ) as file:
