@@ -214,7 +214,10 @@ def _multiply(query: Tensor, tile: _Tile, precision: torch.dtype) -> _Values:
     rows, points = tile.rows.to(precision), query.to(precision)
     level = tile.half.mean()
     bias = (tile.half - level).to(precision)
-    value = F.linear(-points, rows, torch.where(tile.kept, bias, torch.inf))
+    against = points.neg()
+    if precision == torch.bfloat16:
+        against = F.pad(against, (0, 0, 0, _shared_size(len(points)) - len(points)))
+    value = F.linear(against, rows, torch.where(tile.kept, bias, torch.inf))[: len(points)]
     # |q·b - q'·b'| ≤ ‖q‖ ‖b - b'‖ + ‖q - q'‖ ‖b'‖ for the rounded q' and b', by what rounding really did.
     row_error = (rows.to(query) - tile.rows).norm(dim=1).amax().double()
     row_norm = rows.float().norm(dim=1).amax().double()
@@ -224,6 +227,16 @@ def _multiply(query: Tensor, tile: _Tile, precision: torch.dtype) -> _Values:
     lost = (query.shape[1] + 16) * torch.finfo(torch.float32).eps * (norm + row_norm).square()
     error = norm * row_error + point_error * row_norm + bias_error + lost
     return _Values(value, level.double(), error, 1.01 * torch.finfo(precision).eps / 2)
+
+
+def _shared_size(queries: int) -> int:
+    """The next of few numbers of queries, by at most a half larger: 16, 24, 32, 48, 64, ...
+
+    oneDNN makes a program for each size of a product in bfloat16, which took longer (2 ms) than the product of a few
+    hundred queries, and keeps the last 1024 of them, in 0.5 MiB each.
+    """
+    power = 1 << max(4, (queries - 1).bit_length())
+    return power * 3 // 4 if 16 < queries <= power * 3 // 4 else power
 
 
 def _sift(values: _Values, least: Tensor, most: int) -> tuple[Tensor, _Hits, Tensor]:

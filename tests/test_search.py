@@ -197,3 +197,33 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 2**20 < int(done.stdout) < 64 * 2**20
+
+
+def test_products_are_of_few_sizes_hardly_larger_than_the_queries():
+    sizes = {queries: search._shared_size(queries) for queries in range(1, search._BLOCK_QUERIES + 1)}
+    assert len(set(sizes.values())) == 15
+    assert all(queries <= size <= max(16, 1.5 * queries) for queries, size in sizes.items())
+    assert sizes[search._BLOCK_QUERIES] == search._BLOCK_QUERIES
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process")
+def test_memory_does_not_grow_with_every_number_of_queries():
+    script = """
+import torch
+from m3er_fast import search
+torch.set_num_threads(1)
+search._product_precisions = lambda: (torch.bfloat16, torch.float32)
+bank, query = torch.randn(5000, 32), torch.randn(600, 32)
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+def search_all(numbers):
+    for number in numbers:
+        search.search_exact(query[:number], bank, 4)
+search_all([600, *range(1, 601, 20)])
+before = resident()
+search_all(range(1, 601, 2))
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 * 2**20
