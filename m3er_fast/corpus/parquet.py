@@ -5,7 +5,7 @@ Layout: ``part-00000.parquet`` and so on, with the columns
 * ``id``: string;
 * one a modality: fixed-size binary, the T·d float32 values of the padded frames, with the field metadata ``features``
   (d), ``frames`` (T) and ``dtype``; plain and uncompressed, because floats do not compress and a plain column is read
-  at the speed of memory, in pages of 64 KiB or of one row; null means unavailable;
+  at the speed of memory, in pages of 16 KiB or of one row; null means unavailable;
 * ``length``: int32, the number of leading frames that are not padding;
 * ``label`` (optional): int32 class index or null, or list<float> of C answers or probabilities;
 * ``split`` and ``group`` (optional): string;
@@ -38,8 +38,8 @@ FORMAT_VERSION = "1"
 _FORMAT, _CLASSES, _TASK = b"m3er_fast.format", b"m3er_fast.classes", b"m3er_fast.task"
 _RESERVED = ("id", "length", "label", "split", "group")
 _ROW_GROUP_BYTES = 64 * 2**20
-# So that a page is still in a core's cache when, once read, it is verified, and then decoded.
-_PAGE_BYTES = 64 * 2**10
+# Little enough that a page is still in a core's first cache when, once read, it is verified, and then decoded.
+_PAGE_BYTES = 16 * 2**10
 
 
 class TableFeatures(NamedTuple):
