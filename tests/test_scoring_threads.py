@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +15,7 @@ from m3er_fast.corpus import CorpusError, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import Scorer, iter_scores, score
 from m3er_fast.scoring import scorer as scorer_module
+from m3er_fast.scoring import threads as threads_module
 from m3er_fast.scoring.threads import map_in_order
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -218,4 +219,18 @@ def test_closing_tells_those_that_compute_and_waits_for_them():
     assert next(results) == 0
     results.close()
     assert set(ended) <= {0, 1, 2, 3}
+    assert not any(thread.name.startswith("m3er-score") for thread in threading.enumerate())
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_leaves_none_waiting(threads, monkeypatch):
+    class Exhausted(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            if len(self._threads) == 1:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments)
+
+    monkeypatch.setattr(threads_module, "ThreadPoolExecutor", Exhausted)
+    with pytest.raises(RuntimeError, match="can't start"):
+        next(map_in_order(lambda item, _: item, range(3), threads))
+    assert torch.get_num_threads() == threads
     assert not any(thread.name.startswith("m3er-score") for thread in threading.enumerate())

@@ -66,10 +66,15 @@ def _lone_threads(count: int) -> Iterator[ThreadPoolExecutor]:
         # What a thread sets holds for itself, but also for all that first compute later.
         with _usual_number_is_changed:
             usual = torch.get_num_threads()
-            for _ in range(count):
-                pool.submit(begin)
-            begun.wait()
-            torch.set_num_threads(usual)
+            try:
+                for _ in range(count):
+                    pool.submit(begin)
+                begun.wait()
+            except BaseException:  # one could not be started, or an interrupt: the others must not wait for it
+                begun.abort()
+                raise
+            finally:
+                torch.set_num_threads(usual)
         try:
             yield pool
         finally:
