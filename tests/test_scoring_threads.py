@@ -15,7 +15,11 @@ from m3er_fast.corpus import CorpusError, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import Scorer, iter_scores, score
 from m3er_fast.scoring import scorer as scorer_module
+from m3er_fast.scoring import shard as shard_module
 from m3er_fast.scoring import threads as threads_module
+from m3er_fast.scoring.output import OutputFolder
+from m3er_fast.scoring.plan import locate, plan_shards
+from m3er_fast.scoring.shard import ScoringJob, ShardResult
 from m3er_fast.scoring.threads import map_in_order
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -77,7 +81,8 @@ def test_several_devices_share_the_threads(threads, small_tables, model, corpus_
     finally:
         handle.remove()
     score(corpus_dir, model, tmp_path / "one", batch_frames=40)
-    assert 1 <= len(computing) <= threads
+    assert {number for _, number in computing} == {1}
+    assert len(computing) <= threads
     assert torch.get_num_threads() == threads
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -114,6 +119,17 @@ def test_scores_can_be_iterated_over_in_order(threads, small_tables, model, corp
     tables = list(iter_scores(corpus_dir, model, batch_frames=40))
     assert len(tables) > 2 * 3
     assert list(itertools.chain.from_iterable(table["id"].to_pylist() for table in tables)) == ids_of(corpus_dir)
+
+
+def test_a_shard_is_out_of_the_page_cache_before_its_result_is_told(model, corpus_dir, tmp_path, monkeypatch):
+    plan, scorer, dropped = plan_shards(corpus_dir), Scorer(model, batch_frames=40), []
+    monkeypatch.setattr(shard_module, "drop_from_page_cache", dropped.append)
+    output = OutputFolder(locate(tmp_path / "out"), plan.shards, scorer.signature, {})
+    output.begin(resume=False)
+    scored = shard_module.score_shards(ScoringJob(plan, output, keep_cached=False), plan.shards[:1], scorer)
+    next(result for result in scored if isinstance(result, ShardResult))
+    scored.close()  # as a worker of Ray does
+    assert dropped == list(plan.shards[:1])
 
 
 # --- what goes wrong ---

@@ -118,6 +118,10 @@ def _read_parquet(
             yield schema.empty_table().select(columns)
 
 
+def _buffer_bytes(corpus: Location) -> int:
+    return _LOCAL_BUFFER if corpus.is_local else _REMOTE_BUFFER
+
+
 def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
     wanted = ("id", "length", *also, *modality_columns(schema))
     return [name for name in schema.names if name in wanted]
@@ -291,7 +295,7 @@ def read_groups(
         try:
             with corpus.filesystem.open_input_file(shard.path) as file:
                 is_ipc = file.read(6) == b"ARROW1"
-                columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(file, verify)
+                columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, file, verify)
                 for column in columns:
                     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
                     names = coded.dictionary.to_pylist()
@@ -300,7 +304,7 @@ def read_groups(
             raise CorpusError(f"column 'group' is not readable: {' '.join(str(error).split())}") from error
 
 
-def _parquet_groups(source: Any, verify: bool) -> Iterator[Any]:
+def _parquet_groups(corpus: Location, source: Any, verify: bool) -> Iterator[Any]:
     from pyarrow import parquet
 
     metadata = parquet.read_metadata(source)
@@ -316,7 +320,7 @@ def _parquet_groups(source: Any, verify: bool) -> Iterator[Any]:
         source,
         metadata=metadata,
         read_dictionary=["group"],  # so that one huge name, repeated, is not unpacked
-        buffer_size=_REMOTE_BUFFER,
+        buffer_size=_buffer_bytes(corpus),
         pre_buffer=False,
         page_checksum_verification=verify,
     ) as file:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,10 +47,6 @@ class ScoringJob:
         """The same for workers, who are told of some shards at a time: a list of a hundred thousand is sent to none."""
         return replace(self, plan=self.plan._replace(shards=()), output=replace(self.output, shards=()))
 
-    def read(self, shard: Shard, scorer: Scorer) -> Iterator[pa.Table]:
-        """Read a shard as :func:`read_tables`."""
-        return read_tables(self.plan.corpus, shard, scorer, verify=self.verify)
-
 
 def read_tables(corpus: Location, shard: Shard, scorer: Scorer, *, verify: bool = True) -> Iterator[pa.Table]:
     """Read a shard in tables of the size that the scorer wants."""
@@ -85,11 +82,10 @@ def score_shards(
     Raises:
         OSError: the scores cannot be written.
     """
-    with closing(scored_parts(job.read, shards, scorer, threads=threads)) as scored:  # type: ignore[type-var]
+    read = partial(read_tables, job.plan.corpus, verify=job.verify)
+    with closing(scored_parts(read, shards, scorer, threads=threads)) as scored:  # type: ignore[type-var]
         for shard, parts in itertools.groupby(scored, key=lambda part: part.shard):
             yield from _write(job, shard, parts, scorer)
-            if not job.keep_cached:
-                drop_from_page_cache(shard)
 
 
 def scored_parts(
@@ -152,6 +148,9 @@ def _write(job: ScoringJob, shard: Shard, parts: Iterator[ScoredPart], scorer: S
                     writer.write(part.scores)
                     yield part.scores.num_rows
     except CorpusError as error:
-        yield ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
+        result = ShardResult(shard.name, 0, 0, " ".join(str(error).split()))
     else:
-        yield ShardResult(shard.name, writer.rows, writer.errors)
+        result = ShardResult(shard.name, writer.rows, writer.errors)
+    if not job.keep_cached:
+        drop_from_page_cache(shard)
+    yield result  # after which a worker of Ray asks for no more
