@@ -63,7 +63,8 @@ def _exit_code(error: BaseException) -> int:
         return MISMATCH
     if _is_usage_error(error) or isinstance(error, ValueError | ImportError | BackendUnavailableError | TrainingError):
         return USAGE
-    if isinstance(error, OSError) and error.errno in _UNUSABLE:
+    # Arrow's filesystems give errors of an object store no number: no such bucket, no permission, no connection.
+    if isinstance(error, OSError) and (error.errno is None or error.errno in _UNUSABLE):
         return USAGE
     return INTERNAL
 

@@ -197,6 +197,7 @@ def score(
     from m3er_fast.cli import QUARANTINED
     from m3er_fast.scoring import load_model
     from m3er_fast.scoring import score as score_corpus
+    from m3er_fast.scoring.plan import locate
 
     _check_engine(engine)
     if batch_frames != "auto" and not (batch_frames.isdecimal() and int(batch_frames)):
@@ -228,12 +229,13 @@ def score(
     resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
     scored = summary.shards - len(summary.quarantined)
     took = f"{summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s"
-    print(f"{out}: {took}; see {out.rstrip('/')}/summary.html")
+    folder = str(locate(out))
+    print(f"{folder}: {took}; see {folder.rstrip('/')}/summary.html")
     if summary.quarantined:
         first = summary.quarantined[0]
         typer.echo(
             f"m3er-fast: {len(summary.quarantined)} of {summary.shards} shards are in quarantine, such as "
-            f"{first.shard}: {first.reason} (all: {out.rstrip('/')}/quarantine.json)",
+            f"{first.shard}: {first.reason} (all: {folder.rstrip('/')}/quarantine.json)",
             err=True,
         )
     if summary.errors:

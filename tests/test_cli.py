@@ -196,6 +196,7 @@ def failing(monkeypatch, corpus_dir, model_dir, tmp_path):
         (ImportError("needs h5py: pip install 'm3er-fast[hdf5]'"), 2, ["m3er-fast[hdf5]"]),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 2, ["Permission denied: 'out'"]),
         (OSError(errno.EROFS, "Read-only file system"), 2, ["Read-only"]),
+        (OSError("Bucket 'x' not found."), 2, ["error: Bucket 'x' not found."]),
         (scoring.OutputMismatchError("out holds scores made with another model"), 4, ["another model"]),
         (OSError(errno.ENOSPC, "No space left on device"), 5, ["disk full"]),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, ["disk full"]),

@@ -14,6 +14,7 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 _SAMPLE = 64 * 2**10
 _CHUNK = 4 * 2**20
 _THREADS = 16  # checksums wait for storage, not for a core
+_SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfs", "hdfs": "hdfs"}  # of URIs, by the type_name of a filesystem
 
 Checksum: TypeAlias = Literal["sampled", "full"]
 """What of a shard is hashed: its size and first and last 64 KiB, or all of it."""
@@ -38,7 +39,9 @@ class Location(NamedTuple):
         return f"{self.path.rstrip('/')}/{name}"
 
     def __str__(self) -> str:
-        return self.path
+        """A path, or a URI without what it may have held besides: keys and options of the filesystem."""
+        scheme = _SCHEMES.get(self.filesystem.type_name)
+        return f"{scheme}://{self.path}" if scheme else self.path
 
 
 class Shard(NamedTuple):

@@ -93,9 +93,7 @@ def _read_parquet(
         parquet.ParquetFile(
             source,
             metadata=(metadata := parquet.read_metadata(source)),
-            buffer_size=_LOCAL_BUFFER
-            if corpus.is_local
-            else _REMOTE_BUFFER,  # else a column of a row group is read as a whole
+            buffer_size=_buffer_bytes(corpus),  # without one, a column of a row group is read as a whole
             pre_buffer=False,
             page_checksum_verification=verify,
             read_dictionary=["id"]
