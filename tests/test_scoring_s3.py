@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,18 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_
 _NUMBERS = itertools.count()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(port):
+    running = server.ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
+    running.start()
+    return running
+
+
 @pytest.fixture(scope="module")
 def store():
     """A server of its own; what it listens to."""
@@ -39,10 +52,9 @@ def store():
         for name, value in KEYS.items():
             patch.setenv(name, value)
         patch.setattr(logging.getLogger("werkzeug"), "level", logging.ERROR)  # it logs every request
-        running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        running.start()
-        host, port = running.get_host_and_port()
-        yield f"{host}:{port}"
+        port = free_port()
+        running = start(port)
+        yield f"127.0.0.1:{port}"
         running.stop()
 
 
@@ -228,10 +240,9 @@ def test_an_output_that_is_lost_on_the_way_ends_the_run_and_what_is_finished_sta
     """A store of its own goes away after two shards; when it is back, the run is resumed."""
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
-    running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    out = f"s3://lost/out?endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
+    port = free_port()
+    running = start(port)
+    out = f"s3://lost/out?endpoint_override=127.0.0.1:{port}&scheme=http&allow_bucket_creation=true"
     stopped = threading.Event()
 
     def stop(progress):
@@ -242,8 +253,7 @@ def test_an_output_that_is_lost_on_the_way_ends_the_run_and_what_is_finished_sta
     with pytest.raises(OSError, match=r"(?i)aws error|connect"):
         score(corpus_dir, model, out, progress=stop)
     assert stopped.is_set()
-    again = server.ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
-    again.start()  # moto keeps its objects in this process
+    again = start(port)  # moto keeps its objects in this process
     try:
         assert "_SUCCESS" not in names(out)
         summary = score(corpus_dir, model, out, resume=True)
