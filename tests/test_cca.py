@@ -407,18 +407,23 @@ def test_canonical_directions_of_a_joint_covariance_are_those_of_fit():
     assert (solution.x_rank, solution.y_rank) == (7, 5)
 
 
+@pytest.mark.parametrize("order", ["drawn", "drifting", "one row apart"])
 @pytest.mark.parametrize("offset", [0, 10**6, -(10**12)])
-def test_moments_equal_exact_integer_arithmetic(offset):
+def test_moments_equal_exact_integer_arithmetic(offset, order):
     spread = np.array([1, 1000, 10, 0])
     whole = np.rint(np.random.default_rng(0).normal(size=(5000, 4)) * 1000).astype(np.int64) * spread + offset
+    if order == "drifting":  # a chunk's mean is far from those before it
+        whole = np.sort(whole, axis=0)
+    elif order == "one row apart":  # alone in its chunk, far from the mean of the others
+        whole = np.concatenate([whole[:4096], whole[:1] + 10**7 * spread])
     exact = whole.astype(object)
     n, total = len(exact), exact.sum(axis=0)
     covariance = ((n * (exact.T @ exact) - np.outer(total, total)) / (n * (n - 1))).astype(np.float64)
     rows = whole.astype(np.float64)
     moments = Moments(4).update(rows[:, :3], rows[:, 3:])
     assert moments.count == n
-    np.testing.assert_allclose(moments.mean, (total / n).astype(np.float64), rtol=1e-15, atol=1e-12)
-    scale = np.sqrt(np.diag(covariance))
+    mean, scale = (total / n).astype(np.float64), np.sqrt(np.diag(covariance))
+    np.testing.assert_array_less(np.abs(moments.mean - mean), 1e-15 * (np.abs(mean) + scale) + 1e-300)
     np.testing.assert_array_less(np.abs(moments.covariance - covariance), 1e-14 * np.outer(scale, scale) + 1e-300)
     assert not moments.covariance[3].any()
 
