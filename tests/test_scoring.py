@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import traceback
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
+from m3er_fast.scoring.plan import locate
 from m3er_fast.training import evaluate, train
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -692,3 +694,14 @@ def test_scores_of_real_data_have_the_metrics_of_evaluation_in_training(name, ki
     assert report.overall == expected.overall
     assert report.per_class == expected.per_class
     np.testing.assert_array_equal(report.confusion, expected.confusion)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://key:sec/ret@bucket/x", "s3://key:secret@buc ket/x", "s4://key:secret@bucket/x", "hdfs://u:secret@h:x/y"],
+)
+def test_a_uri_that_cannot_be_used_is_told_without_its_keys(uri):
+    with pytest.raises(ValueError, match="no filesystem for this URI: .*@") as found:
+        locate(uri)
+    text = "".join(traceback.format_exception(found.value))
+    assert not any(word in text for word in ("secret", "sec/ret", "key:"))

@@ -70,16 +70,22 @@ def locate(source: Source) -> Location:
 
     Raises:
         ImportError: pyarrow is missing.
-        ValueError: no filesystem is known for the URI.
+        ValueError: no filesystem can be had for the URI. What it holds before an ``@``, keys perhaps, is not told.
     """
     try:
+        import pyarrow as pa
         from pyarrow import fs
     except ImportError as error:
         raise ImportError("scoring needs pyarrow: pip install 'm3er-fast[score]'") from error
     if isinstance(source, tuple):
         filesystem, path = source
     elif isinstance(source, str) and "://" in source:
-        filesystem, path = fs.FileSystem.from_uri(source)
+        try:
+            filesystem, path = fs.FileSystem.from_uri(source)
+        except (pa.ArrowException, OSError) as error:
+            keys = source.partition("://")[2].rpartition("@")[0]
+            reason = str(error).replace(keys, "...") if keys else str(error)
+            raise ValueError(f"no filesystem for this URI: {reason}") from None
     else:
         filesystem, path = fs.LocalFileSystem(), str(Path(source))
     while isinstance(filesystem, fs.SubTreeFileSystem):
