@@ -701,7 +701,7 @@ def test_scores_of_real_data_have_the_metrics_of_evaluation_in_training(name, ki
     ["s3://key:sec/ret@bucket/x", "s3://key:secret@buc ket/x", "s4://key:secret@bucket/x", "hdfs://u:secret@h:x/y"],
 )
 def test_a_uri_that_cannot_be_used_is_told_without_its_keys(uri):
-    with pytest.raises(ValueError, match="no filesystem for this URI: .*@") as found:
+    with pytest.raises(ValueError, match=r"no filesystem for this URI: .*@") as found:
         locate(uri)
     text = "".join(traceback.format_exception(found.value))
     assert not any(word in text for word in ("secret", "sec/ret", "key:"))

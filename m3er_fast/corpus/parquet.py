@@ -294,8 +294,11 @@ def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) ->
     Raises:
         CorpusError: naming the column that is missing or cannot be read in any row.
     """
-    ids = _id_column(table)
     names = list(input_dims) if input_dims is not None else modality_columns(table.schema)
+    for name in ("id", "length", *names):
+        if table.column_names.count(name) > 1:
+            raise CorpusError(f"there are {table.column_names.count(name)} columns {name!r}")
+    ids = _id_column(table)
     problems: dict[int, str] = _id_problems(ids)
     columns = {
         name: _frames(table, name, None if input_dims is None else input_dims[name], ids, problems)
@@ -470,7 +473,10 @@ def _lengths(table: pa.Table, ids: Any, problems: dict[int, str]) -> np.ndarray:
         raise CorpusError(f"column 'length' holds {column.type}, wanted int32")
     for row in np.flatnonzero(_nulls(column)) if column.null_count else ():
         problems.setdefault(int(row), f"column 'length' is null for {_name(ids, row)}")
-    lengths = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
+    values = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False))
+    if values.dtype == np.uint64:
+        values = np.minimum(values, np.iinfo(np.int64).max)
+    lengths = values.astype(np.int64)
     for row in np.flatnonzero(lengths < 0):
         problems.setdefault(int(row), f"column 'length' is {lengths[row]} for {_name(ids, row)}")
     return lengths
@@ -523,6 +529,21 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def _with_floats(kind: Any) -> Any:
+    """The type with floats for nulls: what is inferred for a column of nothing else holds no numbers."""
+    import pyarrow as pa
+
+    inner, depth = kind, 0
+    while _is_list(inner):
+        inner, depth = inner.value_type, depth + 1
+    if not pa.types.is_null(inner):
+        return kind
+    floats: Any = pa.float32()
+    for _ in range(max(depth, 1)):
+        floats = pa.list_(floats)
+    return floats
+
+
 def _storage_type(kind: Any) -> Any:
     return getattr(kind, "storage_type", kind)
 
@@ -533,24 +554,28 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
 
     field = table.schema.field(name)
     metadata = field.metadata or {}
-    counts = {int(metadata[b"features"])} if metadata.get(b"features", b"").isdigit() else set()
+    features = metadata.get(b"features", b"")
+    counts = {int(features)} if features.isdigit() and len(features) < 10 else set()
     if isinstance(field.type, pa.FixedShapeTensorType):
         counts.add(field.type.shape[-1])
-    present = ~_nulls(table[name])
+    data = table[name]
+    if (kind := _with_floats(data.type)) != data.type:
+        data = data.cast(kind)
+    present = ~_nulls(data)
     first_rows, fixed = np.zeros(1, np.int64), None
     if pa.types.is_fixed_size_binary(field.type):
         dtype = metadata.get(b"dtype", b"float32").decode(errors="replace")
-        fixed, blocks = _binary_blocks(table[name], name, dtype)
+        fixed, blocks = _binary_blocks(data, name, dtype)
         items = np.full(len(present), fixed)
-        first_rows = np.cumsum([0, *(len(chunk) for chunk in table[name].chunks[:-1])])
+        first_rows = np.cumsum([0, *(len(chunk) for chunk in data.chunks[:-1])])
     else:
-        column = _one_chunk(table[name])
+        column = _one_chunk(data)
         if isinstance(column, pa.ExtensionArray):
             column = column.storage
         items, flat, inner = _list_items(column, name, wanted, ids, problems)
         blocks = [flat]
         counts |= inner
-        if pa.types.is_fixed_size_list(column.type) and not inner:
+        if pa.types.is_fixed_size_list(column.type) and not _is_list(column.type.value_type):
             fixed = int(column.type.list_size)
     if wanted is not None:
         counts.add(wanted)

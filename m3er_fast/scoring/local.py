@@ -59,9 +59,9 @@ def _score_in_threads(
         results.put(None)
 
     threads = [threading.Thread(target=work, args=(scorer,), name="m3er-score", daemon=True) for scorer in scorers]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         running = len(threads)
         while running:
             result = results.get()
@@ -74,4 +74,5 @@ def _score_in_threads(
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()

@@ -131,10 +131,8 @@ class OutputFolder:
             writer.flush(last=True)
 
     def quarantine(self, entries: Iterable[QuarantinedShard]) -> None:
-        """Replace the quarantine list; it is in the order of the shards."""
-        order = {shard.name: index for index, shard in enumerate(self.shards)}
-        listed = sorted(entries, key=lambda entry: order[entry.shard])
-        self._write_json(QUARANTINE, [entry._asdict() for entry in listed])
+        """Replace the quarantine list."""
+        self._write_json(QUARANTINE, [entry._asdict() for entry in entries])
 
     def write_summary(self, summary: Mapping[str, Any], page: str) -> None:
         """Write the summary, as JSON and as a page.

@@ -87,7 +87,8 @@ def locate(source: Source) -> Location:
             reason = str(error).replace(keys, "...") if keys else str(error)
             raise ValueError(f"no filesystem for this URI: {reason}") from None
     else:
-        filesystem, path = fs.LocalFileSystem(), str(Path(source))
+        # Absolute, for workers of Ray that run in another folder.
+        filesystem, path = fs.LocalFileSystem(), str(Path(source).absolute())
     while isinstance(filesystem, fs.SubTreeFileSystem):
         filesystem, path = filesystem.base_fs, filesystem.base_path.rstrip("/") + "/" + path.lstrip("/")
     return Location(filesystem, str(path))
@@ -104,11 +105,27 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
         ValueError: ``checksum`` is neither.
         CorpusError: there is no such file, or none in the folder, or two would have scores of one name.
     """
-    from pyarrow import fs
-
     if checksum not in get_args(Checksum):
         raise ValueError(f"checksum must be 'sampled' or 'full', got {checksum!r}")
     corpus = locate(source)
+    try:
+        files = _list_files(corpus)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{corpus}: holds a file whose name is not UTF-8: {error.object!r}") from error
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size, checksum), files)
+        shards = tuple(
+            Shard(file.base_name, file.path, file.size, checksum)
+            for file, checksum in zip(files, checksums, strict=True)
+        )
+    _check_names(shards)
+    return Plan(corpus, shards)
+
+
+def _list_files(corpus: Location) -> list[Any]:
+    """The files of a corpus, by name."""
+    from pyarrow import fs
+
     found = corpus.filesystem.get_file_info(corpus.path)
     if found.type == fs.FileType.File:
         files = [found]
@@ -120,14 +137,7 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     else:
         raise CorpusError(f"{corpus}: no such file or folder")
     files.sort(key=lambda file: str(file.base_name))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size, checksum), files)
-        shards = tuple(
-            Shard(file.base_name, file.path, file.size, checksum)
-            for file, checksum in zip(files, checksums, strict=True)
-        )
-    _check_names(shards)
-    return Plan(corpus, shards)
+    return files
 
 
 def _check_names(shards: Iterable[Shard]) -> None:

@@ -24,7 +24,11 @@ class Prefetch(Generic[Item], Iterator[Item]):
         self._ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(source,), name="m3er-prefetch", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt while it starts: nobody could close it
+            self._stopped.set()
+            raise
 
     def __next__(self) -> Item:
         if self._stopped.is_set():

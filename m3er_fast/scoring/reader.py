@@ -126,10 +126,10 @@ def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
 
 
 def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
-    """Bound what decoding will take by the footer alone; returns the bytes of a row, on average."""
+    """Bound what decoding will take by the footer alone; returns the bytes of a row, on average of the widest group."""
     import pyarrow as pa
 
-    total: int = 0
+    total, row_bytes = 0, 1
     widths = {
         field.name: field.type.byte_width
         for field in schema
@@ -137,7 +137,7 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
     }
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
-        rows = row_group.num_rows
+        rows, before = row_group.num_rows, total
         for index in range(row_group.num_columns):
             chunk = row_group.column(index)
             name = chunk.path_in_schema.split(".", 1)[0]
@@ -158,7 +158,7 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
                     f"but its {rows} rows hold at most {most}"
                 )
             total += most if name != "id" else 0
-    row_bytes = max(1, total // max(1, int(metadata.num_rows)))
+        row_bytes = max(row_bytes, (total - before) // max(1, rows))
     if row_bytes > _MOST_ROW_BYTES:
         raise CorpusError(f"a row takes {row_bytes} bytes, more than the {_MOST_ROW_BYTES} that are read")
     if total > max(_SMALL_SHARD, _MOST_EXPANSION * size):
@@ -177,6 +177,9 @@ def _with_checked_ids(table: pa.Table) -> pa.Table:
         longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
         if longest > _MOST_ID_BYTES:
             raise CorpusError(f"column 'id' holds a string of {longest} bytes, more than the {_MOST_ID_BYTES} allowed")
+        unpacked = pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        if unpacked > 1024 * len(chunk) + _MOST_ID_BYTES:
+            raise CorpusError(f"column 'id' would unpack to {unpacked} bytes for {len(chunk)} rows")
     return table.set_column(index, "id", table["id"].cast(table.schema.field("id").type.value_type))
 
 
@@ -198,7 +201,7 @@ def _read_ipc(
                 rows = max(1, window_bytes // max(1, batch.nbytes // max(1, batch.num_rows)))
                 for start in range(0, batch.num_rows, rows):
                     yielded = True
-                    yield pa.Table.from_batches([batch.slice(start, rows)])
+                    yield _with_checked_ids(pa.Table.from_batches([batch.slice(start, rows)]))
                     forget()
             if not yielded:
                 yield reader.schema.empty_table().select(columns)
@@ -232,28 +235,35 @@ def _refuse_compressed(source: Any) -> None:
 
     source.seek(8)
     for message in ipc.MessageReader.open_stream(source):
-        if message.type == "record batch" and _has_compression(bytes(message.metadata)):
+        if message.type in ("record batch", "dictionary") and _has_compression(message):
             raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
     source.seek(0)
 
 
-def _has_compression(message: bytes) -> bool:
-    """Whether the flatbuffer of a record batch has the field ``compression``, of format/Message.fbs."""
+def _has_compression(message: Any) -> bool:
+    """Whether the flatbuffer of a batch of records or of a dictionary has ``compression``, of format/Message.fbs."""
+    content = bytes(message.metadata)
 
     def field(table: int, number: int) -> int:
         """Position of a field of a table, or 0."""
-        vtable = table - struct.unpack_from("<i", message, table)[0]
-        if 4 + 2 * number >= struct.unpack_from("<H", message, vtable)[0]:
+        vtable = table - struct.unpack_from("<i", content, table)[0]
+        if 4 + 2 * number >= struct.unpack_from("<H", content, vtable)[0]:
             return 0
-        offset = struct.unpack_from("<H", message, vtable + 4 + 2 * number)[0]
+        offset = struct.unpack_from("<H", content, vtable + 4 + 2 * number)[0]
         return table + offset if offset else 0
 
     def target(position: int) -> int:
-        return int(position + struct.unpack_from("<I", message, position)[0])
+        return int(position + struct.unpack_from("<I", content, position)[0])
 
     try:
-        header = field(target(0), 2)
-        return bool(header and field(target(header), 3))
+        path = (2, 1) if message.type == "dictionary" else (2,)  # the message's header, and of a dictionary its data
+        batch = target(0)
+        for number in path:
+            position = field(batch, number)
+            if not position:
+                return False
+            batch = target(position)
+        return bool(field(batch, 3))
     except struct.error as error:
         raise CorpusError("not readable: a message of it is damaged") from error
 
@@ -347,6 +357,8 @@ def _has_groups(schema: pa.Schema) -> bool:
 
     if "group" not in schema.names:
         return False
+    if schema.names.count("group") > 1:
+        raise CorpusError(f"there are {schema.names.count('group')} columns 'group'")
     kind = schema.field("group").type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value)):

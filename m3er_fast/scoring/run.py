@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_QUARANTINE_SECONDS = 1.0  # between two writings of the list, each of which is of the whole list
 _THREADS = 16  # looking for finished shards waits for storage, not for a core
 
 
@@ -168,8 +169,10 @@ class Tally:
     def __init__(self, job: ScoringJob, progress: Callable[[ScoreProgress], None] | None = None) -> None:
         self._job, self._progress = job, progress
         self._sizes = {shard.name: shard.size for shard in job.plan.shards}
+        self._order = {shard.name: index for index, shard in enumerate(job.plan.shards)}
         self._start = time.perf_counter()
-        self.quarantined: list[QuarantinedShard] = []
+        self._quarantine: list[QuarantinedShard] = []
+        self._quarantine_told = (0, -_QUARANTINE_SECONDS)  # how many of them, and when
         self._shard_rows: dict[str, int] = {}
         self.done = self.resumed = self.rows = self.errors = 0
         self._own_rows = self._live_rows = self._bytes = self._all_bytes = 0
@@ -205,23 +208,34 @@ class Tally:
             if result.reason is None:
                 self._shard_rows[result.name] = result.rows
             else:
-                self.quarantined.append(QuarantinedShard(result.name, result.reason))
-                self._job.output.quarantine(self.quarantined)
+                self._quarantine.append(QuarantinedShard(result.name, result.reason))
+                if time.perf_counter() - self._quarantine_told[1] >= _QUARANTINE_SECONDS:
+                    self._tell_quarantine()
         self._report()
 
+    @property
+    def quarantined(self) -> list[QuarantinedShard]:
+        """What could not be scored, in the order of the shards."""
+        return sorted(self._quarantine, key=lambda entry: self._order[entry.shard])
+
     def summary(self, seconds: float) -> ScoreSummary:
-        """Return the counts of a finished run; its quarantine is in the order of the shards."""
-        order = {shard.name: index for index, shard in enumerate(self._job.plan.shards)}
-        listed = tuple(sorted(self.quarantined, key=lambda entry: order[entry.shard]))
+        """Return the counts of a finished run."""
+        listed = tuple(self.quarantined)
         return ScoreSummary(
-            self.rows, self.errors, len(order), self.resumed, listed, self._job.output.signature, seconds
+            self.rows, self.errors, len(self._order), self.resumed, listed, self._job.output.signature, seconds
         )
 
     def write_summary(self, engine: str, seconds: float, map_tasks: MapFunction) -> None:
-        """Write what the folder of a finished run is summarised by."""
+        """Write what the folder of a finished run is summarised by, and the rest of the quarantine list."""
+        self._tell_quarantine()
         finished = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         run = RunRecord(engine, self._own_rows, seconds, self.resumed, finished)
         write_summary(self._job, self._shard_rows, self.quarantined, run, map_tasks)
+
+    def _tell_quarantine(self) -> None:
+        if len(self._quarantine) > self._quarantine_told[0]:
+            self._job.output.quarantine(self.quarantined)
+            self._quarantine_told = len(self._quarantine), time.perf_counter()
 
     def _report(self) -> None:
         if self._progress is None:

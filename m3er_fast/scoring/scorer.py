@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -76,7 +77,8 @@ class Scorer:
 
     Raises:
         NotFittedError: the model's check is not fitted.
-        ValueError: an argument is out of range, or two columns of the scores would have one name.
+        ValueError: an argument is out of range, the model is on another device than cpu or cuda, or two columns of
+            the scores would have one name.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Scorer:
             raise NotFittedError("this model's modality check is not fitted: call fit, or train the model")
         self.model = model
         self.device = next(model.parameters()).device
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"scoring runs on cpu and cuda, got a model on {self.device}")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
         if dtype == "bfloat16" and self.device.type == "cpu":
@@ -159,13 +163,7 @@ class Scorer:
         good[list(rows.problems)] = False
         wanted = np.flatnonzero(good)
         batches = [wanted[batch] for batch in plan_batches(rows.lengths[wanted], self.batch_frames)]
-
-        def stage(batch: np.ndarray) -> _Staged:
-            if is_canceled():
-                raise CancelledError
-            return self._stager.stage(rows, batch, self.model.input_dims)
-
-        staged = map(stage, batches)
+        staged = self._stage(rows, batches, is_canceled)
         if self.device.type == "cpu":
             for batch in staged:
                 self._score_batch(batch, rows.problems, scores)
@@ -173,6 +171,29 @@ class Scorer:
         with Prefetch(staged) as ahead:  # copies to the device while it computes
             for batch in ahead:
                 self._score_batch(batch, rows.problems, scores)
+
+    def _stage(
+        self, rows: DecodedRows, batches: Iterable[np.ndarray], is_canceled: Callable[[], bool]
+    ) -> Iterator[_Staged]:
+        """Bring batches to the device, one that does not fit into memory in halves."""
+        waiting = deque(batches)
+        while waiting:
+            if is_canceled():
+                raise CancelledError
+            batch = waiting.popleft()
+            try:
+                staged = self._stager.stage(rows, batch, self.model.input_dims)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._take_less(len(batch) * int(rows.lengths[batch].max()))
+                if len(batch) == 1:
+                    rows.problems[int(batch[0])] = _told(error)
+                    continue
+                middle = len(batch) // 2
+                waiting.extendleft([batch[middle:], batch[:middle]])
+            else:
+                yield staged
 
     def _score_batch(self, batch: _Staged, problems: dict[int, str], scores: _Scores) -> None:
         """Score a batch, in halves where it does not fit into memory or where a row of it breaks the model."""
@@ -184,17 +205,21 @@ class Scorer:
                 if isinstance(error, getattr(torch, "AcceleratorError", ())):  # the device is lost, not a row
                     raise
                 if _is_out_of_memory(error):
-                    self.batch_frames = max(1, min(self.batch_frames, len(batch.rows) * steps) // 2)
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    self._take_less(len(batch.rows) * steps)
                 if len(batch.rows) == 1:
-                    problems[int(batch.rows[0])] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    problems[int(batch.rows[0])] = _told(error)
                     return
             else:
                 return
         middle = len(batch.rows) // 2
         for half in (slice(0, middle), slice(middle, None)):
             self._score_batch(batch.part(half), problems, scores)
+
+    def _take_less(self, frames: int) -> None:
+        """So many frames did not fit into memory."""
+        self.batch_frames = max(1, min(self.batch_frames, frames) // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _forward(self, batch: _Staged, scores: _Scores) -> None:
         batch.wait()
@@ -375,6 +400,10 @@ def _with_network_in(model: M3ERFusion, dtype: torch.dtype) -> M3ERFusion:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _clean_ids(table: pa.Table, problems: dict[int, str]) -> Any:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.scoring.output import OutputFolder
 from m3er_fast.scoring.page_cache import drop_from_page_cache
@@ -18,7 +16,7 @@ from m3er_fast.scoring.plan import Location, Plan, Shard
 from m3er_fast.scoring.prefetch import Prefetch
 from m3er_fast.scoring.reader import read_windows
 from m3er_fast.scoring.scorer import Scorer
-from m3er_fast.scoring.threads import map_in_order
+from m3er_fast.scoring.threads import map_in_order, usual_threads
 from m3er_fast.state import eval_mode
 
 if TYPE_CHECKING:
@@ -129,7 +127,7 @@ def scored_parts(
             dropped.add(shard)
             return ScoredPart(shard, None, problem)
 
-    usual = torch.get_num_threads()
+    usual = usual_threads()
     threads = threads or usual
     if scorer.device.type != "cpu" or threads == usual == 1:
         threads = None  # the one that iterates computes

@@ -52,6 +52,15 @@ def map_in_order(
             stopped.set()
 
 
+def usual_threads() -> int:
+    """How many threads torch computes with here.
+
+    A thread that asks torch for the first time takes the number for its own, which must not be while it is changed.
+    """
+    with _usual_number_is_changed:
+        return torch.get_num_threads()
+
+
 @contextmanager
 def _lone_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """A pool in each of whose threads torch computes with that thread alone."""

@@ -1,0 +1,385 @@
+"""Shards that are odd or hostile in their columns, ids and row groups, and threads that cannot be had."""
+
+import copy
+import os
+import struct
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pyarrow import ipc
+
+from m3er_fast import M3ERFusion
+from m3er_fast.cli import main
+from m3er_fast.corpus import CorpusError
+from m3er_fast.corpus.parquet import decode_rows
+from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.scoring import Scorer, iter_scores, score
+from m3er_fast.scoring.plan import locate, plan_shards
+from m3er_fast.scoring.prefetch import Prefetch
+from m3er_fast.scoring.reader import read_groups, read_windows
+from m3er_fast.scoring.threads import map_in_order, usual_threads
+
+DIMS = {"text": 6, "audio": 5}
+STEPS, ROWS = 4, 30
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model():
+    corpus = make_synthetic(200, input_dims=DIMS, num_classes=3, steps=STEPS, latent_dim=4)
+    torch.manual_seed(0)
+    model = M3ERFusion(DIMS, 3, classes=corpus.classes).eval()
+    return model.fit(corpus.features, corpus.lengths)
+
+
+def make_table(rows=ROWS, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = {"id": pa.array([f"u{row}" for row in range(rows)])}
+    for name, dim in DIMS.items():
+        values = pa.array(rng.normal(size=rows * STEPS * dim).astype(np.float32))
+        columns[name] = pa.FixedSizeListArray.from_arrays(values, STEPS * dim)
+    return pa.table(columns)
+
+
+def write(table, path):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    with ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+
+
+def with_column(table, name, column):
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def with_two_lengths(table):
+    lengths = pa.array([1] * len(table), pa.int32())
+    return table.append_column("length", lengths).append_column("length", lengths)
+
+
+def nested(table):
+    """Frames in lists of their own, which says how many features they have."""
+    for name, dim in DIMS.items():
+        frames = pa.FixedSizeListArray.from_arrays(table[name].combine_chunks().flatten(), dim)
+        table = with_column(table, name, pa.FixedSizeListArray.from_arrays(frames, STEPS))
+    return table
+
+
+def with_features(table, features):
+    field = table.schema.field("text").with_metadata({"features": features})
+    return table.set_column(table.column_names.index("text"), field, table["text"])
+
+
+# --- columns ---
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda table: table.append_column("id", table["id"]), "there are 2 columns 'id'"),
+        (lambda table: table.append_column("text", table["text"]), "there are 2 columns 'text'"),
+        (with_two_lengths, "there are 2 columns 'length'"),
+        (lambda table: with_features(table, "7"), "conflicting feature counts"),
+    ],
+    ids=["two ids", "two texts", "two lengths", "other features"],
+)
+def test_a_shard_of_odd_columns_is_quarantined_and_the_others_are_scored(spoil, reason, suffix, model, tmp_path):
+    for shard, table in enumerate((make_table(), spoil(make_table()), make_table())):
+        write(table, tmp_path / "corpus" / f"{shard}.{suffix}")
+    summary = score(tmp_path / "corpus", model, tmp_path / "out")
+    assert [entry.shard for entry in summary.quarantined] == [f"1.{suffix}"]
+    assert reason in summary.quarantined[0].reason
+    assert summary.rows == 2 * ROWS
+
+
+def test_a_feature_count_of_thousands_of_digits_is_none(model, tmp_path):
+    write(with_features(make_table(), "9" * 5000), tmp_path / "corpus" / "0.parquet")
+    assert score(tmp_path / "corpus", model, tmp_path / "out").rows == ROWS
+
+
+def test_two_columns_of_groups_are_told():
+    table = make_table().append_column("group", pa.nulls(ROWS, pa.string())).append_column("group", pa.nulls(ROWS))
+    with pytest.raises(CorpusError, match="there are 2 columns 'group'"):
+        list(groups_of(table))
+
+
+def groups_of(table):
+    from pyarrow import fs
+
+    memory = fs._MockFileSystem()
+    with memory.open_output_stream("0.parquet") as file:
+        pq.write_table(table, file)
+    plan = plan_shards((memory, "0.parquet"))
+    return read_groups(plan.corpus, plan.shards[0])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_frames_in_fixed_lists_of_fixed_lists_are_those_of_flat_ones(suffix, model, tmp_path):
+    table = make_table()
+    for name, written in (("flat", table), ("nested", nested(table)), ("empty", nested(table).slice(0, 0))):
+        write(written, tmp_path / name / f"0.{suffix}")
+    [wanted], [found] = (list(iter_scores(tmp_path / name, model)) for name in ("flat", "nested"))
+    assert found.equals(wanted)
+    assert score(tmp_path / "empty", model, tmp_path / "out").quarantined == ()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.null(), pa.list_(pa.null()), pa.list_(pa.list_(pa.null())), pa.list_(pa.float32())], ids=str
+)
+def test_a_column_of_nulls_is_an_unavailable_modality_whatever_its_type(kind, model, tmp_path):
+    table = make_table()
+    write(with_column(table, "audio", pa.nulls(ROWS, kind)), tmp_path / "nulls" / "0.parquet")
+    write(table.drop_columns("audio"), tmp_path / "without" / "0.parquet")
+    [found], [wanted] = (list(iter_scores(tmp_path / name, model)) for name in ("nulls", "without"))
+    assert found.equals(wanted)
+    assert not any(found["effective_audio"].to_pylist())
+
+
+def test_a_length_beyond_int64_is_told_as_no_negative_one():
+    lengths = pa.array([2**63 + 1] + [1] * (ROWS - 1), pa.uint64())
+    rows = decode_rows(make_table().append_column("length", lengths), DIMS)
+    assert set(rows.problems) == {0}
+    assert "-" not in rows.problems[0]
+    assert "but its length is 9223372036854775807" in rows.problems[0]
+
+
+# --- ids ---
+
+
+def with_ids_of_a_dictionary(table, length):
+    ids = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), pa.array(["x" * length]))
+    return with_column(table, "id", ids)
+
+
+@pytest.mark.parametrize(("suffix", "length"), [("parquet", 60_000), ("arrow", 60_000), ("arrow", 200_000)])
+def test_one_long_id_that_is_repeated_is_refused_before_it_is_unpacked(suffix, length, tmp_path):
+    path = tmp_path / "corpus" / f"0.{suffix}"
+    write(with_ids_of_a_dictionary(make_table(2000), length), path)
+    assert path.stat().st_size < MIB
+    plan = plan_shards(tmp_path / "corpus")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CorpusError, match=r"column 'id' (would unpack to|holds a string of)"):
+        list(read_windows(plan.corpus, plan.shards[0]))
+    assert pa.total_allocated_bytes() - before < MIB
+
+
+def test_ids_of_a_dictionary_are_ordinary(model, tmp_path):
+    table = make_table()
+    write(table, tmp_path / "plain" / "0.arrow")
+    write(with_column(table, "id", table["id"].dictionary_encode()), tmp_path / "coded" / "0.arrow")
+    [wanted], [found] = (list(iter_scores(tmp_path / name, model)) for name in ("plain", "coded"))
+    assert found.equals(wanted)
+
+
+def test_an_ipc_file_of_which_only_the_dictionary_is_compressed_is_quarantined(model, tmp_path):
+    path = tmp_path / "corpus" / "0.arrow"
+    path.parent.mkdir()
+    table = with_ids_of_a_dictionary(make_table(), 5 * MIB)
+    with ipc.new_file(path, table.schema, options=ipc.IpcWriteOptions(compression="zstd")) as file:
+        file.write_table(table)
+    path.write_bytes(without_compression_of_batches(path.read_bytes()))
+    allocated = pa.total_allocated_bytes()
+    summary = score(tmp_path / "corpus", model, tmp_path / "out")
+    assert "compressed Arrow IPC" in summary.quarantined[0].reason
+    assert pa.total_allocated_bytes() - allocated < MIB
+
+
+def without_compression_of_batches(content):
+    """An IPC file whose batches of records, not those of dictionaries, say that they are not compressed."""
+    raw, position, changed = bytearray(content), 8, 0
+
+    def field(table, number):
+        vtable = table - struct.unpack_from("<i", raw, table)[0]
+        held = 4 + 2 * number < struct.unpack_from("<H", raw, vtable)[0]
+        return vtable + 4 + 2 * number if held else None
+
+    while size := struct.unpack_from("<i", raw, position + 4)[0]:
+        start = position + 8
+        message = start + struct.unpack_from("<I", raw, start)[0]
+        kind, header, body = (
+            message + struct.unpack_from("<H", raw, entry)[0] if (entry := field(message, number)) else None
+            for number in (1, 2, 3)
+        )
+        if raw[kind] == 3:  # a batch of records
+            batch = header + struct.unpack_from("<I", raw, header)[0]
+            struct.pack_into("<H", raw, field(batch, 3), 0)
+            changed += 1
+        position = start + size + (struct.unpack_from("<q", raw, body)[0] if body else 0)
+    assert changed == 1
+    return bytes(raw)
+
+
+# --- row groups, files and folders ---
+
+
+def test_windows_are_bounded_where_long_rows_stand_together(tmp_path):
+    lengths = np.repeat([1, 400], [40_000, 300])
+    offsets = np.concatenate([[0], np.cumsum(lengths * 6)]).astype(np.int32)
+    values = pa.array(np.random.default_rng(0).normal(size=offsets[-1]).astype(np.float32))
+    ids = pa.array(np.arange(len(lengths)).astype(str))
+    table = pa.table({"id": ids, "text": pa.ListArray.from_arrays(pa.array(offsets), values)})
+    pq.write_table(table, tmp_path / "0.parquet", row_group_size=40_000, use_dictionary=False, compression="none")
+    plan = plan_shards(tmp_path)
+    windows = list(read_windows(plan.corpus, plan.shards[0], window_bytes=MIB))
+    assert max(window["text"].nbytes for window in windows) < 2 * MIB
+    assert pa.concat_tables(windows)["text"].combine_chunks().equals(table["text"].combine_chunks())
+
+
+def test_a_relative_path_is_that_of_the_folder_where_the_run_began(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert locate("corpus").path == str(tmp_path / "corpus")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are Unicode")
+def test_a_file_name_that_is_no_utf_8_is_named(model, tmp_path):
+    write(make_table(), tmp_path / "corpus" / "0.parquet")
+    try:
+        (tmp_path / "corpus" / os.fsdecode(b"\xff.parquet")).touch()
+    except OSError:
+        pytest.skip("this filesystem takes no such name")
+    with pytest.raises(CorpusError, match=r"corpus: holds a file whose name is not UTF-8: .*xff"):
+        score(tmp_path / "corpus", model, tmp_path / "out")
+
+
+# --- memory and threads ---
+
+
+def test_a_batch_that_cannot_be_staged_is_halved_until_it_can(model, monkeypatch):
+    scorer = Scorer(model)
+    table, seen = make_table(), []
+    wanted = scorer.score(table)
+    stage = scorer._stager.stage
+
+    def full(rows, batch, dims):
+        seen.append(len(batch))
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.60 GiB")
+        return stage(rows, batch, dims)
+
+    monkeypatch.setattr(scorer._stager, "stage", full)
+    found = scorer.score(table)
+    assert min(seen) <= 4 < max(seen)
+    assert found.drop_columns(["p_angry", "p_happy", "p_neutral"]).equals(
+        wanted.drop_columns(["p_angry", "p_happy", "p_neutral"])
+    )
+    for name in ("p_angry", "p_happy", "p_neutral"):
+        np.testing.assert_allclose(found[name].to_numpy(), wanted[name].to_numpy(), atol=1e-6)
+
+
+def test_a_row_that_cannot_be_staged_says_so_and_the_others_have_their_scores(model, monkeypatch):
+    scorer = Scorer(model)
+    stage = scorer._stager.stage
+
+    def full(rows, batch, dims):
+        if 7 in batch:
+            raise MemoryError("no memory for it")
+        return stage(rows, batch, dims)
+
+    monkeypatch.setattr(scorer._stager, "stage", full)
+    scores = scorer.score(make_table())
+    assert scores["error"].to_pylist() == [None] * 7 + ["MemoryError: no memory for it"] + [None] * (ROWS - 8)
+    assert scores["prediction"].null_count == 1
+
+
+def test_what_else_is_raised_while_a_batch_is_staged_ends_the_run(model, monkeypatch):
+    scorer = Scorer(model)
+
+    def broken(*_):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(scorer._stager, "stage", broken)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        scorer.score(make_table())
+
+
+def test_a_device_that_scoring_does_not_know_is_refused(model):
+    with pytest.raises(ValueError, match="scoring runs on cpu and cuda, got a model on meta"):
+        Scorer(copy.deepcopy(model).to("meta"))
+
+
+def test_where_a_scorers_thread_cannot_be_started_the_others_write_no_more(model, tmp_path, monkeypatch):
+    for shard in range(60):
+        write(make_table(), tmp_path / "corpus" / f"{shard:02}.parquet")
+    start, started = threading.Thread.start, []
+
+    def fail(thread):
+        if thread.name == "m3er-score":
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        score(tmp_path / "corpus", model, tmp_path / "out", devices=["cpu", "cpu"])
+    assert not started[0].is_alive()
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_an_interrupt_while_a_prefetch_starts_ends_its_thread(monkeypatch):
+    start, threads = threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        threads.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Prefetch(iter(int, 1))
+    threads[0].join(timeout=10)
+    assert not threads[0].is_alive()
+
+
+def test_threads_that_ask_for_the_first_time_take_no_number_that_is_changed_for_a_moment():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = []
+
+        def work():
+            found.append(usual_threads())
+            list(map_in_order(lambda item, _: item, range(2), 2))
+
+        for _ in range(100):
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert set(found) == {3}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_bad_shards_are_listed_in_order_and_often_enough(model, tmp_path, monkeypatch):
+    for shard in range(40):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        (tmp_path / "corpus" / f"{shard:02}.parquet").write_bytes(b"PAR1")
+    write(make_table(), tmp_path / "corpus" / "99.parquet")
+    from m3er_fast.scoring.output import OutputFolder
+
+    written, plain = [], OutputFolder.quarantine
+    monkeypatch.setattr(
+        OutputFolder, "quarantine", lambda folder, entries: written.append(len(entries)) or plain(folder, entries)
+    )
+    summary = score(tmp_path / "corpus", model, tmp_path / "out")
+    assert [entry.shard for entry in summary.quarantined] == [f"{shard:02}.parquet" for shard in range(40)]
+    assert written[0] == 1  # at once: a run may be long
+    assert written[-1] == 40
+    assert len(written) < 20
+
+
+def test_a_shard_of_two_columns_is_left_out_of_statistics(tmp_path, capsys):
+    table = nested(make_table(400))
+    write(table, tmp_path / "corpus" / "0.parquet")
+    write(table.append_column("text", table["text"]), tmp_path / "corpus" / "1.parquet")
+    assert main(["fit-stats", str(tmp_path / "corpus"), "--out", str(tmp_path / "stats")]) == 3
+    assert "1.parquet was left out" in capsys.readouterr().err
