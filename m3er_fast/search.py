@@ -36,10 +36,14 @@ _SET_ROWS = 32
 # About so many rows of the bank, evenly spread, say where its middle is.
 _CENTER_ROWS = 32
 # Of so few rows a coarse product saves less time than measuring the rows that it leaves costs.
-_SMALL_BANK = 1024
+_SMALL_BANK = 2**14
+# For so few queries it saves less than rounding the bank costs.
+_FEW_QUERIES = 256
 # Half squared norms of a tile, and norms of a query, between which float32 neither overflows nor underflows.
 _SAFE_HALF = (1e-25, 1e34)
 _SAFE_NORM = 1e17
+# Differences that a CPU measures at a time: more leave the cache, and are memory that the system has to clear.
+_MEASURED_BYTES = 2**21
 # Candidates beyond k where there are no bounds: the products' rounding may reorder near ties.
 _SPARE_CANDIDATES = 8
 
@@ -93,7 +97,10 @@ def _nearest_of(
     """The k nearest of each query's candidates, by differences."""
     distances = query.new_full((query.shape[0], candidates.most), torch.inf)
     rows = torch.zeros(distances.shape, dtype=torch.int64, device=query.device)
-    chunk = max(1, memory_budget // (8 * query.itemsize * query.shape[1]))
+    size = memory_budget // 8
+    if query.device.type == "cpu":
+        size = min(size, _MEASURED_BYTES)
+    chunk = max(1, size // (query.itemsize * query.shape[1]))
     for begin in range(0, candidates.row.shape[0], chunk):
         q, row, at = (x[begin : begin + chunk] for x in candidates[:3])
         difference = bank[row.to(bank.device)].to(query).sub_(query[q])
@@ -161,7 +168,7 @@ def _search_by_bounds(
     # Upper bounds on k rows of each query. The rows behind them are always among the hits.
     least = torch.full((query.shape[0], k), torch.inf, dtype=torch.float64)
     precisions = _product_precisions()
-    if bank.shape[0] <= _SMALL_BANK:
+    if bank.shape[0] <= _SMALL_BANK or query.shape[0] <= _FEW_QUERIES:
         precisions = precisions[-1:]
     hits = []
     for start in range(0, bank.shape[0], width):
@@ -205,7 +212,8 @@ def _tile(bank: Tensor, center: Tensor, allowed: Tensor | None, start: int, widt
         kept = allowed[start : start + width].to(rows.device)
         rows = torch.where(kept[:, None], rows, 0.0)
     missing = -rows.shape[0] % _SET_ROWS
-    rows, kept = F.pad(rows, (0, 0, 0, missing)), F.pad(kept, (0, missing))
+    if missing:
+        rows, kept = F.pad(rows, (0, 0, 0, missing)), F.pad(kept, (0, missing))
     return _Tile(rows, 0.5 * rows.square().sum(dim=1), kept, start)
 
 
@@ -219,10 +227,13 @@ def _multiply(query: Tensor, tile: _Tile, precision: torch.dtype) -> _Values:
         against = F.pad(against, (0, 0, 0, _shared_size(len(points)) - len(points)))
     value = F.linear(against, rows, torch.where(tile.kept, bias, torch.inf))[: len(points)]
     # |q·b - q'·b'| ≤ ‖q‖ ‖b - b'‖ + ‖q - q'‖ ‖b'‖ for the rounded q' and b', by what rounding really did.
-    row_error = (rows.to(query) - tile.rows).norm(dim=1).amax().double()
-    row_norm = rows.float().norm(dim=1).amax().double()
-    point_error, norm = (points.to(query) - query).norm(dim=1).double(), query.norm(dim=1).double()
-    bias_error = (bias.to(query) - (tile.half - level)).abs().amax().double()
+    norm, row_norm = query.norm(dim=1).double(), rows.float().norm(dim=1).amax().double()
+    if precision == query.dtype:
+        row_error, point_error, bias_error = (norm.new_zeros(()) for _ in range(3))
+    else:
+        row_error = (rows.to(query) - tile.rows).norm(dim=1).amax().double()
+        point_error = (points.to(query) - query).norm(dim=1).double()
+        bias_error = (bias.to(query) - (tile.half - level)).abs().amax().double()
     # And what adding d products up in float32, the centring, and ½‖b‖² itself may have lost.
     lost = (query.shape[1] + 16) * torch.finfo(torch.float32).eps * (norm + row_norm).square()
     error = norm * row_error + point_error * row_norm + bias_error + lost

@@ -48,6 +48,7 @@ def products_start_with(request, monkeypatch):
         steps = tuple(dict.fromkeys((coarsest, torch.float32)))
         monkeypatch.setattr(search, "_product_precisions", lambda: steps)
         monkeypatch.setattr(search, "_SMALL_BANK", 0)  # small banks too
+        monkeypatch.setattr(search, "_FEW_QUERIES", 0)
 
 
 @BOTH
@@ -213,6 +214,7 @@ import torch
 from m3er_fast import search
 torch.set_num_threads(1)
 search._product_precisions = lambda: (torch.bfloat16, torch.float32)
+search._SMALL_BANK = search._FEW_QUERIES = 0
 bank, query = torch.randn(5000, 32), torch.randn(600, 32)
 def resident():
     with open("/proc/self/status") as status:
