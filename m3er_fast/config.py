@@ -159,8 +159,8 @@ class TrainingConfig:
         weight_decay: of Adam, decoupled from the gradient.
         patience: epochs without a better validation loss before training stops; None trains all epochs. The weights
             of the best epoch are kept either way.
-        balance_classes: weigh classes by n / (C · n_c), so that rare ones count as much as common ones. A class
-            without training samples gets weight 1.
+        balance_classes: weigh classes by n / (C · n_c), C counting those that occur, so that rare ones count as much as
+            common ones. A class without training samples gets weight 1.
         gradient_norm: the gradient's norm is clipped to this; None leaves it alone.
         seed: of weights, shuffling and dropout.
     """

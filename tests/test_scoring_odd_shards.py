@@ -219,6 +219,32 @@ def without_compression_of_batches(content):
 # --- row groups, files and folders ---
 
 
+def test_an_utterance_of_too_many_frames_says_so(model, tmp_path):
+    frames = [[0.1] * 6 * (2**16 + 1 if row == 3 else 2) for row in range(8)]
+    text = pa.array(frames, pa.list_(pa.float32()))
+    table = pa.table({"id": [str(row) for row in range(8)], "text": text})
+    write(with_features(table, "6"), tmp_path / "corpus" / "0.parquet")
+    summary = score(tmp_path / "corpus", model, tmp_path / "out")
+    assert (summary.rows, summary.errors) == (8, 1)
+    error = pq.read_table(tmp_path / "out" / "0.parquet")["error"].to_pylist()
+    assert [bool(said) for said in error] == [row == 3 for row in range(8)]
+    assert "65537 frames, more than 65536" in error[3]
+
+
+@pytest.mark.parametrize("wide", ["frames", "id"])
+def test_rows_too_wide_to_be_utterances_are_quarantined(wide, model, tmp_path):
+    table = make_table(2)
+    if wide == "frames":
+        frames = pa.array([bytes(16 * MIB + 8)] * 2, pa.binary(16 * MIB + 8))
+        field = pa.field("text", frames.type, metadata={"features": "6"})
+        table = pa.table([table["id"], frames], schema=pa.schema([table.schema.field("id"), field]))
+    else:
+        table = with_column(table, "id", pa.array(["x" * (64 * 2**10 + 1), "y"]))
+    write(table, tmp_path / "corpus" / "0.parquet")
+    [entry] = score(tmp_path / "corpus", model, tmp_path / "out").quarantined
+    assert ("more than the 16777216" if wide == "frames" else "more than the 65536 allowed") in entry.reason
+
+
 def test_windows_are_bounded_where_long_rows_stand_together(tmp_path):
     lengths = np.repeat([1, 400], [40_000, 300])
     offsets = np.concatenate([[0], np.cumsum(lengths * 6)]).astype(np.int32)
