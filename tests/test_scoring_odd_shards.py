@@ -1,6 +1,7 @@
 """Shards that are odd or hostile in their columns, ids and row groups, and threads that cannot be had."""
 
 import copy
+import json
 import os
 import struct
 import threading
@@ -403,9 +404,42 @@ def test_many_bad_shards_are_listed_in_order_and_often_enough(model, tmp_path, m
     assert len(written) < 20
 
 
-def test_a_shard_of_two_columns_is_left_out_of_statistics(tmp_path, capsys):
-    table = nested(make_table(400))
+def test_an_interrupted_run_leaves_the_whole_list_of_bad_shards(model, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for shard in range(5):
+        (tmp_path / "corpus" / f"{shard}.parquet").write_bytes(b"PAR1")
+    write(make_table(), tmp_path / "corpus" / "5.parquet")
+
+    def interrupt(progress):
+        if progress.rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path / "corpus", model, tmp_path / "out", progress=interrupt)
+    listed = json.loads((tmp_path / "out" / "quarantine.json").read_text())
+    assert [entry["shard"] for entry in listed] == [f"{shard}.parquet" for shard in range(5)]
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_empty_utterances_that_cannot_be_staged_count_as_one_frame_each(model, monkeypatch):
+    scorer = Scorer(model, batch_frames=64)
+    table = make_table().append_column("length", pa.array([0] * ROWS, pa.int32()))
+    stage = scorer._stager.stage
+
+    def full(rows, batch, dims):
+        if len(batch) > 16:
+            raise MemoryError
+        return stage(rows, batch, dims)
+
+    monkeypatch.setattr(scorer._stager, "stage", full)
+    assert scorer.score(table)["error"].null_count == ROWS
+    assert scorer.batch_frames == ROWS // 2
+
+
+@pytest.mark.parametrize("name", ["text", "split"])
+def test_a_shard_of_two_columns_is_left_out_of_statistics(name, tmp_path, capsys):
+    table = nested(make_table(400)).append_column("split", pa.array(["train"] * 400))
     write(table, tmp_path / "corpus" / "0.parquet")
-    write(table.append_column("text", table["text"]), tmp_path / "corpus" / "1.parquet")
+    write(table.append_column(name, table[name]), tmp_path / "corpus" / "1.parquet")
     assert main(["fit-stats", str(tmp_path / "corpus"), "--out", str(tmp_path / "stats")]) == 3
     assert "1.parquet was left out" in capsys.readouterr().err

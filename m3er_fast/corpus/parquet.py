@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -295,9 +295,7 @@ def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) ->
         CorpusError: naming the column that is missing or cannot be read in any row.
     """
     names = list(input_dims) if input_dims is not None else modality_columns(table.schema)
-    for name in ("id", "length", *names):
-        if table.column_names.count(name) > 1:
-            raise CorpusError(f"there are {table.column_names.count(name)} columns {name!r}")
+    refuse_repeated(table.schema, ("id", "length", *names))
     ids = _id_column(table)
     problems: dict[int, str] = _id_problems(ids)
     columns = {
@@ -521,6 +519,13 @@ def modality_columns(schema: pa.Schema) -> list[str]:
         if field.name not in _RESERVED
         and (pa.types.is_fixed_size_binary(field.type) or _is_list(_storage_type(field.type)))
     ]
+
+
+def refuse_repeated(schema: pa.Schema, names: Iterable[str]) -> None:
+    """Raise a CorpusError if several columns have one of these names: pyarrow gives none of them then."""
+    for name in names:
+        if schema.names.count(name) > 1:
+            raise CorpusError(f"there are {schema.names.count(name)} columns {name!r}")
 
 
 def _is_list(kind: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m3er_fast.corpus.base import CorpusError, naming
-from m3er_fast.corpus.parquet import modality_columns
+from m3er_fast.corpus.parquet import modality_columns, refuse_repeated
 from m3er_fast.scoring.plan import Location, Shard
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _buffer_bytes(corpus: Location) -> int:
 
 def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
     wanted = ("id", "length", *also, *modality_columns(schema))
+    refuse_repeated(schema, wanted)
     return [name for name in schema.names if name in wanted]
 
 
@@ -357,8 +358,7 @@ def _has_groups(schema: pa.Schema) -> bool:
 
     if "group" not in schema.names:
         return False
-    if schema.names.count("group") > 1:
-        raise CorpusError(f"there are {schema.names.count('group')} columns 'group'")
+    refuse_repeated(schema, ("group",))
     kind = schema.field("group").type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value)):

@@ -130,9 +130,12 @@ def score(
             if engine == "local"
             else run_ray(job, pending, scorers[0].model, batch_frames=least, dtype=dtype, workers=workers)
         )
-        with closing(results):  # type: ignore[type-var]
-            for result in results:
-                tally.add(result)
+        try:
+            with closing(results):  # type: ignore[type-var]
+                for result in results:
+                    tally.add(result)
+        finally:  # an interrupted run too leaves the list of what it met
+            tally.write_quarantine()
         tally.write_summary(engine, time.perf_counter() - start, _map_function(engine, workers))
         output.finish()
     return tally.summary(time.perf_counter() - start)
@@ -209,8 +212,8 @@ class Tally:
                 self._shard_rows[result.name] = result.rows
             else:
                 self._quarantine.append(QuarantinedShard(result.name, result.reason))
-                if time.perf_counter() - self._quarantine_told[1] >= _QUARANTINE_SECONDS:
-                    self._tell_quarantine()
+        if time.perf_counter() - self._quarantine_told[1] >= _QUARANTINE_SECONDS:
+            self.write_quarantine()
         self._report()
 
     @property
@@ -226,13 +229,13 @@ class Tally:
         )
 
     def write_summary(self, engine: str, seconds: float, map_tasks: MapFunction) -> None:
-        """Write what the folder of a finished run is summarised by, and the rest of the quarantine list."""
-        self._tell_quarantine()
+        """Write what the folder of a finished run is summarised by."""
         finished = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         run = RunRecord(engine, self._own_rows, seconds, self.resumed, finished)
         write_summary(self._job, self._shard_rows, self.quarantined, run, map_tasks)
 
-    def _tell_quarantine(self) -> None:
+    def write_quarantine(self) -> None:
+        """Write the quarantine list, if there is more in it than was written."""
         if len(self._quarantine) > self._quarantine_told[0]:
             self._job.output.quarantine(self.quarantined)
             self._quarantine_told = len(self._quarantine), time.perf_counter()

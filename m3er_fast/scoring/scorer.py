@@ -186,7 +186,7 @@ class Scorer:
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                self._take_less(len(batch) * int(rows.lengths[batch].max()))
+                self._take_less(len(batch) * max(1, int(rows.lengths[batch].max())))
                 if len(batch) == 1:
                     rows.problems[int(batch[0])] = _told(error)
                     continue

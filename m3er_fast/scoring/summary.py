@@ -89,7 +89,7 @@ def write_summary(
     Args:
         job: the run's.
         rows: of every shard that has scores.
-        quarantined: the other shards.
+        quarantined: the other shards, in the order of the corpus.
         run: told as it is, with its rate.
         map_tasks: what counts shards; the result does not depend on it.
 
@@ -157,7 +157,7 @@ def summarize(
             for edge, counts in zip(edges[:-1], found.order, strict=True)
         ],
         "groups": _groups(names, found),
-        "quarantine": [entry._asdict() for entry in sorted(quarantined, key=lambda entry: order[entry.shard])],
+        "quarantine": [entry._asdict() for entry in quarantined],
         "errors": [entry._asdict() for entry in found.errors],
     }
 
