@@ -333,7 +333,8 @@ def nearest_neighbors(query: Tensor, bank: Tensor, k: int, *, engine: str = "aut
     Returns:
         Squared distances (Q, min(k, n)), ascending, in at least float32, and row indices of the same shape, int64.
         "torch" is exact up to the rounding of the distances themselves, on the CPU; on other devices rows whose
-        distances agree to float32's precision of ‖q - c‖², c the bank's middle, may stand in for each other.
+        distances agree to float32's precision of ‖q - c‖², c the bank's middle, may stand in for each other. Its
+        distances have gradients, of queries and bank; those of FAISS have none.
 
     Raises:
         ValueError: naming the argument and its shape.

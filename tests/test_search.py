@@ -137,6 +137,32 @@ def test_a_bank_in_half_precision_is_searched_as_it_is_rounded(dtype):
     assert_exact(query, bank, 6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("with_gradient", ["query", "bank", "query and bank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distances_have_the_gradient_of_their_differences(dtype, with_gradient):
+    query, bank = draw(6, 5, seed=1).to(dtype), draw(50, 5, seed=2).to(dtype)
+    query[4, 2] = math.nan  # its distances are constants
+    query.requires_grad_("query" in with_gradient)
+    bank.requires_grad_("bank" in with_gradient)
+    weight = draw(6, 3, seed=3)
+    weight[4] = 0
+    plain, rows = search_exact(query.detach(), bank.detach(), 3)
+    distances, same_rows = search_exact(query, bank, 3)
+    assert torch.equal(rows, same_rows)
+    torch.testing.assert_close(distances.detach(), plain, rtol=1e-6, atol=0)
+    (distances[:4] * weight[:4]).sum().add((distances[5] * weight[5]).sum()).backward()
+
+    points, table = query.detach().double().nan_to_num().numpy(), bank.detach().double().numpy()
+    slope = 2 * weight.double().numpy()[:, :, None] * (points[:, None] - table[rows.numpy()])
+    of_bank = np.zeros_like(table)
+    np.add.at(of_bank, rows.numpy(), -slope)
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2
+    for tensor, wanted in ((query, slope.sum(axis=1)), (bank, of_bank)):
+        if tensor.requires_grad:
+            np.testing.assert_allclose(tensor.grad.double().numpy(), wanted, rtol=rtol, atol=rtol)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_bounds_hold(seed):
     """Values that products round are within their error, whatever the sizes of rows and queries, and centres beside."""
