@@ -1,6 +1,6 @@
-"""Fitting a CCA, which is computed on the CPU in float64, beside scikit-learn, cca-zoo and torch's SVD.
+"""Fitting a CCA, in float64, beside scikit-learn, cca-zoo and torch's SVD.
 
-On a GPU the rows are there, and ours brings them to the CPU first; torch's covariance and SVD stay there.
+On a GPU the rows are there. Ours makes their covariance there and decomposes it on the CPU; torch's way stays there.
 """
 
 import functools

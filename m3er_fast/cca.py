@@ -13,6 +13,9 @@ ridge and econometrics of joint production", Journal of Econometrics 4, 1976.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,7 +33,10 @@ from m3er_fast.moments import Moments
 # What is kept has a standard deviation of at least 3e-7 of the largest.
 _RANK_CUTOFF = 1e-13
 
-_TRANSFORM_ROWS = 4096  # rows turned to float64 at a time in transform
+# Rows turned to float64 at a time in transform, of an array and of a tensor on a GPU.
+_TRANSFORM_ROWS, _GPU_ROWS = 2**12, 2**16
+
+_Rows = NDArray[Any] | torch.Tensor
 
 
 class CanonicalDirections(NamedTuple):
@@ -99,8 +105,10 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
     Rank-deficient views (collinear or constant columns, fewer rows than features) are ordinary input: directions
     without variance are dropped, and a view without any gives zero components.
 
-    Views are NumPy arrays, anything scikit-learn takes for one, or torch tensors on any device. The covariance is the
-    unbiased one, over n - 1. The ridge acts on the views as they are: standardise features of unlike scales first.
+    Views are NumPy arrays, anything scikit-learn takes for one, or torch tensors on any device. Covariances and
+    variates of tensors that share a GPU are computed on it; others are brought to the CPU, as are the small matrices
+    that are decomposed. The covariance is the unbiased one, over n - 1. The ridge acts on the views as they are:
+    standardise features of unlike scales first.
 
     Args:
         n_components: the most components wanted. ``n_components_`` = min(n_components, rank of X, rank of Y).
@@ -196,7 +204,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         """
         check_is_fitted(self)
         if Y is None:
-            x = validate_data(self, _to_numpy(X), reset=False, dtype="numeric")
+            x = _checked("X", _where_computed(X)[0], functools.partial(validate_data, self, reset=False))
             return _project(x, self.x_mean_, self.x_rotations_, like=X)
         x, y = self._validate(X, Y, reset=False, min_rows=1)
         return _project(x, self.x_mean_, self.x_rotations_, like=X), _project(
@@ -223,8 +231,8 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         check_is_fitted(self)
         x, y = self._validate(X, y, reset=False, min_rows=2)
         # Pearson's correlation ignores the centre; from the first row, a view that does not vary is exactly zero.
-        u = _project(x, x[0].astype(np.float64), self.x_rotations_, like=None)
-        v = _project(y, y[0].astype(np.float64), self.y_rotations_, like=None)
+        u = _project(x, x[0], self.x_rotations_, like=None)
+        v = _project(y, y[0], self.y_rotations_, like=None)
         u -= u.mean(axis=0)
         v -= v.mean(axis=0)
         spread = np.sqrt((u**2).sum(axis=0) * (v**2).sum(axis=0))
@@ -237,14 +245,19 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         if not 0.0 <= self.ridge < np.inf:
             raise ValueError(f"ridge must be a finite number of at least 0, got {self.ridge!r}")
 
-    def _validate(self, X: Any, Y: Any, *, reset: bool, min_rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The two views as 2-D arrays in the dtype they came in; ``reset`` takes their sizes for the ones to expect."""
+    def _validate(self, X: Any, Y: Any, *, reset: bool, min_rows: int) -> tuple[_Rows, _Rows]:
+        """The two views, 2-D, in the dtype they came in; ``reset`` takes their sizes for the ones to expect.
+
+        They are tensors where they are to be computed on a GPU, else arrays.
+        """
         if Y is None:
             raise ValueError("CCA requires y to be passed, but the target y is None: it needs two views, X and Y")
         if np.isscalar(Y):
             raise ValueError(f"Expected 1D or 2D array for Y, got scalar {Y!r} instead")
-        x = validate_data(self, _to_numpy(X), reset=reset, dtype="numeric", ensure_min_samples=min_rows)
-        y = check_array(_to_numpy(Y), dtype="numeric", ensure_2d=False, ensure_min_samples=min_rows, input_name="Y")
+        x, y = _where_computed(X, Y)
+        x = _checked("X", x, functools.partial(validate_data, self, reset=reset, ensure_min_samples=min_rows))
+        options = {"ensure_2d": False, "ensure_min_samples": min_rows, "input_name": "Y"}
+        y = _checked("Y", y, functools.partial(check_array, **options))
         if y.ndim == 1:
             y = y[:, None]
         check_consistent_length(x, y)
@@ -284,13 +297,45 @@ def _to_numpy(view: Any) -> Any:
     return (view.float() if view.dtype == torch.bfloat16 else view).numpy()
 
 
-def _project(view: NDArray[Any], mean: NDArray[np.float64], rotations: NDArray[np.float64], *, like: Any) -> Any:
+def _is_on_gpu(view: Any) -> bool:
+    """Whether it is a tensor on a device that has float64, other than the CPU."""
+    return isinstance(view, torch.Tensor) and view.is_cuda
+
+
+def _where_computed(*views: Any) -> list[Any]:
+    """The views as tensors if they share a GPU, else as what scikit-learn takes for arrays."""
+    if all(_is_on_gpu(view) for view in views) and len({view.device for view in views}) == 1:
+        return [view.detach() for view in views]
+    return [_to_numpy(view) for view in views]
+
+
+def _checked(name: str, view: Any, check: Callable[..., Any]) -> Any:
+    """The view as scikit-learn's ``check`` gives it; of a tensor, the tensor itself if the check would pass it."""
+    if not isinstance(view, torch.Tensor):
+        return check(view, dtype="numeric")
+    # An array of its shape and type that takes no memory tells scikit-learn all but the numbers.
+    dtype = torch.float32 if view.dtype == torch.bfloat16 else view.dtype
+    stand_in = np.broadcast_to(torch.zeros((), dtype=dtype).numpy(), tuple(view.shape))
+    check(stand_in, dtype="numeric", ensure_all_finite=False)
+    extremes = torch.stack(view.aminmax()).tolist()  # NaN if there is one
+    if not all(map(math.isfinite, extremes)):
+        raise ValueError(f"Input {name} contains {'NaN' if math.isnan(extremes[0]) else 'infinity'}.")
+    return view
+
+
+def _project(view: _Rows, mean: _Rows, rotations: NDArray[np.float64], *, like: Any) -> Any:
     """``(view - mean) @ rotations`` in float64, as a tensor if ``like`` is one."""
-    variates = np.empty((len(view), rotations.shape[1]))
-    for start in range(0, len(view), _TRANSFORM_ROWS):
-        rows = slice(start, start + _TRANSFORM_ROWS)
-        variates[rows] = (view[rows] - mean) @ rotations
+    if isinstance(view, torch.Tensor):
+        center, matrix = (torch.as_tensor(part, dtype=torch.float64, device=view.device) for part in (mean, rotations))
+        found = torch.cat([(rows.double() - center) @ matrix for rows in torch.split(view, _GPU_ROWS)])
+    else:
+        first = np.asarray(mean, dtype=np.float64)
+        variates = np.empty((len(view), rotations.shape[1]))
+        for start in range(0, len(view), _TRANSFORM_ROWS):
+            part = slice(start, start + _TRANSFORM_ROWS)
+            variates[part] = (view[part] - first) @ rotations
+        found = torch.from_numpy(variates)
     if not isinstance(like, torch.Tensor):
-        return variates
+        return found.cpu().numpy()
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return torch.from_numpy(variates).to(device=like.device, dtype=dtype)
+    return found.to(device=like.device, dtype=dtype)

@@ -8,10 +8,14 @@ from __future__ import annotations
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 # Rows turned to float64 at a time: 2048 x 374 is 6 MB, still in cache, and within 2 % of the fastest size measured.
 _CHUNK_ROWS = 2048
+# Numbers of a tensor turned to float64 at a time: 256 MiB, enough rows to keep a GPU busy for each transfer of sums.
+_CHUNK_NUMBERS = 2**25
 
 
 class Moments:
@@ -45,25 +49,32 @@ class Moments:
         """(d, d) unbiased covariance, ``scatter / (count - 1)``; zeros while fewer than two rows were seen."""
         return self.scatter / max(self.count - 1, 1)
 
-    def update(self, *views: NDArray[Any]) -> Self:
+    def update(self, *views: NDArray[Any] | Tensor) -> Self:
         """Add rows.
 
         Args:
             *views: one or more real (n, d_i) arrays with Σ d_i = d, read side by side as the columns of one (n, d)
-                array; n may be 0. Rows are turned to float64 a chunk at a time, never as a whole.
+                array; n may be 0. Or tensors of one device that has float64: their sums are made there. Rows are turned
+                to float64 a chunk at a time, never as a whole.
 
         Raises:
             ValueError: if the shapes do not fit, or a value is not finite or too large to be squared in float64. The
                 accumulator is then unchanged.
         """
-        shapes = [view.shape for view in views]
+        shapes = [tuple(view.shape) for view in views]
         wanted = len(self.scatter)
         if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes) or sum(d for _, d in shapes) != wanted:
             raise ValueError(f"wanted (n, d_i) arrays with {wanted} columns in all, got shapes {shapes}")
         added = Moments(wanted)
-        for start in range(0, shapes[0][0], _CHUNK_ROWS):
-            chunk = [view[start : start + _CHUNK_ROWS] for view in views]
-            added.merge(_moments_of(np.concatenate(chunk, axis=1, dtype=np.float64)))
+        tensors = [view for view in views if isinstance(view, Tensor)]
+        size = max(1, _CHUNK_NUMBERS // max(1, wanted)) if tensors else _CHUNK_ROWS
+        for start in range(0, shapes[0][0], size):
+            if tensors:
+                part = torch.cat([view[start : start + size].detach().double() for view in tensors], dim=1)
+                added.merge(_moments_of_tensor(part))
+            else:
+                chunk = [view[start : start + size] for view in views]
+                added.merge(_moments_of(np.concatenate(chunk, axis=1, dtype=np.float64)))
         return self.merge(added)
 
     def merge(self, other: Moments) -> Self:
@@ -102,4 +113,17 @@ def _moments_of(rows: NDArray[np.float64]) -> Moments:
         result._shift = rows.mean(axis=0)
         rows -= result._shift
         result.scatter = rows.T @ rows  # NumPy sees the product with itself and calls syrk: half the work of a GEMM
+    return result
+
+
+def _moments_of_tensor(rows: Tensor) -> Moments:
+    """The same on the tensor's device."""
+    origin = rows[0].clone()
+    rows -= origin
+    shift = rows.mean(dim=0)
+    rows -= shift
+    sums = torch.cat([rows.mT @ rows, origin[None], shift[None]]).cpu().numpy()
+    result = Moments(rows.shape[1])
+    result.count = len(rows)
+    result.scatter, result._origin, result._shift = sums[:-2], sums[-2], sums[-1]
     return result

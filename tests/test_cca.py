@@ -10,8 +10,25 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
+from m3er_fast import cca as cca_module
+from m3er_fast import moments as moments_module
 from m3er_fast.cca import CCA, canonical_directions, whiten
 from m3er_fast.moments import Moments
+
+
+@pytest.fixture(params=["array", "tensor on a GPU"])
+def given(request, device, monkeypatch):
+    """How a test gives its views: as arrays, or as tensors that are computed where they lie, here in several chunks.
+
+    Without a GPU that is the CPU, which runs the same code.
+    """
+    if request.param == "array":
+        return lambda view: view
+    monkeypatch.setattr(moments_module, "_CHUNK_NUMBERS", 1000)
+    monkeypatch.setattr(cca_module, "_GPU_ROWS", 64)
+    if device.type == "cpu":
+        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
+    return lambda view: torch.from_numpy(view).to(device) if isinstance(view, np.ndarray) else view
 
 
 def correlated_views(n=200, d_x=7, d_y=5, shared=3, seed=0):
@@ -96,9 +113,9 @@ RANKS = {
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
 @pytest.mark.parametrize("case", RANKS)
-def test_correlations_and_ranks_equal_the_oracle(case, ridge):
+def test_correlations_and_ranks_equal_the_oracle(case, ridge, given):
     X, Y = views_of(case)
-    cca = CCA(ridge=ridge).fit(X, Y)
+    cca = CCA(ridge=ridge).fit(given(X), given(Y))
     assert (cca.x_rank_, cca.y_rank_) == RANKS[case]
     assert cca.n_components_ == min(RANKS[case])
     assert cca.x_rotations_.shape == (X.shape[1], cca.n_components_)
@@ -109,9 +126,9 @@ def test_correlations_and_ranks_equal_the_oracle(case, ridge):
 
 
 @pytest.mark.parametrize("case", RANKS)
-def test_rotations_whiten_the_shrunk_views_and_diagonalise_their_cross_covariance(case):
+def test_rotations_whiten_the_shrunk_views_and_diagonalise_their_cross_covariance(case, given):
     X, Y = views_of(case)
-    cca = CCA(ridge=0.01).fit(X, Y)
+    cca = CCA(ridge=0.01).fit(given(X), given(Y))
     d_x = X.shape[1]
     # From the first row on: np.cov loses digits to an offset.
     covariance = np.cov(X.astype(np.float64) - X[0], Y.astype(np.float64) - Y[0], rowvar=False)
@@ -185,12 +202,12 @@ def test_sign_makes_the_largest_entry_of_each_x_direction_positive():
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 @pytest.mark.parametrize("sizes", [[200], [1] * 10 + [190], [67, 133], [3, 0, 197]], ids=str)
-def test_streamed_and_merged_equal_fit_in_any_order(sizes, offset):
+def test_streamed_and_merged_equal_fit_in_any_order(sizes, offset, given):
     X, Y = correlated_views()
     X += offset
-    whole = CCA().fit(X, Y)
+    whole = CCA().fit(given(X), given(Y))
     cuts = np.cumsum(sizes)[:-1]
-    parts = [(x, y) for x, y in zip(np.split(X, cuts), np.split(Y, cuts), strict=True) if len(x)]
+    parts = [(given(x), given(y)) for x, y in zip(np.split(X, cuts), np.split(Y, cuts), strict=True) if len(x)]
     streamed = CCA()
     for x, y in parts:
         assert streamed.partial_fit(x, y) is streamed
@@ -251,6 +268,50 @@ def test_torch_views_give_torch_variates_of_their_dtype(dtype, tolerance):
     torch.testing.assert_close(cca.transform(X), U)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-6),
+        (torch.float16, 2e-3),
+        (torch.bfloat16, 2e-2),
+        (torch.int32, 1e-6),
+    ],
+)
+def test_rows_on_a_gpu_stay_there(dtype, tolerance, device, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
+    monkeypatch.setattr(cca_module, "_to_numpy", lambda view: pytest.fail("rows were brought to the CPU"))
+    monkeypatch.setattr(cca_module, "_GPU_ROWS", 64)
+    X, Y = ((10 * torch.from_numpy(view)).to(device, dtype) for view in correlated_views())
+    cca = CCA(ridge=0.0).fit(X[:150], Y[:150])
+    U, V = cca.transform(X, Y)
+    score = cca.score(X[150:], Y[150:])
+    alone = cca.transform(X)
+    both = CCA(ridge=0.0).fit_transform(X[:150], Y[:150])
+    monkeypatch.undo()
+
+    x, y = X.double().cpu().numpy(), Y.double().cpu().numpy()
+    same = CCA(ridge=0.0).fit(x[:150], y[:150])
+    np.testing.assert_allclose(cca.correlations_, same.correlations_, atol=1e-12)
+    assert score == pytest.approx(same.score(x[150:], y[150:]), abs=1e-12)
+    wanted_dtype = dtype if dtype.is_floating_point else torch.float32
+    for found, wanted in zip((U, V), same.transform(x, y), strict=True):
+        assert (found.dtype, found.device) == (wanted_dtype, X.device)
+        np.testing.assert_allclose(found.double().cpu().numpy(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(alone, U)
+    for found, wanted in zip(both, (U, V), strict=True):
+        torch.testing.assert_close(found, wanted[:150])
+
+
+def test_views_that_share_no_gpu_are_computed_on_the_cpu(device, monkeypatch):
+    X, Y = correlated_views()
+    if device.type == "cpu":
+        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
+    mixed = CCA().fit(torch.from_numpy(X).to(device), Y)
+    np.testing.assert_array_equal(mixed.x_rotations_, CCA().fit(X, Y).x_rotations_)
+
+
 def test_integer_tensors_give_variates_in_the_default_dtype():
     X = torch.arange(12).reshape(6, 2) ** 2
     assert CCA().fit(X, X[:, 0]).transform(X).dtype == torch.float32
@@ -305,7 +366,8 @@ X0, Y0 = correlated_views(n=20)
         (X0, None, "it needs two views, X and Y"),
     ],
 )
-def test_bad_views_are_refused(X, Y, message):
+def test_bad_views_are_refused(X, Y, message, given):
+    X, Y = given(X), given(Y)
     with pytest.raises(ValueError, match=message):
         CCA().fit(X, Y)
 
@@ -327,14 +389,14 @@ def test_bad_parameters_are_refused_in_fit(parameters, message, method):
         getattr(CCA(**parameters), method)(X0, Y0)
 
 
-def test_refused_batch_leaves_a_streamed_fit_unchanged():
-    cca = CCA().partial_fit(X0, Y0)
+def test_refused_batch_leaves_a_streamed_fit_unchanged(given):
+    cca = CCA().partial_fit(given(X0), given(Y0))
     for X, Y in [(with_entry(X0, np.nan), Y0), (with_entry(X0, 1e300), Y0), (X0[:, :6], Y0), (X0, Y0[:, :4])]:
         with pytest.raises(ValueError, match=r"NaN|too large|expecting"):
-            cca.partial_fit(X, Y)
+            cca.partial_fit(given(X), given(Y))
     X, Y = correlated_views(n=30, seed=1)
-    resumed = cca.partial_fit(X, Y)
-    whole = CCA().fit(np.vstack([X0, X]), np.vstack([Y0, Y]))
+    resumed = cca.partial_fit(given(X), given(Y))
+    whole = CCA().fit(given(np.vstack([X0, X])), given(np.vstack([Y0, Y])))
     assert resumed.n_samples_seen_ == 50
     np.testing.assert_allclose(resumed.correlations_, whole.correlations_, atol=1e-12)
 
@@ -409,7 +471,7 @@ def test_canonical_directions_of_a_joint_covariance_are_those_of_fit():
 
 @pytest.mark.parametrize("order", ["drawn", "drifting", "one row apart"])
 @pytest.mark.parametrize("offset", [0, 10**6, -(10**12)])
-def test_moments_equal_exact_integer_arithmetic(offset, order):
+def test_moments_equal_exact_integer_arithmetic(offset, order, given):
     spread = np.array([1, 1000, 10, 0])
     whole = np.rint(np.random.default_rng(0).normal(size=(5000, 4)) * 1000).astype(np.int64) * spread + offset
     if order == "drifting":  # a chunk's mean is far from those before it
@@ -420,7 +482,7 @@ def test_moments_equal_exact_integer_arithmetic(offset, order):
     n, total = len(exact), exact.sum(axis=0)
     covariance = ((n * (exact.T @ exact) - np.outer(total, total)) / (n * (n - 1))).astype(np.float64)
     rows = whole.astype(np.float64)
-    moments = Moments(4).update(rows[:, :3], rows[:, 3:])
+    moments = Moments(4).update(given(rows[:, :3]), given(rows[:, 3:]))
     assert moments.count == n
     mean, scale = (total / n).astype(np.float64), np.sqrt(np.diag(covariance))
     np.testing.assert_array_less(np.abs(moments.mean - mean), 1e-15 * (np.abs(mean) + scale) + 1e-300)
@@ -428,10 +490,10 @@ def test_moments_equal_exact_integer_arithmetic(offset, order):
     assert not moments.covariance[3].any()
 
 
-def test_moments_of_no_rows_and_of_one_row_have_no_variance():
-    moments = Moments(2).update(np.empty((0, 2)))
+def test_moments_of_no_rows_and_of_one_row_have_no_variance(given):
+    moments = Moments(2).update(given(np.empty((0, 2))))
     assert moments.count == 0
-    assert not moments.update(np.array([[3.0, -4.0]])).covariance.any()
+    assert not moments.update(given(np.array([[3.0, -4.0]]))).covariance.any()
     np.testing.assert_array_equal(moments.mean, [3.0, -4.0])
 
 
@@ -448,10 +510,10 @@ def test_moments_of_no_rows_and_of_one_row_have_no_variance():
         ((np.array([[np.nan] * 3]),), "not finite"),
     ],
 )
-def test_moments_refuse_bad_rows_and_stay_unchanged(views, message):
-    moments = Moments(3).update(np.eye(3))
+def test_moments_refuse_bad_rows_and_stay_unchanged(views, message, given):
+    moments = Moments(3).update(given(np.eye(3)))
     with pytest.raises(ValueError, match=message):
-        moments.update(*views)
+        moments.update(*map(given, views))
     assert moments.count == 3
     np.testing.assert_allclose(moments.mean, np.full(3, 1 / 3))
 
