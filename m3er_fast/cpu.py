@@ -27,6 +27,7 @@ from m3er_fast.reference import GateProjections, Reduction, Variant, modality_pa
 # Logits of a block of the loss, and samples of a block of the check; docs/performance.md has the times of others.
 _LOSS_BLOCK = 2**21
 _GATE_BLOCK = 4096
+_FEW_SAMPLES = 128  # of the check; of fewer the reference is as fast
 # Products of two lengths between which neither they nor the squares in them can have left float32.
 _SAFE_LENGTHS = (1e-15, 1e15)
 # Rows of a band of a triangular whitener: narrower ones leave out more zeros, but multiply more slowly.
@@ -235,7 +236,7 @@ def gate_statistics(features: Sequence[Tensor], projections: GateProjections) ->
     other matrices of a modality are stacked upon its first band: wide products are the fast ones.
     """
     batch = features[0].shape[0]
-    if batch < _GATE_BLOCK:  # stacking the matrices would take longer than it saves
+    if batch < _FEW_SAMPLES:  # stacking the matrices would take longer than it saves
         return reference.gate_statistics(features, projections)
     dtype = upcast(features[0][:0]).dtype
     pairs = modality_pairs(len(features))

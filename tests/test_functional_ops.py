@@ -9,7 +9,7 @@ import torch
 from sklearn.manifold._locally_linear import barycenter_weights
 from sklearn.neighbors import NearestNeighbors
 
-from m3er_fast import reference
+from m3er_fast import cpu, reference
 from m3er_fast.functional import (
     BackendUnavailableError,
     GateProjections,
@@ -63,6 +63,16 @@ def vectors(batch, seed=1, dtype=torch.float64):
     return [torch.from_numpy(rng.normal(size=(batch, d))).to(dtype) for d in DIMS]
 
 
+@pytest.fixture(params=["few samples", "many samples"])
+def samples(request, monkeypatch):
+    """As which the CPU takes a batch: many go in blocks, here of three, and through bands, here of two rows."""
+    if request.param == "many samples":
+        monkeypatch.setattr(cpu, "_FEW_SAMPLES", 0)
+        monkeypatch.setattr(cpu, "_GATE_BLOCK", 3)
+        monkeypatch.setattr(cpu, "_BAND_ROWS", 2)
+
+
+@pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_gate_statistics_equal_numpy(batch, dtype, tolerance):
@@ -80,6 +90,21 @@ def test_gate_statistics_equal_numpy(batch, dtype, tolerance):
         np.testing.assert_allclose(energy[:, m].numpy(), wanted, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("ranks", [(5, 4, 3), (7, 4, 5), (6, 0, 1)])
+def test_energy_of_triangular_whiteners_equals_numpy(ranks):
+    means, pairs, whiteners = fitted_views(ranks=ranks)
+    whiteners = [np.triu(whitener) for whitener in whiteners]
+    features = vectors(8)
+    dense = fold(means, pairs, whiteners)
+    correlation, energy = gate_statistics(features, dense._replace(triangular=True))
+    for m, whitener in enumerate(whiteners):
+        wanted = (((features[m].numpy() - means[m]) @ whitener.T) ** 2).sum(axis=1) / max(ranks[m], 1)
+        np.testing.assert_allclose(energy[:, m].numpy(), wanted, rtol=1e-12)
+    torch.testing.assert_close(correlation, gate_statistics(features, dense)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.usefixtures("samples")
 def test_gate_statistics_of_half_precision_are_those_of_the_rounded_features():
     projections = fold(*fitted_views(), torch.float32)
     half = [x.half() for x in vectors(4)]
@@ -90,6 +115,7 @@ def test_gate_statistics_of_half_precision_are_those_of_the_rounded_features():
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.usefixtures("samples")
 def test_bias_is_added_after_the_projection():
     projections = fold(*fitted_views())
     shift = [torch.linspace(-1, 1, len(bias), dtype=torch.float64) for bias in projections.left_bias]
@@ -100,6 +126,7 @@ def test_bias_is_added_after_the_projection():
     torch.testing.assert_close(correlation[:, 1], torch.cosine_similarity(u, v, dim=1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("components", [0, 1])
 def test_too_few_components_to_vary_count_as_not_correlated(components):
     correlation, energy = gate_statistics(vectors(3), fold(*fitted_views(components=(components,) * 3)))
@@ -107,6 +134,7 @@ def test_too_few_components_to_vary_count_as_not_correlated(components):
     assert (energy > 0).all()
 
 
+@pytest.mark.usefixtures("samples")
 def test_a_sample_at_the_training_mean_counts_as_not_correlated():
     means, pairs, whiteners = fitted_views()
     features = [torch.from_numpy(mean)[None] for mean in means]
@@ -115,12 +143,14 @@ def test_a_sample_at_the_training_mean_counts_as_not_correlated():
     assert not energy.any()
 
 
+@pytest.mark.usefixtures("samples")
 def test_a_modality_without_whitened_directions_has_no_energy():
     _, energy = gate_statistics(vectors(3), fold(*fitted_views(ranks=(0, 4, 3))))
     assert not energy[:, 0].any()
     assert (energy[:, 1:] > 0).all()
 
 
+@pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("value", [1e15, 1e25, 3e38, math.inf, -math.inf, math.nan])
 def test_gate_statistics_are_finite_whatever_a_modality_holds(value):
     features = vectors(4, dtype=torch.float32)
@@ -135,12 +165,14 @@ def test_gate_statistics_are_finite_whatever_a_modality_holds(value):
     assert torch.equal(energy[:, ::2], clean[1][:, ::2])
 
 
+@pytest.mark.usefixtures("samples")
 def test_gate_statistics_of_an_empty_batch():
     correlation, energy = gate_statistics(vectors(0), fold(*fitted_views()))
     assert correlation.shape == (0, 3)
     assert energy.shape == (0, 3)
 
 
+@pytest.mark.usefixtures("samples")
 def test_one_modality_has_energy_and_no_pair():
     projections = fold(*fitted_views())
     alone = GateProjections(projections.center[:1], [], [], [], [], projections.whitener[:1])
