@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3er_fast.bench import COLUMNS
+from m3er_fast.cli.bench import COLUMNS
 
 OURS = "ours"
 # Inputs of this many bytes in turn, so that no device's cache holds them from one call to the next.
@@ -103,7 +103,7 @@ class Rates:
             torch.set_float32_matmul_precision(before)
 
     def floor(self, *works: Any) -> float:
-        """Seconds that ``works`` (``m3er_fast.kernels._launch.Work``) take at least, one after the other."""
+        """Seconds that ``works`` (``m3er_fast.kernels._target.Work``) take at least, one after the other."""
         return sum(max(work.bytes / self.copy, work.flops / self.flops[work.unit]) for work in works)
 
 

@@ -18,7 +18,7 @@ from m3er_fast import M3ERConfig
 from m3er_fast.corpus.convert import read
 from m3er_fast.corpus.splits import split_by_group
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.cpu_scan import takes
+from m3er_fast.cpu.memory_scan import takes
 from m3er_fast.training import train
 
 
@@ -50,7 +50,9 @@ def main():
         if options.only not in (None, name):
             continue
         for label in ("step by step", "auto"):
-            with mock.patch("m3er_fast.cpu_scan.takes", (lambda *_: False) if label == "step by step" else takes):
+            with mock.patch(
+                "m3er_fast.cpu.memory_scan.takes", (lambda *_: False) if label == "step by step" else takes
+            ):
                 losses, seconds = best_losses(corpus, epochs, options.seeds)
             each = ", ".join(f"{loss:.4f}" for loss in losses)
             deviation = losses.std(ddof=1) if len(losses) > 1 else 0.0

@@ -27,11 +27,11 @@ import torch
 from m3er_fast import M3ERFusion
 from m3er_fast.corpus import generate_corpus, read_parquet
 from m3er_fast.corpus.parquet import decode_rows
+from m3er_fast.execution.threads import map_in_order
 from m3er_fast.scoring import Scorer, score
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.plan import plan_shards
-from m3er_fast.scoring.reader import read_windows
-from m3er_fast.scoring.threads import map_in_order
+from m3er_fast.shards.plan import plan_shards
+from m3er_fast.shards.reader import read_windows
 
 CLASSES = ("angry", "happy", "neutral", "sad")
 MODELS = ("model", "model_by_threads")

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.scoring import Scorer
 from m3er_fast.scoring.output import OutputFolder
-from m3er_fast.scoring.plan import locate, plan_shards
 from m3er_fast.scoring.shard import ScoringJob
 from m3er_fast.scoring.summary import RunRecord, write_summary
+from m3er_fast.shards.plan import locate, plan_shards
 
 KINDS = {"one utterance a shard": (2000, 1), "8192 a shard": (60, 8192), "131072 a shard": (4, 131072)}
 PER_GROUP = 50

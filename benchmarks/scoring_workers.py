@@ -32,7 +32,7 @@ from scoring import CLASSES, make_model
 from m3er_fast import M3ERFusion
 from m3er_fast.corpus import generate_corpus, read_parquet
 from m3er_fast.scoring import score
-from m3er_fast.scoring.plan import plan_shards
+from m3er_fast.shards.plan import plan_shards
 
 TINY_DIMS = {"text": 6, "audio": 5, "face": 4}
 

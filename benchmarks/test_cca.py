@@ -13,7 +13,7 @@ from sklearn import cross_decomposition
 from workloads import CCA_FITS
 
 from m3er_fast import CCA
-from m3er_fast.kernels._launch import Work
+from m3er_fast.kernels._target import Work
 
 CONTESTANTS = (
     "ours",

@@ -91,7 +91,7 @@ def test_gate(benchmark, contest, device, workload, contestant):
     def step():
         return definition(inputs()) if kind == "eager" else statistics(inputs(), projections)
 
-    kernels = pytest.importorskip("m3er_fast.kernels.correlation_gate")
+    kernels = pytest.importorskip("m3er_fast.kernels.check_statistics")
     ranks = [whitener.shape[0] for whitener in projections.whitener]
     pairs = len(projections.left)
     work = kernels.work(sizes.batch, list(sizes.dims.values()), [sizes.components] * pairs, ranks, sizes.dtype)

@@ -74,7 +74,7 @@ def test_loss_and_gradient(benchmark, contest, device, workload, variant, contes
     def error(result):
         return harness.relative_error(result, oracle(sizes, device, variant))
 
-    work = pytest.importorskip("m3er_fast.kernels.fusion_loss").work(*sizes)
+    work = pytest.importorskip("m3er_fast.kernels.loss").work(*sizes)
     contest(
         contestant,
         lambda: gradient(loss, *inputs()),

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from workloads import NEIGHBORS
 
 from m3er_fast import functional
-from m3er_fast.kernels._launch import Work
+from m3er_fast.kernels._target import Work
 
 CONTESTANTS = (
     "ours",

@@ -18,9 +18,9 @@ from workloads import PAPER_DIMS, READ
 
 from m3er_fast.corpus import generate_corpus, read_parquet
 from m3er_fast.corpus.parquet import decode_rows
-from m3er_fast.kernels._launch import Work
-from m3er_fast.scoring.plan import plan_shards
-from m3er_fast.scoring.reader import read_windows
+from m3er_fast.kernels._target import Work
+from m3er_fast.shards.plan import plan_shards
+from m3er_fast.shards.reader import read_windows
 
 CONTESTANTS = ("ours", "ours, checksums ignored", "pyarrow, fixed_size_list", "pyarrow, list")
 ROW_GROUP = 2048  # utterances, 64 MiB as in this project's files

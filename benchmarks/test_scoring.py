@@ -25,9 +25,9 @@ from m3er_fast.corpus import generate_corpus, read_parquet
 from m3er_fast.corpus.parquet import decode_rows
 from m3er_fast.scoring import Scorer, score
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.plan import plan_shards
-from m3er_fast.scoring.prefetch import Prefetch
-from m3er_fast.scoring.reader import read_windows
+from m3er_fast.shards.plan import plan_shards
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import read_windows
 
 MODEL, THREADS, READING = "the model alone", "the model alone, a batch a thread", "reading alone"
 COMPARED = 128  # utterances whose scores are compared with those of the model in float64

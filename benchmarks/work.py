@@ -8,7 +8,7 @@ import torch
 from workloads import Views
 
 from m3er_fast.kernels import correlation_gate, fusion_loss, memory_scan
-from m3er_fast.kernels._launch import Work
+from m3er_fast.kernels._target import Work
 
 CANDIDATE = 64
 COMPONENTS = 30

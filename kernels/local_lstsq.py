@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3er_fast.kernels._launch import TRITON_TYPE, Specialization, Work
+from m3er_fast.kernels._target import TRITON_TYPE, Specialization, Work
 
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _TINY = tl.constexpr(1.1754943508222875e-38)

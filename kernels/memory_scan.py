@@ -28,12 +28,12 @@ import torch
 import triton
 from torch import Tensor
 
-from m3er_fast.kernels._launch import TRITON_TYPE, Specialization, Work, capability
-from m3er_fast.kernels._scan_cells import memory_scan_cells_bwd_kernel, memory_scan_cells_fwd_kernel
-from m3er_fast.kernels._scan_layers import CANDIDATE, memory_scan_dropout_kernel
-from m3er_fast.kernels._scan_memory import memory_scan_memory_bwd_kernel, memory_scan_memory_fwd_kernel
+from m3er_fast.kernels._memory_scan_cells import memory_scan_cells_bwd_kernel, memory_scan_cells_fwd_kernel
+from m3er_fast.kernels._memory_scan_layers import CANDIDATE, memory_scan_dropout_kernel
+from m3er_fast.kernels._memory_scan_memory import memory_scan_memory_bwd_kernel, memory_scan_memory_fwd_kernel
+from m3er_fast.kernels._target import TRITON_TYPE, Specialization, Work, capability
+from m3er_fast.operands import arguments_of, reference_gradients, tensors_of
 from m3er_fast.reference import MemoryScanWeights
-from m3er_fast.scan_weights import arguments_of, reference_gradients, tensors_of
 
 # --- How they are launched ---
 

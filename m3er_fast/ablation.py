@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import paper_protocol
-from m3er_fast.files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
 from m3er_fast.reference import fusion_weights

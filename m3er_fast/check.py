@@ -16,15 +16,14 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from m3er_fast import functional
 from m3er_fast.cca import canonical_directions, whiten
 from m3er_fast.config import CheckConfig, Pooling, Rule, Statistic
-from m3er_fast.functional import GateProjections
+from m3er_fast.fitted_module import FittedModule
+from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 from m3er_fast.moments import Moments
-from m3er_fast.reference import modality_pairs, upcast
+from m3er_fast.operands import CheckProjections, modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, clean_frames
-from m3er_fast.state import FittedModule
 
 # Calibration: each fold is scored by projections learned from the others. Folds are made of whole blocks of
 # neighbouring samples, for these often come from one recording: calibrated on recordings that the projections have
@@ -59,7 +58,7 @@ class ModalityCheck(FittedModule):
     """Judges, per sample, which modalities are effective and which are noise.
 
     On the utterance vectors f_m (mean over valid frames) two statistics are measured (formulas at
-    :func:`m3er_fast.functional.gate_statistics`): the *correlation* ρ_ij of each pair across its canonical components
+    :func:`m3er_fast.functional.check_statistics`): the *correlation* ρ_ij of each pair across its canonical components
     (Mittal et al. 2020, arXiv 1911.05659), and the *energy* of each modality in its own whitened space, which the
     paper does not have: ρ does not see scale, and weakly correlated modalities it hardly tells from noise.
 
@@ -98,7 +97,7 @@ class ModalityCheck(FittedModule):
     Attributes:
         correlation_power_: (M,) share of calibration samples in which the correlation finds modality m ineffectual, at
             level alpha, when it is swapped for that of the sample half a fold away; empty before ``fit``.
-        projections_: the fitted matrices, as ``functional.gate_statistics`` takes them.
+        projections_: the fitted matrices, as ``functional.check_statistics`` takes them.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -148,15 +147,15 @@ class ModalityCheck(FittedModule):
         return self.learned("energy_count").numel() > 0
 
     @property
-    def projections_(self) -> GateProjections:
+    def projections_(self) -> CheckProjections:
         """The fitted matrices with every constant folded in; before ``fit`` there is no such attribute."""
         if not self.is_fitted:
             raise AttributeError("projections_ exists once fit has been called")
         return self._projections()
 
-    def _projections(self) -> GateProjections:
+    def _projections(self) -> CheckProjections:
         modalities, pairs = range(len(self.input_dims)), range(len(self._pairs))
-        return GateProjections(
+        return CheckProjections(
             center=[self.learned(f"center_{m}") for m in modalities],
             left=[self.learned(f"left_{p}") for p in pairs],
             left_bias=[self.learned(f"left_bias_{p}") for p in pairs],
@@ -265,7 +264,7 @@ class ModalityCheck(FittedModule):
             # Where the other folds lack a modality, or hold but one sample, every energy is 0: that is no measurement.
             measured = torch.tensor([whitener.shape[0] > 0 for whitener in others.whitener])
             present = available[chosen] & measured
-            judged.append((*functional.gate_statistics(vectors, others), present))
+            judged.append((*unchecked.check_statistics(vectors, others), present))
             swapped.append(_swap_each(vectors, present, others))
         device = self.learned("center_0").device
         self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*judged, strict=True)))
@@ -296,7 +295,7 @@ class ModalityCheck(FittedModule):
         vectors = [vector.to(self.learned("center_0").dtype) for vector in self._pool(batch)]
         available = batch.available
         together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
-        correlation, energy = functional.gate_statistics(vectors, self._projections())
+        correlation, energy = unchecked.check_statistics(vectors, self._projections())
         correlation = correlation.where(together, 0.0)
         energy = energy.where(available, 0.0)
         config = self.config
@@ -321,7 +320,7 @@ class ModalityCheck(FittedModule):
 
     # --- fitting ---
 
-    def _solve(self, moments: _PairedMoments) -> GateProjections:
+    def _solve(self, moments: _PairedMoments) -> CheckProjections:
         config = self.config
         folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _MATRICES}
         for own in moments.own:
@@ -347,7 +346,7 @@ class ModalityCheck(FittedModule):
                 folded[f"{side}_bias"].append(projection @ (center - mean))
         dtype = self.learned("center_0").dtype
         # Contiguous, as a loaded state is: another layout makes a matrix product round differently.
-        return GateProjections(
+        return CheckProjections(
             **{n: [torch.tensor(value, dtype=dtype).contiguous() for value in values] for n, values in folded.items()},
             triangular=True,
         )
@@ -561,7 +560,7 @@ _PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")
 _MATRICES = ("center", *_PAIR_BUFFERS, "whitener")
 
 
-def _swap_each(vectors: list[Tensor], available: Tensor, projections: GateProjections) -> list[tuple[Tensor, Tensor]]:
+def _swap_each(vectors: list[Tensor], available: Tensor, projections: CheckProjections) -> list[tuple[Tensor, Tensor]]:
     """For each modality, ρ and what is available when it comes from the sample half a fold away.
 
     That far away is, as a rule, another recording: a fold consists of several blocks.
@@ -572,7 +571,7 @@ def _swap_each(vectors: list[Tensor], available: Tensor, projections: GateProjec
         mixed = [*vectors[:m], vector.roll(half, 0), *vectors[m + 1 :]]
         present = available.clone()
         present[:, m] = available[:, m].roll(half, 0)
-        swapped.append((functional.gate_statistics(mixed, projections)[0], present))
+        swapped.append((unchecked.check_statistics(mixed, projections)[0], present))
     return swapped
 
 

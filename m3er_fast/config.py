@@ -4,148 +4,233 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from functools import partial
+from typing import Any, Literal, Self, TypeAlias
 
-from m3er_fast.reference import Activation, Variant
+from m3er_fast._settings import check_settings, document_settings, setting
+from m3er_fast._validation import check_boolean, check_choice, check_number, check_positive_int
+from m3er_fast.neighbors import NeighborEngine
+from m3er_fast.operands import Activation, Variant
+
+_Check: TypeAlias = Callable[[str, Any], object]
 
 Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["neighbours", "basis"]
-Engine = Literal["auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw"]
-Reliability = Literal["off", "report", "weigh"]
+
+
+# --- Checks of a field, by name and value ---
+
+
+def _one_of(choices: Any) -> _Check:
+    return partial(check_choice, choices=choices)
+
+
+def _between(low: float, high: float) -> _Check:
+    return partial(check_number, low=low, high=high, exclusive=True)
+
+
+def _at_least(low: float) -> _Check:
+    return partial(check_number, low=low)
+
+
+def _above(low: float) -> _Check:
+    return partial(check_number, low=low, exclusive=True)
+
+
+def _optional(check: _Check) -> _Check:
+    def check_unless_none(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return check_unless_none
+
+
+def _each(check: _Check) -> _Check:
+    """The check of every number of a sequence."""
+
+    def check_each(name: str, values: Any) -> None:
+        if not isinstance(values, Iterable) or isinstance(values, str):
+            raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
+        for value in values:
+            check(name, value)
+
+    return check_each
+
+
+def _threshold(name: str, value: Any) -> None:
+    for one in value if isinstance(value, tuple) else [value]:
+        check_number(name, one, -1.0, 1.0)
+
+
+def _three_sizes(name: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise ValueError(f"{name} must be three layer sizes, got {value!r}")
+    for size in value:
+        check_positive_int(name, size)
+
+
+def _dropout(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def _seed(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be an int in 0..2**32 - 1, got {value!r}")
+
+
+# --- The settings of each step ---
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Modality check (step 1); the arguments of :class:`m3er_fast.ModalityCheck`, which documents them."""
+    """Modality check (step 1): the settings of :class:`m3er_fast.ModalityCheck`.
 
-    n_components: int = 100
-    statistic: Statistic = "combined"
-    rule: Rule = "all"
-    alpha: float = 0.05
-    threshold: float | tuple[float, ...] | None = None
-    component_weights: Literal["canonical"] | None = "canonical"
-    pooling: Pooling = "mean"
-    ridge: float = 1e-3
+    Args:
+        {settings}
+    """
+
+    n_components: int = setting(
+        100, check_positive_int, "ceiling of the canonical components of a pair (the paper's 100)."
+    )
+    statistic: Statistic = setting(
+        "combined", _one_of(Statistic), '"combined", "energy", or "correlation" (the paper).'
+    )
+    rule: Rule = setting("all", _one_of(Rule), '"all" or "any", see :class:`m3er_fast.ModalityCheck`.')
+    alpha: float = setting(0.05, _between(0.0, 1.0), "share of clean samples that may lose a modality.")
+    threshold: float | tuple[float, ...] | None = setting(
+        None, _optional(_threshold), "τ, one number or one per pair; None calibrates instead."
+    )
+    component_weights: Literal["canonical"] | None = setting(
+        "canonical",
+        _one_of(("canonical", None)),
+        '"canonical" scales component c of both sides by sqrt(s_c), s the canonical correlations; None is the paper.',
+    )
+    pooling: Pooling = setting(
+        "mean", _one_of(Pooling), '"mean", or "mean_std": mean and standard deviation over the frames side by side.'
+    )
+    ridge: float = setting(1e-3, _at_least(0.0), "shrinkage of each covariance, in units of its mean variance.")
 
     def __post_init__(self) -> None:
-        _positive_int("n_components", self.n_components)
-        _one_of("statistic", self.statistic, Statistic)
-        _one_of("rule", self.rule, Rule)
-        _one_of("pooling", self.pooling, Pooling)
-        _in_range("alpha", self.alpha, 0.0, 1.0, exclusive=True)
-        _in_range("ridge", self.ridge, 0.0, math.inf)
-        if self.component_weights not in ("canonical", None):
-            raise ValueError(f"component_weights must be 'canonical' or None, got {self.component_weights!r}")
         if isinstance(self.threshold, Sequence):
             object.__setattr__(self, "threshold", tuple(self.threshold))
-        for value in self.threshold if isinstance(self.threshold, tuple) else [self.threshold]:
-            if value is not None:
-                _in_range("threshold", value, -1.0, 1.0)
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """Proxy feature vectors (step 2); the arguments of :class:`m3er_fast.ProxyGenerator`, which documents them."""
+    """Proxy feature vectors (step 2): the settings of :class:`m3er_fast.ProxyGenerator`.
 
-    bank: Bank = "neighbours"
-    k: int = 16
-    ridge: float = 0.3
-    affine: bool = False
-    max_bank: int | None = None
-    max_basis: int | None = None
-    engine: Engine = "auto"
-    memory_budget: int = 256 * 2**20
-    bank_on_host: bool = False
-    reliability: Reliability = "off"
-    min_reliability: float | None = None
+    Args:
+        {settings}
+    """
+
+    bank: Bank = setting("neighbours", _one_of(Bank), '"neighbours" or "basis".')
+    k: int = setting(16, check_positive_int, "neighbours per frame; more than the bank has means all.")
+    ridge: float = setting(
+        0.3,
+        _at_least(0.0),
+        "λ ≥ 0; 0 takes the solution of least norm. The default served weakly related modalities best\n"
+        "(docs/proxies.md); where modalities are linear maps of each other, take 1e-6 or less.",
+    )
+    affine: bool = setting(False, check_boolean, "constrain the coefficients to sum to 1.")
+    max_bank: int | None = setting(
+        None,
+        _optional(check_positive_int),
+        "the most training frames to keep, a seeded uniform choice; None keeps all.",
+    )
+    max_basis: int | None = setting(
+        None, _optional(check_positive_int), "the most basis rows; None takes the numerical rank."
+    )
+    engine: NeighborEngine = setting(
+        "auto",
+        _one_of(NeighborEngine),
+        "how :func:`m3er_fast.functional.nearest_neighbors` searches. ``fit`` measures what an approximate engine\n"
+        "finds.",
+    )
+    memory_budget: int = setting(
+        256 * 2**20, check_positive_int, "bytes to take at a time beside bank, features and results."
+    )
+    bank_on_host: bool = setting(
+        False,
+        check_boolean,
+        "keep the bank in host memory wherever the module goes, for banks larger than the device's memory. Tiles of\n"
+        "it are copied to the device for the search, and the neighbours' rows for the solution.",
+    )
 
     def __post_init__(self) -> None:
-        _one_of("bank", self.bank, Bank)
-        _one_of("reliability", self.reliability, Reliability)
-        if self.reliability != "off" and self.bank != "neighbours":
-            raise ValueError(f"reliability {self.reliability!r} needs bank 'neighbours', got bank {self.bank!r}")
-        if self.min_reliability is not None:
-            _in_range("min_reliability", self.min_reliability, 0.0, 1.0)
-            if self.reliability == "off":
-                raise ValueError("min_reliability needs reliability 'report' or 'weigh', got 'off'")
-        _positive_int("memory_budget", self.memory_budget)
-        _boolean("bank_on_host", self.bank_on_host)
-        _one_of("engine", self.engine, Engine)
-        _positive_int("k", self.k)
-        _in_range("ridge", self.ridge, 0.0, math.inf)
-        _boolean("affine", self.affine)
-        for name in ("max_bank", "max_basis"):
-            if getattr(self, name) is not None:
-                _positive_int(name, getattr(self, name))
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Classification network (step 3); the arguments of :class:`m3er_fast.MemoryFusionNetwork`, documented there."""
+    """Classification network (step 3): the settings of :class:`m3er_fast.MemoryFusionNetwork`.
 
-    hidden: int = 32
-    memory: int = 128
-    attention: tuple[int, int, int] = (128, 64, 64)
-    fusion: int = 32
-    head: int = 64
-    dropout: float = 0.0
-    feedback: bool = True
-    recompute: int | None = None
+    Args:
+        {settings}
+    """
+
+    hidden: int = setting(32, check_positive_int, "size of every LSTM.")
+    memory: int = setting(128, check_positive_int, "size of u.")
+    attention: tuple[int, int, int] = setting(
+        (128, 64, 64),
+        _three_sizes,
+        "sizes of the inner layers of the attention, of the candidate û, and of the two gates.",
+    )
+    fusion: int = setting(32, check_positive_int, "size of e.")
+    head: int = setting(64, check_positive_int, "size of the inner layer of the fused head.")
+    dropout: float = setting(0.0, _dropout, "share of units dropped after each inner relu in training.")
+    feedback: bool = setting(True, check_boolean, "whether the attended cells reach the LSTMs.")
+    recompute: int | None = setting(
+        None,
+        _optional(check_positive_int),
+        "how many samples' activations training holds at a time (:func:`m3er_fast.functional.memory_scan`);\n"
+        "None for all.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "memory", "fusion", "head"):
-            _positive_int(name, getattr(self, name))
-        if not isinstance(self.attention, Sequence) or len(self.attention) != 3:
-            raise ValueError(f"attention must be three layer sizes, got {self.attention!r}")
+        check_settings(self)
         object.__setattr__(self, "attention", tuple(self.attention))
-        for size in self.attention:
-            _positive_int("attention", size)
-        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        _boolean("feedback", self.feedback)
-        if self.recompute is not None:
-            _positive_int("recompute", self.recompute)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Model loss (step 4): fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head.
 
-    The other fields are arguments of :func:`m3er_fast.functional.fusion_loss`. ``class_weight`` and
-    ``modality_weight`` hold for the fusion loss; the cross entropy takes ``class_weight`` alone.
+    The cross entropy takes ``class_weight`` alone of the other settings, which are those of
+    :func:`m3er_fast.functional.fusion_loss`.
+
+    Args:
+        {settings}
     """
 
-    variant: Variant = "m3er"
-    beta: float = 1.0
-    detach_weight: bool = True
-    activation: Activation = "softmax"
-    class_weight: tuple[float, ...] | None = None
-    modality_weight: tuple[float, ...] | None = None
-    margin: float | None = None
-    head_weight: float = 1.0
+    variant: Variant = setting("m3er", _one_of(Variant), "which weight w_m.")
+    beta: float = setting(1.0, _at_least(0.0), "β ≥ 0, how strongly the weights tell modalities apart.")
+    detach_weight: bool = setting(True, check_boolean, "stop gradients at w.")
+    activation: Activation = setting("softmax", _one_of(Activation), '"softmax" over the classes, or "sigmoid".')
+    class_weight: tuple[float, ...] | None = setting(
+        None, _optional(_each(_at_least(0.0))), "C factors of the classes' costs; None for ones."
+    )
+    modality_weight: tuple[float, ...] | None = setting(
+        None, _optional(_each(_at_least(0.0))), "M factors of the modalities' terms; None for ones."
+    )
+    margin: float | None = setting(None, _optional(_at_least(0.0)), "margin of Liu's boosted training; None for none.")
+    head_weight: float = setting(1.0, _at_least(0.0), "factor of the fused head's cross entropy.")
 
     def __post_init__(self) -> None:
-        _one_of("variant", self.variant, Variant)
-        _one_of("activation", self.activation, Activation)
-        _in_range("beta", self.beta, 0.0, math.inf)
-        _boolean("detach_weight", self.detach_weight)
-        _in_range("head_weight", self.head_weight, 0.0, math.inf)
-        if self.margin is not None:
-            _in_range("margin", self.margin, 0.0, math.inf)
+        for name in ("class_weight", "modality_weight"):
+            values = getattr(self, name)
+            if isinstance(values, Iterable) and not isinstance(values, str):
+                object.__setattr__(self, name, tuple(values))
+        check_settings(self)
         for name in ("class_weight", "modality_weight"):
             values = getattr(self, name)
             if values is not None:
-                if not isinstance(values, Iterable):
-                    raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
-                values = tuple(values)
-                for value in values:
-                    _in_range(name, value, 0.0, math.inf)
-                object.__setattr__(self, name, tuple(float(value) for value in values))
+                object.__setattr__(self, name, tuple(map(float, values)))
 
 
 @dataclass(frozen=True)
@@ -153,39 +238,36 @@ class TrainingConfig:
     """How a model is trained.
 
     Args:
-        epochs: the most passes over the training split.
-        batch_size: utterances a step.
-        learning_rate: of Adam.
-        weight_decay: of Adam, decoupled from the gradient.
-        patience: epochs without a better validation loss before training stops; None trains all epochs. The weights
-            of the best epoch are kept either way.
-        balance_classes: weigh classes by n / (C · n_c), C counting those that occur, so that rare ones count as much as
-            common ones. A class without training samples gets weight 1.
-        gradient_norm: the gradient's norm is clipped to this; None leaves it alone.
-        seed: of weights, shuffling and dropout.
+        {settings}
     """
 
-    epochs: int = 100
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    patience: int | None = 10
-    balance_classes: bool = False
-    gradient_norm: float | None = 1.0
-    seed: int = 0
+    epochs: int = setting(100, check_positive_int, "the most passes over the training split.")
+    batch_size: int = setting(64, check_positive_int, "utterances per step.")
+    learning_rate: float = setting(1e-3, _above(0.0), "Adam's learning rate.")
+    weight_decay: float = setting(0.0, _at_least(0.0), "Adam's weight decay, decoupled from the gradient.")
+    patience: int | None = setting(
+        10,
+        _optional(check_positive_int),
+        "epochs without a better validation loss before training stops; None trains all epochs. The weights of the\n"
+        "best epoch are kept either way.",
+    )
+    balance_classes: bool = setting(
+        False,
+        check_boolean,
+        "weigh classes by n / (C · n_c), C counting those that occur, so that rare classes count as much as common\n"
+        "ones. A class without training samples gets weight 1.",
+    )
+    gradient_norm: float | None = setting(
+        1.0, _optional(_above(0.0)), "the gradient's norm is clipped to this; None does not clip."
+    )
+    seed: int = setting(0, _seed, "seed of weights, shuffling and dropout.")
 
     def __post_init__(self) -> None:
-        _positive_int("epochs", self.epochs)
-        _positive_int("batch_size", self.batch_size)
-        _in_range("learning_rate", self.learning_rate, 0.0, math.inf, exclusive=True)
-        _in_range("weight_decay", self.weight_decay, 0.0, math.inf)
-        if self.patience is not None:
-            _positive_int("patience", self.patience)
-        if self.gradient_norm is not None:
-            _in_range("gradient_norm", self.gradient_norm, 0.0, math.inf, exclusive=True)
-        _boolean("balance_classes", self.balance_classes)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be an int in 0..2**32 - 1, got {self.seed!r}")
+        check_settings(self)
+
+
+for _kind in (CheckConfig, ProxyConfig, NetworkConfig, LossConfig, TrainingConfig):
+    document_settings(_kind, _kind)
 
 
 @dataclass(frozen=True)
@@ -216,7 +298,7 @@ class M3ERConfig:
                 continue
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
-        _boolean("check_in_training", self.check_in_training)
+        check_boolean("check_in_training", self.check_in_training)
 
     @classmethod
     def paper(cls) -> M3ERConfig:
@@ -276,25 +358,3 @@ def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(names)}")
     return dict(values)
-
-
-def _one_of(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
-
-
-def _boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def _positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-
-
-def _in_range(name: str, value: Any, low: float, high: float, *, exclusive: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (exclusive and value in (low, high)):
-        brackets = f"({low}, {high})" if exclusive else f"[{low}, {high}]"
-        raise ValueError(f"{name} must be a finite number in {brackets}, got {value!r}")

@@ -6,33 +6,24 @@ Dimension legend: M modalities, B samples, T time steps, C classes, d_m features
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
-from m3er_fast.files import replacing
-from m3er_fast.inference import CompiledInference, Stages
+from m3er_fast.cuda_graphs import CompiledInference, Stages
+from m3er_fast.fitted_module import eval_mode
+from m3er_fast.hub import HubModel
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
-from m3er_fast.model_card import describe
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
+from m3er_fast.operands import modality_pairs, upcast
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
-from m3er_fast.reference import modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, Standardizer
-from m3er_fast.state import eval_mode
-
-_WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
 
 
 class M3EROutput(NamedTuple):
@@ -51,8 +42,7 @@ class M3EROutput(NamedTuple):
 
 
 class M3ERFusion(
-    nn.Module,
-    ModelHubMixin,
+    HubModel,
     library_name="m3er-fast",
     tags=["emotion-recognition", "multimodal"],
     license="mit",
@@ -270,82 +260,6 @@ class M3ERFusion(
             clone.proxy_generator = None
             clone.config = clone.config.replace(proxy=None)
         return clone
-
-    # --- saving ---
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from m3er_fast import __version__
-
-        description = {
-            "library": "m3er-fast",
-            "version": __version__,
-            "input_dims": self.input_dims,
-            "num_classes": self.num_classes,
-            "classes": self.classes,
-            "config": self.config.to_dict(),
-        }
-        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        with replacing(save_directory / _WEIGHTS_FILE) as partial:
-            save_file(state, partial)
-        with replacing(save_directory / _CONFIG_FILE) as partial:
-            partial.write_text(json.dumps(description, indent=2) + "\n")
-
-    def generate_model_card(self, *, data: str | None = None, metrics: str | None = None, **_kwargs: Any) -> ModelCard:
-        """The README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.
-
-        Args:
-            data: Markdown, what the model was trained on; None says that nobody told.
-            metrics: Markdown, such as ``ClassificationReport.to_markdown()``; None says that nobody told.
-
-        Example:
-            >>> model.save_pretrained("my-model", model_card_kwargs={"data": "CMU-MOSI, train split."})
-        """
-        return ModelCard(f"---\n{self._hub_mixin_info.model_card_data}\n---\n\n{describe(self, data, metrics)}")
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        **model_kwargs: Any,
-    ) -> Self:
-        for name in ("proxies", "resume_download"):  # what the mixin of huggingface-hub before 1.0 adds
-            model_kwargs.pop(name, None)
-        missing = [name for name in ("input_dims", "num_classes") if name not in model_kwargs]
-        if missing:
-            raise ValueError(f"{model_id} is no m3er-fast model: its {_CONFIG_FILE} is missing or lacks {missing}")
-        if isinstance(model_kwargs.get("config"), Mapping):
-            model_kwargs["config"] = M3ERConfig.from_dict(model_kwargs["config"])
-        model = cls(**model_kwargs)
-        path = Path(model_id) / _WEIGHTS_FILE
-        if not Path(model_id).is_dir():
-            path = Path(
-                hf_hub_download(
-                    repo_id=model_id,
-                    filename=_WEIGHTS_FILE,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
-        if not path.is_file():
-            raise ValueError(f"{model_id} is no m3er-fast model: it has no {_WEIGHTS_FILE}")
-        try:
-            model.load_state_dict(load_file(path, device=map_location), strict=True)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} does not fit its {_CONFIG_FILE}: {reason}") from error
-        return model.to(map_location).eval()
 
     # --- steps ---
 

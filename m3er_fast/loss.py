@@ -1,20 +1,21 @@
-"""Multiplicative fusion loss as a module (step 4 of the method)."""
+"""The multiplicative fusion loss as a module (step 4 of the method)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from m3er_fast import functional
-from m3er_fast.reference import Activation, Reduction, Variant
+from m3er_fast._settings import takes_keywords_of
+from m3er_fast.operands import LossKeywords, LossOptions
 
 
 class MultiplicativeFusionLoss(nn.Module):
     """Multiplicative fusion loss of several modalities' classifiers.
 
-    The module form of :func:`m3er_fast.functional.fusion_loss`, whose documentation gives the formula and every
-    argument; the weights become buffers, so that they follow the module to its device.
+    The module form of :func:`m3er_fast.functional.fusion_loss`, which documents the formula and every argument. The
+    weights become buffers, so that they follow the module to its device.
 
     Example:
         >>> loss = MultiplicativeFusionLoss(beta=2.0)
@@ -26,39 +27,26 @@ class MultiplicativeFusionLoss(nn.Module):
     modality_weight: Tensor | None
     available: Tensor | None
 
+    @takes_keywords_of(LossOptions)
     def __init__(
         self,
         *,
-        variant: Variant = "m3er",
-        beta: float = 1.0,
-        detach_weight: bool = True,
-        activation: Activation = "softmax",
         class_weight: Tensor | None = None,
         modality_weight: Tensor | None = None,
         available: Tensor | None = None,
-        margin: float | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
         backend: str = "auto",
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        # Settings of one run, not something a checkpoint should bring back.
+        # Settings of one run: a checkpoint should not bring them back.
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.register_buffer("modality_weight", modality_weight, persistent=False)
         self.register_buffer("available", available, persistent=False)
-        self.options: dict[str, Any] = {
-            "variant": variant,
-            "beta": beta,
-            "detach_weight": detach_weight,
-            "activation": activation,
-            "margin": margin,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        self.options = LossOptions(**options)
+        self.backend = backend
 
     def forward(self, logits: Tensor, target: Tensor, available: Tensor | None = None) -> Tensor:
-        """The loss of (M, B, C) ``logits``; ``available`` (B, M) replaces the mask given at construction.
+        """Return the loss of (M, B, C) ``logits``; ``available`` (B, M) replaces the mask given at construction.
 
         Raises:
             ValueError: as :func:`m3er_fast.functional.fusion_loss` does.
@@ -69,9 +57,11 @@ class MultiplicativeFusionLoss(nn.Module):
             class_weight=self.class_weight,
             modality_weight=self.modality_weight,
             available=self.available if available is None else available,
-            **self.options,
+            backend=self.backend,
+            **self.options._asdict(),
         )
 
     def extra_repr(self) -> str:
-        """The settings, for ``print(module)``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """Return the settings, for ``print(module)``."""
+        settings = {**self.options._asdict(), "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3er_fast import functional
+from m3er_fast._settings import takes_settings_of
+from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
-from m3er_fast.functional import MemoryScanWeights
+from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, check_input_dims, prepare_batch
+from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
 
 class NetworkOutput(NamedTuple):
@@ -22,12 +24,13 @@ class NetworkOutput(NamedTuple):
     fused: Tensor  # (B, fusion + memory): multiplicatively fused features beside the memory
 
 
+@takes_settings_of(NetworkConfig)
 class MemoryFusionNetwork(nn.Module):
     """LSTM and memory classification network of M3ER.
 
-    One LSTM a modality, whose cells an attention module reads at every step; what it attends to updates a gated memory
-    u and, with ``feedback``, the LSTMs' inputs at the next step (the formulas stand at
-    :func:`m3er_fast.functional.memory_scan`). The last hidden states h_m are fused multiplicatively,
+    Each modality has one LSTM. An attention module reads the cells of all of them at every step; the attended cells
+    update a gated memory u and, with ``feedback``, the LSTMs' inputs at the next step
+    (:func:`m3er_fast.functional.memory_scan` gives the formulas). The last hidden states h_m are fused multiplicatively,
 
         e = ⊙_m (A_m h_m + b_m),
 
@@ -38,39 +41,18 @@ class MemoryFusionNetwork(nn.Module):
     Args:
         input_dims: feature count d_m of each modality, in order.
         num_classes: C.
-        hidden: size of every LSTM.
-        memory: size of u.
-        attention: sizes of the inner layers of the attention, of the candidate û, and of the two gates.
-        fusion: size of e.
-        head: size of the inner layer of the fused head.
-        dropout: share of units dropped after each inner relu while training.
-        feedback: whether the attended cells reach the LSTMs.
-        recompute: how many samples' activations training holds at a time (:func:`m3er_fast.functional.memory_scan`),
-            or None for all.
+        {settings}
 
     Raises:
         ValueError: naming the argument that is out of range.
     """
 
-    def __init__(
-        self,
-        input_dims: Mapping[str, int],
-        num_classes: int,
-        hidden: int = 32,
-        memory: int = 128,
-        attention: Sequence[int] = (128, 64, 64),
-        fusion: int = 32,
-        head: int = 64,
-        dropout: float = 0.0,
-        feedback: bool = True,
-        recompute: int | None = None,
-    ) -> None:
+    def __init__(self, input_dims: Mapping[str, int], num_classes: int, *settings: Any, **named_settings: Any) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
-        sizes: Any = tuple(attention)
-        config = NetworkConfig(hidden, memory, sizes, fusion, head, dropout, feedback, recompute)
+        check_positive_int("num_classes", num_classes)
+        config = NetworkConfig(*settings, **named_settings)
+        hidden, memory = config.hidden, config.memory
         self.num_classes = num_classes
         self.dropout, self.recompute = config.dropout, config.recompute
         modalities = len(self.input_dims)
@@ -86,8 +68,8 @@ class MemoryFusionNetwork(nn.Module):
             if config.feedback
             else None
         )
-        self.fusion = nn.ModuleList(nn.Linear(hidden, fusion) for _ in range(modalities))
-        self.head = _two_layers(fusion + memory, head, num_classes)
+        self.fusion = nn.ModuleList(nn.Linear(hidden, config.fusion) for _ in range(modalities))
+        self.head = _two_layers(config.fusion + memory, config.head, num_classes)
         self.modality_heads = nn.ModuleList(nn.Linear(hidden, num_classes) for _ in range(modalities))
 
     def forward(self, features: Features, lengths: Any = None, available: Any = None) -> NetworkOutput:
@@ -109,7 +91,7 @@ class MemoryFusionNetwork(nn.Module):
         weights = self.scan_weights()
         features = [x.to(weights.bias.dtype) for x in features]
         dropout = self.dropout if self.training else 0.0
-        hidden, memory = functional.memory_scan(features, lengths, weights, dropout=dropout, recompute=self.recompute)
+        hidden, memory = unchecked.memory_scan(features, lengths, weights, dropout=dropout, recompute=self.recompute)
         states = hidden.unbind(0)
         fused = torch.stack([layer(h) for layer, h in zip(self.fusion, states, strict=True)]).prod(dim=0)
         fused = torch.cat([fused, memory], dim=1)
@@ -136,9 +118,8 @@ def _two_layers(size: int, inner: int, out: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(size, inner), nn.Linear(inner, out)])
 
 
-def _layer_weights(layers: nn.ModuleList) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = (_parameters(layer) for layer in layers)
-    return first[0], first[1], second[0], second[1]
+def _layer_weights(layers: nn.ModuleList) -> TwoLayers:
+    return TwoLayers(*(parameter for layer in layers for parameter in _parameters(layer)))
 
 
 def _parameters(layer: nn.Module) -> list[Tensor]:

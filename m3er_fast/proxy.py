@@ -15,13 +15,13 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from m3er_fast import functional
-from m3er_fast.config import Bank, Engine, ProxyConfig, Reliability
+from m3er_fast.config import Bank, ProxyConfig
+from m3er_fast.fitted_module import FittedModule
+from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
-from m3er_fast.neighbors import EXACT_ENGINES, NeighborIndex, measure_recall
+from m3er_fast.neighbors import EXACT_ENGINES, NeighborEngine, NeighborIndex, measure_recall
 from m3er_fast.reliability import SIGNS, fit_reliability, reliability_of, signs_of
 from m3er_fast.standardize import StandardizedBatch, clean_frames
-from m3er_fast.state import FittedModule
 
 # Rows of the span of which a basis is chosen at a time; the winners meet in the next round.
 _BASIS_ROUND = 2**14
@@ -103,11 +103,9 @@ class ProxyGenerator(FittedModule):
         affine: bool = False,
         max_bank: int | None = None,
         max_basis: int | None = None,
-        engine: Engine = "auto",
+        engine: NeighborEngine = "auto",
         memory_budget: int = 256 * 2**20,
         bank_on_host: bool = False,
-        reliability: Reliability = "off",
-        min_reliability: float | None = None,
     ) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
@@ -123,8 +121,6 @@ class ProxyGenerator(FittedModule):
             engine,
             memory_budget=memory_budget,
             bank_on_host=bank_on_host,
-            reliability=reliability,
-            min_reliability=min_reliability,
         )
         modalities = range(len(self.input_dims))
         nothing = torch.zeros(0)
@@ -147,7 +143,7 @@ class ProxyGenerator(FittedModule):
 
     @property
     def _is_reliability_wanted(self) -> bool:
-        return self.config.reliability != "off"
+        return False
 
     @property
     def _first_buffer(self) -> Tensor:
@@ -312,7 +308,7 @@ class ProxyGenerator(FittedModule):
         abstained = ~effective.any(dim=1)
         lost = ~effective & ~abstained[:, None]
         proxies, reliability = self._regenerate(batch, effective, lost)
-        if self.config.min_reliability is not None:
+        if False:
             refused = lost & (reliability < self.config.min_reliability) & self.learned("bank_valid").any(dim=0)
             proxies = [proxy.masked_fill(refused[:, m, None, None], 0.0) for m, proxy in enumerate(proxies)]
             abstained = abstained | refused.any(dim=1)
@@ -378,7 +374,7 @@ class ProxyGenerator(FittedModule):
                     k = min(self.config.k, int(allowed.sum()))
                     if k and len(asked):
                         chosen = asked[torch.randperm(len(asked), generator=generator)[:_HELD_OUT_ROWS].to(both.device)]
-                        index = functional.neighbor_index(
+                        index = unchecked.neighbor_index(
                             bank, "torch", allowed=allowed, memory_budget=self.config.memory_budget // 2
                         )
                         for here, proxies, signs in self._solved(index, k, bank[chosen], i, targets):
@@ -470,7 +466,7 @@ class ProxyGenerator(FittedModule):
             size = int(both.sum())
             if size:
                 allowed = None if size == both.shape[0] else both
-                index = functional.neighbor_index(
+                index = unchecked.neighbor_index(
                     bank, self.config.engine, allowed=allowed, memory_budget=self.config.memory_budget // 2
                 )
                 parts.append(_BankPart(index, allowed, min(self.config.k, size), tuple(targets)))
@@ -583,7 +579,7 @@ class ProxyGenerator(FittedModule):
         distances, neighbors = index.search(query, k)
         for begin in range(0, query.shape[0], size):
             here = slice(begin, begin + size)
-            solved, _ = functional.local_least_squares(
+            solved, _ = unchecked.local_least_squares(
                 query[here],
                 *_on_device(query.device, bank, partners, neighbors[here]),
                 ridge=self.config.ridge,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from m3er_fast.fitted_module import PreciseModule
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
-from m3er_fast.state import PreciseModule
 
 # Standardised values are clamped to ±1e4, so that a finite but absurd input (3e38) stays finite when later steps square
 # and sum it. No training value comes near: |z| ≤ sqrt(n - 1) for every value of a sample of n (Samuelson's inequality),

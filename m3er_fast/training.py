@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3er_fast.atomic_files import replacing
 from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
-from m3er_fast.files import replacing
+from m3er_fast.fitted_module import eval_mode
+from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
-from m3er_fast.scoring.statistics import ModelStatistics
-from m3er_fast.state import eval_mode
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.json"

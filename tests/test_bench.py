@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from m3er_fast.bench import COLUMNS, BenchmarkResult, benchmark_files
-from m3er_fast.bench_display import BenchmarkDisplay
 from m3er_fast.cli import main
+from m3er_fast.cli.bench import COLUMNS, BenchmarkResult, benchmark_files
+from m3er_fast.cli.bench_display import BenchmarkDisplay
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ TOY = """
 import harness
 import pytest
 import torch
-from m3er_fast.kernels._launch import Work
+from m3er_fast.kernels._target import Work
 
 
 @pytest.mark.benchmark(timer=harness.now)

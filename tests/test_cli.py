@@ -20,9 +20,9 @@ import torch
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__, environment, scoring
 from m3er_fast.cli import main
+from m3er_fast.cli.progress import ProgressDisplay
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.progress import ProgressDisplay
 
 COMMANDS = ["demo", "generate", "convert", "train", "score", "ablate", "audit", "info"]
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -558,7 +558,7 @@ def test_elsewhere_than_on_a_terminal_progress_is_log_lines(capsys, monkeypatch)
 
 def test_log_lines_come_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("m3er_fast.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("m3er_fast.cli.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     with ProgressDisplay("train", log_seconds=10) as display:
         for step in range(20):
             display.say(f"step {step}")

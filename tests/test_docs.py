@@ -17,7 +17,7 @@ import typer
 import m3er_fast
 from m3er_fast import M3ERConfig, M3ERFusion, config, functional
 from m3er_fast.ablation import AblationResult, CheckQuality
-from m3er_fast.commands import app
+from m3er_fast.cli.commands import app
 from m3er_fast.corpus import FORMATS, AuditReport, ModalityAudit
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import ClassificationReport, ClassScores

@@ -183,7 +183,7 @@ def test_blocks_of_the_cpu_do_not_change_the_result(monkeypatch):
     for ridge in (1e-2, 0.0):
         whole = local_least_squares(*inputs, ridge=ridge)
         with monkeypatch.context() as patch:
-            patch.setattr("m3er_fast.cpu_lstsq._BLOCK_BYTES", 7 * 8 * 6 * 12)
+            patch.setattr("m3er_fast.cpu.local_lstsq._BLOCK_BYTES", 7 * 8 * 6 * 12)
             parts = local_least_squares(*inputs, ridge=ridge)
         torch.testing.assert_close(parts[1], whole[1], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(parts[0][0], whole[0][0], rtol=1e-6, atol=1e-6)
@@ -213,9 +213,9 @@ def test_the_algebra_of_the_cupy_solvers_with_numpy_in_its_place(monkeypatch, ri
     for name, module in {"cupy": cupy, "cupyx": types.ModuleType("cupyx"), "cupyx.lapack": lapack}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
-    monkeypatch.delitem(sys.modules, "m3er_fast.kernels.cupy_lstsq", raising=False)
-    solver = importlib.import_module("m3er_fast.kernels.cupy_lstsq")
-    monkeypatch.delitem(sys.modules, "m3er_fast.kernels.cupy_lstsq")
+    monkeypatch.delitem(sys.modules, "m3er_fast.kernels.local_lstsq_cupy", raising=False)
+    solver = importlib.import_module("m3er_fast.kernels.local_lstsq_cupy")
+    monkeypatch.delitem(sys.modules, "m3er_fast.kernels.local_lstsq_cupy")
     query, bank, targets, neighbors = problem(d=20, k=9)
     neighbors[:, 5:] = neighbors[:, :4]
     got = solver.cupy_lstsq(query * scale, bank * scale, targets, neighbors, ridge=ridge, affine=affine)

@@ -9,7 +9,7 @@ import torch
 from m3er_fast import functional, neighbors
 from m3er_fast.functional import BackendUnavailableError, nearest_neighbors
 from m3er_fast.neighbors import build_index, measure_recall
-from m3er_fast.search import search_exact
+from m3er_fast.neighbors.exact import search_exact
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 ENGINES = ["torch", *(pytest.param(name, marks=needs_faiss) for name in ("faiss", "faiss-ivf", "faiss-hnsw"))]

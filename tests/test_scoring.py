@@ -22,7 +22,7 @@ from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
-from m3er_fast.scoring.plan import locate
+from m3er_fast.shards.plan import locate
 from m3er_fast.training import evaluate, train
 
 DIMS = {"text": 6, "audio": 5, "face": 4}

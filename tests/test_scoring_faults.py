@@ -27,9 +27,9 @@ from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import Scorer, fit_statistics, iter_scores, load_model, page_cache, score
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.local import make_scorers
-from m3er_fast.scoring.plan import plan_shards
-from m3er_fast.scoring.prefetch import Prefetch
-from m3er_fast.scoring.reader import read_windows
+from m3er_fast.shards.plan import plan_shards
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import read_windows
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
@@ -183,8 +183,8 @@ _PEAK = """
 import json, resource, sys
 from pathlib import Path
 import pyarrow as pa
-from m3er_fast.scoring.plan import plan_shards
-from m3er_fast.scoring.reader import read_windows
+from m3er_fast.shards.plan import plan_shards
+from m3er_fast.shards.reader import read_windows
 from m3er_fast.corpus import CorpusError
 import pyarrow.compute
 plan = plan_shards(Path(sys.argv[1]))

@@ -18,11 +18,11 @@ from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError
 from m3er_fast.corpus.parquet import decode_rows
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.execution.threads import map_in_order, usual_threads
 from m3er_fast.scoring import Scorer, iter_scores, score
-from m3er_fast.scoring.plan import locate, plan_shards
-from m3er_fast.scoring.prefetch import Prefetch
-from m3er_fast.scoring.reader import read_groups, read_windows
-from m3er_fast.scoring.threads import map_in_order, usual_threads
+from m3er_fast.shards.plan import locate, plan_shards
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import read_groups, read_windows
 
 DIMS = {"text": 6, "audio": 5}
 STEPS, ROWS = 4, 30

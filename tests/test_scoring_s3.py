@@ -21,7 +21,7 @@ from m3er_fast.cli import main
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import ModelStatistics, fit_statistics, score
-from m3er_fast.scoring.plan import locate
+from m3er_fast.shards.plan import locate
 
 server = pytest.importorskip("moto.server", reason="needs moto[s3], flask and flask-cors")
 if not hasattr(fs, "S3FileSystem"):

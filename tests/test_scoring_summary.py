@@ -510,7 +510,7 @@ import resource, sys
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.scoring import Scorer, summary
 from m3er_fast.scoring.output import OutputFolder
-from m3er_fast.scoring.plan import locate, plan_shards
+from m3er_fast.shards.plan import locate, plan_shards
 from m3er_fast.scoring.shard import ScoringJob
 plan = plan_shards(sys.argv[1])
 job = ScoringJob(plan, OutputFolder(locate(sys.argv[2]), plan.shards, "", {}))

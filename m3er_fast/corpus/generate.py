@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from m3er_fast.atomic_files import replacing
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.parquet import new_folder, write_shard
-from m3er_fast.files import replacing
 
 SCALE_DIMS = {"text": 300, "audio": 74, "face": 36}
 _LATENT = 16

@@ -3,14 +3,15 @@
 :func:`fit_statistics` learns from corpora of that size what a model learns beside its network's weights.
 """
 
-from m3er_fast.scoring.fit import FitProgress, fit_statistics
+from m3er_fast.fitting.fit import FitProgress, fit_statistics
+from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.scoring.model import load_model, model_signature
-from m3er_fast.scoring.output import OutputMismatchError, QuarantinedShard
+from m3er_fast.scoring.output import OutputMismatchError
 from m3er_fast.scoring.run import ScoreProgress, ScoreSummary, iter_scores, score
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ShardResult
-from m3er_fast.scoring.statistics import ModelStatistics
 from m3er_fast.scoring.utterance import UtteranceScores, predict
+from m3er_fast.shards.plan import QuarantinedShard
 
 __all__ = [
     "FitProgress",

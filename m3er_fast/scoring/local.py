@@ -11,9 +11,9 @@ from contextlib import closing
 import torch
 
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.scoring.plan import Shard
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shards
+from m3er_fast.shards.plan import Shard
 
 
 def make_scorers(model: M3ERFusion, devices: Sequence[str] | None, batch_frames: int | str, dtype: str) -> list[Scorer]:

@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3er_fast.files import sync
-from m3er_fast.scoring.plan import Location, Shard
+from m3er_fast.atomic_files import sync
 from m3er_fast.scoring.scorer import SIGNATURE_KEY
+from m3er_fast.shards.plan import Location, QuarantinedShard, Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,13 +40,6 @@ _GROUP_ROWS = 2**16
 
 class OutputMismatchError(RuntimeError):
     """A folder of scores was made from another model or corpus than the one that it should be resumed with."""
-
-
-class QuarantinedShard(NamedTuple):
-    """A shard of the corpus that could not be scored."""
-
-    shard: str
-    reason: str
 
 
 class FinishedShard(NamedTuple):

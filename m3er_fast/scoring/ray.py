@@ -26,9 +26,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.scoring.plan import Shard
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shards
+from m3er_fast.shards.plan import Shard
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")

@@ -12,16 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError, naming
+from m3er_fast.execution.engine import Engine, check_engine
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.scoring.engine import Engine, check_engine
 from m3er_fast.scoring.local import make_scorers, run_local
-from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, QuarantinedShard, check_folder, read_manifest
-from m3er_fast.scoring.page_cache import outgrows_page_cache
-from m3er_fast.scoring.plan import Checksum, Location, Plan, Shard, Source, locate, plan_shards
-from m3er_fast.scoring.reader import read_schema
+from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, check_folder, read_manifest
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, read_tables, scored_parts
 from m3er_fast.scoring.summary import MapFunction, RunRecord, map_in_threads, write_summary
+from m3er_fast.shards.page_cache import outgrows_page_cache
+from m3er_fast.shards.plan import Checksum, Location, Plan, QuarantinedShard, Shard, Source, locate, plan_shards
+from m3er_fast.shards.reader import read_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
+from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.model import model_signature
-from m3er_fast.scoring.prefetch import Prefetch
-from m3er_fast.scoring.reader import WINDOW_BYTES
-from m3er_fast.state import eval_mode
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import WINDOW_BYTES
 
 if TYPE_CHECKING:
     import pyarrow as pa

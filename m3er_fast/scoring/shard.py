@@ -10,14 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError
+from m3er_fast.execution.threads import map_in_order, usual_threads
+from m3er_fast.fitted_module import eval_mode
 from m3er_fast.scoring.output import OutputFolder
-from m3er_fast.scoring.page_cache import drop_from_page_cache
-from m3er_fast.scoring.plan import Location, Plan, Shard
-from m3er_fast.scoring.prefetch import Prefetch
-from m3er_fast.scoring.reader import read_windows
 from m3er_fast.scoring.scorer import Scorer
-from m3er_fast.scoring.threads import map_in_order, usual_threads
-from m3er_fast.state import eval_mode
+from m3er_fast.shards.page_cache import drop_from_page_cache
+from m3er_fast.shards.plan import Location, Plan, Shard
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import read_windows
 
 if TYPE_CHECKING:
     import pyarrow as pa

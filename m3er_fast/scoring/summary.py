@@ -24,11 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.scoring.output import QuarantinedShard
-from m3er_fast.scoring.plan import Shard
-from m3er_fast.scoring.reader import read_groups
 from m3er_fast.scoring.shard import ScoringJob
 from m3er_fast.scoring.summary_page import render
+from m3er_fast.shards.plan import QuarantinedShard, Shard
+from m3er_fast.shards.reader import read_groups
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.scorer import MOST_FRAMES
-from m3er_fast.state import eval_mode
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""The fusion loss of yes/no questions, which are independent of each other: one flat pass.
+
+Dimension legend: M modalities, B samples, C classes, ROWS questions of a block, PARTS partial sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from m3er_fast.kernels._loss_inputs import (
+    RUNTIME,
+    label_weight,
+    labels_of,
+    mean_factor,
+    modality_factors,
+    presence,
+)
+from m3er_fast.kernels._loss_math import bounded, cost_and_slopes, one_against_rest, zero_where_held
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def fusion_loss_questions_fwd_kernel(
+    logits_ptr,  # (M, B, C) with any strides
+    target_ptr,  # (B,) int64 labels, or (B, C) int64 or float answers
+    class_weight_ptr,  # (C,) float32
+    modality_weight_ptr,  # (M,) float32
+    available_ptr,  # (B, M) bool
+    part_ptr,  # (PARTS,) float32, numbers of answers that count
+    loss_ptr,  # (B, C) for "none", else (programs,) partial sums, float32
+    gradient_ptr,  # (M, B, C) contiguous
+    B,
+    blocks,
+    stride_m,
+    stride_b,
+    stride_c,
+    available_stride_b,
+    available_stride_m,
+    beta,
+    margin,
+    ignore_index,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    TARGET: tl.constexpr,  # "label", "answer" or "share"
+    VARIANT: tl.constexpr,
+    DETACH: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_MODALITY_WEIGHT: tl.constexpr,
+    HAS_AVAILABLE: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
+    DENSE: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOLO: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Loss and gradient of B·C questions side by side, ROWS at a time; each is a class against its absence."""
+    number = B.to(tl.int64) * C
+    if EVEN:  # lets the compiler read across questions: no vector is cut by the end
+        number = tl.multiple_of(number, 16)
+    scale = 1.0
+    if REDUCTION == "mean":
+        if TARGET == "share":
+            total = number.to(tl.float32)
+        elif not SOLO:
+            total = tl.sum(tl.load(part_ptr + tl.arange(0, PARTS)))
+        elif TARGET == "label":
+            total = label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, False, ROWS)
+        else:
+            total = label_weight(target_ptr, class_weight_ptr, number, blocks, ignore_index, 2**31 - 1, False, ROWS)
+        if TARGET == "label":
+            total *= C
+        scale = mean_factor(total)
+    factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
+    sums = tl.zeros([ROWS], tl.float32)
+    for i in range(blocks):
+        block = tl.program_id(0) + i * tl.num_programs(0)
+        first = block.to(tl.int64) * ROWS
+        q = first + tl.arange(0, ROWS)
+        # 64-bit division once a program, 32-bit division once a question.
+        ahead = (first % C).to(tl.int32) + tl.arange(0, ROWS)
+        b = first // C + ahead // C
+        c = ahead % C
+        inside = q < number
+        present, gamma = presence(
+            available_ptr, b, inside, available_stride_b, available_stride_m, beta, M, HAS_AVAILABLE
+        )
+        log_p, log_not_p, p, not_p = (), (), (), ()
+        raws = ()
+        one = tl.full([ROWS], 1.0, tl.float32)
+        for m in tl.static_range(M):
+            offsets = tl.full([], m, tl.int64) * stride_m
+            if DENSE:
+                offsets += q
+            else:
+                offsets += b * stride_b + c.to(tl.int64) * stride_c
+            raw = tl.load(logits_ptr + offsets, mask=inside, other=0.0)
+            x = bounded(raw)
+            if HAS_AVAILABLE:
+                x = tl.where(present[m], x, 0.0)
+            of_m = one_against_rest(x, one)
+            log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
+            p, not_p = p + (of_m[2],), not_p + (of_m[3],)
+            raws = raws + (raw,)
+        if TARGET == "label":
+            label, kept, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, False)
+            answer = tl.where(label == c, 1.0, 0.0)
+        elif TARGET == "answer":
+            # Out of range is anything but 0 and 1, as if there were two labels.
+            label, kept, weight = labels_of(target_ptr, class_weight_ptr, q, inside, ignore_index, 2, False)
+            answer = label.to(tl.float32)
+        else:
+            answer = tl.load(target_ptr + q, mask=inside, other=0.0).to(tl.float32)
+            kept, weight = inside, one
+        if HAS_CLASS_WEIGHT:
+            weight *= tl.load(class_weight_ptr + c, mask=inside, other=0.0)
+        yes, yes_slopes = cost_and_slopes(log_p, log_not_p, p, not_p, present, factor, gamma, M, VARIANT, DETACH)
+        no, no_slopes = cost_and_slopes(log_not_p, log_p, not_p, p, present, factor, gamma, M, VARIANT, DETACH)
+        rate = tl.where(kept, weight * scale, 0.0)
+        if HAS_MARGIN:
+            right = tl.where(answer >= 0.5, yes, no)
+            wrong = tl.where(answer >= 0.5, no, yes)
+            rate = tl.where((right + margin < wrong) & (weight == weight), 0.0, rate)
+        loss = tl.where(rate != 0, (answer * yes + (1.0 - answer) * no) * rate, 0.0)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + q, loss, mask=inside)
+        else:
+            sums += loss
+        if GRADIENT:
+            for m in tl.static_range(M):
+                slope = answer * yes_slopes[m] - (1.0 - answer) * no_slopes[m]
+                gradient = zero_where_held(tl.where(rate != 0, slope * rate, 0.0), raws[m])
+                offsets = tl.full([], m, tl.int64) * B * C + q
+                tl.store(gradient_ptr + offsets, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+    if REDUCTION != "none":
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(sums))

@@ -1,0 +1,65 @@
+"""The checks of single arguments, each with its one error message."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from torch import Tensor
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether ``value`` is an int of 1 or more; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_positive_int(name: str, value: Any, *, or_else: str = "") -> None:
+    """Raise a ValueError unless ``value`` is an int of 1 or more; ``or_else`` names what else would have done."""
+    if not is_positive_int(value):
+        raise ValueError(f"{name} must be a positive int{or_else}, got {value!r}")
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise a ValueError unless ``value`` is one of a ``Literal`` type or a sequence."""
+    allowed = get_args(choices) or tuple(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, exclusive: bool = False) -> None:
+    """Raise a ValueError unless ``value`` is a finite number from ``low`` to ``high``, or strictly between them."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (exclusive and value in (low, high)):
+        if math.isinf(high):
+            wanted = f"{'>' if exclusive else '≥'} {low:g}"
+        else:
+            wanted = f"in ({low:g}, {high:g})" if exclusive else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+
+
+def check_vector(name: str, value: Tensor | None, size: int) -> None:
+    """Raise a ValueError unless ``value`` is None or of shape (size,)."""
+    if value is not None and value.shape != (size,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, wanted ({size},)")
+
+
+def check_matrix(name: str, value: Tensor) -> None:
+    """Raise a ValueError unless ``value`` is a floating matrix with a column or more."""
+    if value.ndim != 2 or not value.shape[1] or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating matrix with at least one column, "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )
+
+
+def check_device(whose: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError unless the others, where there are any, are on the device of ``tensor``."""
+    for name, value in others.items():
+        if value is not None and value.device != tensor.device:
+            raise ValueError(f"{name} is on {value.device}, wanted {tensor.device}, where {whose} are")

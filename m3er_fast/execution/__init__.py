@@ -1,0 +1,1 @@
+"""How work is spread: over threads of this process, or over workers of Ray."""

@@ -1,0 +1,146 @@
+"""The training utterances of a corpus, shard by shard: what fitting at scale reads.
+
+Dimension legend: B utterances of a batch, M modalities, T time steps, d features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from m3er_fast.corpus.base import CorpusError, naming, order_modalities
+from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
+from m3er_fast.inputs import check_input_dims
+from m3er_fast.shards.page_cache import drop_from_page_cache, outgrows_page_cache
+from m3er_fast.shards.plan import Location, Plan, Shard
+from m3er_fast.shards.prefetch import Prefetch
+from m3er_fast.shards.reader import read_schema, read_windows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_FRAMES = 2**13
+"""Frames of a batch, padding included: 13 MB of 410 features. Twice as many took longer, half as many no less."""
+
+_FIRST_BYTES = 2**20  # are read of a shard whose schema does not tell how wide frames are
+_THREADS = 16  # reading schemas waits for storage, not for a core
+
+
+class RowBatch(NamedTuple):
+    """Some utterances that follow each other, as a model takes them."""
+
+    features: dict[str, np.ndarray]  # modality -> (B, T, d) float32
+    lengths: np.ndarray  # (B,) int64
+    available: np.ndarray  # (B, M) bool
+
+
+class TrainingReader(NamedTuple):
+    """Reads the training utterances of shards; it can be pickled."""
+
+    corpus: Location
+    input_dims: dict[str, int]
+    has_splits: bool
+    keep_cached: bool = True  # leave what was read in the page cache
+
+    def read(self, shard: Shard) -> Iterator[DecodedRows]:
+        """Yield the training utterances of a shard, some at a time.
+
+        Raises:
+            CorpusError: the shard cannot be read.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        also = ["split"] if self.has_splits else []
+        with Prefetch(read_windows(self.corpus, shard, also=also, check=self._check_schema)) as tables:
+            for table in tables:
+                try:
+                    if self.has_splits:
+                        table = table.filter(pc.equal(table["split"].cast(pa.string()), "train"))
+                    yield decode_rows(table, self.input_dims)
+                except (pa.ArrowException, UnicodeDecodeError) as error:
+                    raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+        if not self.keep_cached:
+            drop_from_page_cache(shard)
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        unknown = [name for name in modality_columns(schema) if name not in self.input_dims]
+        if unknown:
+            raise CorpusError(f"holds modalities {unknown}, wanted some of {list(self.input_dims)}")
+        if self.has_splits and "split" not in schema.names:
+            raise CorpusError("there is no column 'split', which other shards have")
+        decode_rows(schema.empty_table(), self.input_dims)
+
+
+def cut_batches(rows: DecodedRows) -> Iterator[RowBatch]:
+    """Cut the rows that can be read into batches of neighbours, each padded to its longest row."""
+    good = np.setdiff1d(np.arange(len(rows.lengths)), list(rows.problems))
+    start, longest = 0, 1
+    for stop, length in enumerate((*rows.lengths[good].tolist(), None)):
+        if length is None or max(longest, length) * (stop + 1 - start) > BATCH_FRAMES:
+            if stop > start:
+                chosen = good[start:stop]
+                features = {name: column.padded(chosen, longest) for name, column in rows.columns.items()}
+                yield RowBatch(features, rows.lengths[chosen], rows.available[chosen])
+            start, longest = stop, 1
+        longest = max(longest, length or 1)
+
+
+def make_reader(plan: Plan, input_dims: Mapping[str, int] | None) -> TrainingReader:
+    """Find out which modalities a corpus has, and whether it has splits.
+
+    Raises:
+        CorpusError: no shard can be read, they do not go together, or there is one modality only.
+        ValueError: ``input_dims`` are out of range.
+    """
+    input_dims = None if input_dims is None else check_input_dims(input_dims)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        looked_at = list(pool.map(partial(_look_at, plan.corpus, known=input_dims), plan.shards))
+    found = [about for about in looked_at if isinstance(about, _ShardSchema)]
+    if not found:
+        raise CorpusError(f"{plan.corpus}: none of its {len(plan.shards)} shards can be read; {looked_at[0]}")
+    if len({about.has_splits for about in found}) > 1:
+        raise CorpusError(f"{plan.corpus}: only some of the shards have splits")
+    dims = input_dims or _agree_on_dims([about.input_dims for about in found])
+    if len(dims) < 2:
+        raise CorpusError(f"{plan.corpus}: fusion needs two modalities or more, got {dims}")
+    return TrainingReader(plan.corpus, dims, found[0].has_splits, keep_cached=not outgrows_page_cache(plan))
+
+
+def _agree_on_dims(shards: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """All modalities, each with the feature count that most shards have: those with another one cannot be read."""
+    votes: dict[str, Counter[int]] = {}
+    for dims in shards:
+        for name, dim in dims.items():
+            votes.setdefault(name, Counter())[dim] += 1
+    names = list(shards[0])
+    if any(list(dims) != names for dims in shards):
+        names = order_modalities(votes)
+    return {name: votes[name].most_common(1)[0][0] for name in names}
+
+
+class _ShardSchema(NamedTuple):
+    """What the schema of a shard says."""
+
+    input_dims: dict[str, int]
+    has_splits: bool
+
+
+def _look_at(corpus: Location, shard: Shard, known: Mapping[str, int] | None) -> _ShardSchema | CorpusError:
+    schema = read_schema(corpus, shard)
+    if schema is None:
+        return CorpusError(f"{shard.name}: not readable")
+    try:
+        with naming(shard.name):
+            try:
+                rows = decode_rows(schema.empty_table(), known)
+            except CorpusError:  # lists of lists tell their width by their rows
+                rows = decode_rows(next(read_windows(corpus, shard, window_bytes=_FIRST_BYTES)), known)
+    except CorpusError as error:
+        return error
+    return _ShardSchema({name: column.dim for name, column in rows.columns.items()}, "split" in schema.names)

@@ -1,0 +1,181 @@
+"""Implementations that compute gradients themselves, as nodes of autograd's graph.
+
+Second derivatives are the reference's: only it consists of torch's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from m3er_fast import reference
+from m3er_fast.operands import LossFactors, LossOptions, MemoryScanWeights
+
+# --- Multiplicative fusion loss: the gradient is computed in the forward pass ---
+
+
+class OnePassLoss(Protocol):
+    """A module that computes the loss of checked arguments and its gradient in one pass over the logits."""
+
+    def loss_and_gradient(
+        self, logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the gradient of the logits, which is empty if not wanted."""
+
+    def scale_(self, gradient: Tensor, incoming: Tensor) -> Tensor:
+        """Multiply the gradient by a number (), in place."""
+
+
+def fusion_loss(
+    implementation: OnePassLoss, logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions
+) -> Tensor:
+    """The loss, differentiable in the logits."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss: Tensor = _FusionLoss.apply(implementation, options, logits, target, *factors)[0]  # type: ignore[no-untyped-call]
+        return loss
+    return implementation.loss_and_gradient(logits, target, factors, options, with_gradient=False)[0]
+
+
+class _FusionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        implementation: OnePassLoss, options: LossOptions, logits: Tensor, target: Tensor, *factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return implementation.loss_and_gradient(logits, target, LossFactors(*factors), options, with_gradient=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.implementation, ctx.options, *tensors = inputs
+        _, gradient = output
+        ctx.save_for_backward(gradient, *tensors)
+        ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        gradient, logits, target, *factors = ctx.saved_tensors
+        of_logits = None if incoming is None else _loss_gradient(ctx, incoming, gradient, logits, target, factors)
+        return None, None, of_logits, None, *[None] * len(factors)
+
+
+def _loss_gradient(
+    ctx: Any, incoming: Tensor, gradient: Tensor, logits: Tensor, target: Tensor, factors: Sequence[Any]
+) -> Tensor:
+    if torch.is_grad_enabled():  # the gradient itself may be differentiated
+        _, pull_back, *_ = torch.func.vjp(
+            lambda x: reference.fusion_loss_of(x, target, LossFactors(*factors), ctx.options), logits
+        )
+        of_logits: Tensor = pull_back(incoming)[0]
+        return of_logits
+    # A backward pass may run again, and the caller owns what the last one returned. Only when neither can happen may
+    # the gradient be scaled where it lies.
+    if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat() or _is_batched(incoming):
+        scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
+    else:
+        scaled = ctx.implementation.scale_(gradient, incoming)
+    return scaled.to(logits.dtype)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``x`` stands for several gradients, as under ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x))
+
+
+def _backward_may_repeat() -> bool:
+    """Whether the running backward pass keeps its graph; assumed if this torch cannot tell."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is None or bool(keeps_graph())
+
+
+# --- Memory scan: the forward pass keeps what the backward pass needs ---
+
+
+class TwoPassScan(Protocol):
+    """A module that scans checked arguments, forward and backward."""
+
+    def forward(
+        self, features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, dropout: float
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Hidden states, memory, and what ``backward`` needs."""
+
+    def backward(
+        self,
+        hidden_grad: Tensor,
+        memory_grad: Tensor,
+        features: Sequence[Tensor],
+        lengths: Tensor,
+        weights: MemoryScanWeights,
+        dropout: float,
+        blocks: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the wanted features, and of every weight."""
+
+
+def memory_scan(
+    implementation: TwoPassScan,
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The scan, differentiable in features and weights."""
+    tensors = [*features, *weights.tensors()]
+    hidden, memory, *_ = _MemoryScan.apply(implementation, len(features), dropout, lengths, *tensors)  # type: ignore[no-untyped-call]
+    return hidden, memory
+
+
+def without_autograd(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    features: Sequence[Tensor],
+    lengths: Tensor,
+    weights: MemoryScanWeights,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The scan without autograd's share of each call; the results are ordinary tensors, not inference tensors."""
+    with torch.inference_mode():
+        hidden, memory = scan(features, lengths, weights, dropout=dropout)
+    return hidden.clone(), memory.clone()
+
+
+class _MemoryScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        implementation: TwoPassScan, modalities: int, dropout: float, lengths: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        # Dropout's random state: the second derivative, which the reference computes, draws the same masks again.
+        state = torch.get_rng_state()
+        features, weights = tensors[:modalities], MemoryScanWeights.of(modalities, tensors[modalities:])
+        with torch.autocast("cpu", enabled=False):
+            hidden, memory, blocks = implementation.forward(features, lengths, weights, dropout)
+        return hidden, memory, state, *blocks
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, ctx.modalities, ctx.dropout, lengths, *tensors = inputs
+        _, _, *kept = output
+        ctx.tensors = len(tensors)
+        ctx.save_for_backward(lengths, *tensors, *kept)
+        ctx.mark_non_differentiable(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, hidden_grad: Tensor, memory_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        lengths, *saved = ctx.saved_tensors
+        tensors, (state, *blocks) = saved[: ctx.tensors], saved[ctx.tensors :]
+        features, weights = tensors[: ctx.modalities], MemoryScanWeights.of(ctx.modalities, tensors[ctx.modalities :])
+        if torch.is_grad_enabled():  # the gradients themselves may be differentiated
+            with torch.random.fork_rng(devices=()):
+                torch.set_rng_state(state)
+                grads = reference.memory_scan_gradients(
+                    hidden_grad, memory_grad, features, lengths, weights, ctx.dropout
+                )
+        else:
+            wanted = ctx.needs_input_grad[-ctx.tensors :][: ctx.modalities]
+            with torch.autocast("cpu", enabled=False):
+                grads = ctx.implementation.backward(
+                    hidden_grad, memory_grad, features, lengths, weights, ctx.dropout, blocks, wanted
+                )
+        return None, None, None, None, *grads

@@ -1,0 +1,396 @@
+"""The one place that chooses which implementation computes an operation.
+
+An operation lists its implementations in order of preference. ``backend="auto"`` takes the first one that is meant for
+the tensors' device and does not refuse the arguments. An explicit name is an order: that implementation computes, or
+:class:`BackendUnavailableError` says why it cannot. To add a back end, add its entry to ``OPERATIONS``.
+
+Dimension legend: M modalities, B samples, T time steps, K neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from m3er_fast import reference
+from m3er_fast.functional import _autograd
+from m3er_fast.neighbors import ExactIndex, NeighborIndex
+from m3er_fast.operands import CheckProjections, LossFactors, LossOptions, MemoryScanWeights
+
+# Looked up once: torch.compile does not trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_KERNEL_MODALITIES = 8
+# Two wider projections do not fit into the registers of a program.
+_MOST_KERNEL_COMPONENTS = 128
+_MOST_KERNEL_NEIGHBORS = 64
+# float32 loses about 1e-6 of the trace of a Gram matrix of 64 neighbours: a smaller ridge would not stand out.
+_SMALLEST_KERNEL_RIDGE = 1e-4
+
+# With fewer samples, stacking the matrices of the check takes longer than it saves.
+_FEWEST_CHECKED = 128
+# With fewer steps the short scan is as fast, in training and in inference: reordering weights costs three steps.
+_FEWEST_STEPS_TRAINED = 4
+_FEWEST_STEPS_SCORED = 5
+# It also is for training steps of more samples, unless they have many frames (docs/memory_scan.md).
+_MOST_SAMPLES_TRAINED = 128
+_MANY_FRAMES = 8192
+
+
+class BackendUnavailableError(RuntimeError):
+    """An implementation was requested by name and does not work here."""
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation."""
+
+    backend: str | None  # the name that requests it; None: it is chosen by "auto" alone
+    device: Literal["cuda", "cpu", "any"] | None  # where "auto" considers it; None: nowhere
+    refusal: Callable[..., str | None]  # why it cannot compute the operation's arguments, or None
+    load: Callable[[], Callable[..., Any]]  # what computes, imported when it is needed
+
+
+def choose(operation: str, backend: str, tensor: Tensor, *arguments: Any) -> Callable[..., Any]:
+    """The implementation that computes ``operation`` for these arguments.
+
+    Args:
+        operation: a key of ``OPERATIONS``.
+        backend: "auto" or a name.
+        tensor: one of the arguments, which decides by its device.
+        arguments: what the refusals of the operation take.
+
+    Raises:
+        ValueError: if the operation has no such back end.
+        BackendUnavailableError: if the requested back end does not work here.
+    """
+    implementations = OPERATIONS[operation]
+    if backend == "auto":
+        device = "compiler" if torch.compiler.is_compiling() and not tensor.is_cuda else tensor.device.type
+        for implementation in implementations:
+            if implementation.device in (device, "any") and implementation.refusal(tensor, *arguments) is None:
+                return implementation.load()
+    for implementation in implementations:
+        if implementation.backend == backend:
+            reason = implementation.refusal(tensor, *arguments)
+            if reason is not None:
+                raise BackendUnavailableError(f"{operation}: backend {backend!r} does not work here: {reason}")
+            return implementation.load()
+    names = ", ".join(map(repr, ("auto", *backends(operation))))
+    raise ValueError(f"backend must be one of {names}, got {backend!r}")
+
+
+def backends(operation: str) -> list[str]:
+    """The names that request an implementation of an operation."""
+    return [entry.backend for entry in reversed(OPERATIONS[operation]) if entry.backend is not None]
+
+
+def choose_index(engine: str, bank: Tensor) -> Callable[..., NeighborIndex]:
+    """The kind of index that searches ``bank`` for a neighbour ``engine``, one of ``NeighborEngine``.
+
+    "auto" is "torch" for every size and device. On a CPU that multiplies bfloat16 in hardware, "torch" is faster than
+    FAISS's flat index for banks of 100,000 rows, and slower by 10 to 25 ms per thousand queries for 10,000 rows and
+    fewer (docs/proxies.md). On a GPU it needs no other package, keeps to torch's stream and holds no second copy of
+    the bank.
+    """
+    if engine in ("auto", "torch"):
+        return ExactIndex
+    from m3er_fast.neighbors import faiss
+
+    if bank.is_cuda and engine != "faiss-hnsw":
+        return partial(faiss.FaissGpuIndex, engine=engine)
+    return partial(faiss.FaissIndex, engine=engine)
+
+
+# --- Refusals ---
+
+
+def in_transform() -> bool:
+    """Whether this runs inside a transform of torch.func, such as vmap, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _never(*_: Any) -> None:
+    """Plain PyTorch computes everything."""
+
+
+def _untraceable(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why only torch's own operations can compute these tensors."""
+    if torch.compiler.is_compiling():
+        return None
+    if in_transform():
+        return "it knows no transforms of torch.func"
+    # Outside of ``dual_level`` no tensor need be looked at.
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        for x in tensors
+    ):
+        return "it has no forward-mode derivative"
+    return None
+
+
+def _differentiable(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _no_kernel(tensor: Tensor, modalities: int = 1) -> str | None:
+    """Why no Triton kernel runs on this tensor, whatever the operation."""
+    if tensor.dtype not in _KERNEL_DTYPES:
+        return f"it computes float16, bfloat16 and float32, got {tensor.dtype}"
+    if modalities > _MOST_KERNEL_MODALITIES:
+        return f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
+    if not _HAS_TRITON:
+        return "triton is not installed: pip install triton (Linux only)"
+    from m3er_fast.kernels._target import unavailable_reason
+
+    return unavailable_reason(tensor)
+
+
+def _no_one_pass_loss(logits: Tensor, factors: LossFactors) -> str | None:
+    if _differentiable((factors.class_weight, factors.modality_weight)):
+        return "it has a gradient of the logits only"
+    return _untraceable((logits, factors.class_weight, factors.modality_weight))
+
+
+def _no_loss_kernel(logits: Tensor, _target: Tensor | None, factors: LossFactors, _options: LossOptions) -> str | None:
+    return _no_one_pass_loss(logits, factors) or _no_kernel(logits, logits.shape[0])
+
+
+def _no_cpu_loss(logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions) -> str | None:
+    if options.margin is not None or options.activation != "softmax" or target.ndim != 1:
+        return "it computes labels under softmax, without a margin"
+    return _no_one_pass_loss(logits, factors)
+
+
+def _no_fused_check(features: Sequence[Tensor]) -> str | None:
+    if _differentiable(features):
+        return "it has no gradient: detach the features or use 'torch'"
+    return _untraceable(features)
+
+
+def _no_check_kernel(first: Tensor, features: Sequence[Tensor], projections: CheckProjections) -> str | None:
+    if any(matrix.shape[0] > _MOST_KERNEL_COMPONENTS for matrix in projections.left):
+        return f"it takes up to {_MOST_KERNEL_COMPONENTS} components"
+    return _no_fused_check(features) or _no_kernel(first, len(features))
+
+
+def _no_cpu_check(first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
+    if first.shape[0] < _FEWEST_CHECKED:
+        return f"plain PyTorch is faster with fewer than {_FEWEST_CHECKED} samples"
+    return _no_fused_check(features)
+
+
+def _no_fused_lstsq(query: Tensor, bank: Tensor, targets: Sequence[Tensor]) -> str | None:
+    if _differentiable((query, bank, *targets)):
+        return "it has no gradient: detach the tensors or use 'torch'"
+    return _untraceable((query, bank, *targets))
+
+
+def _no_lstsq_kernel(
+    query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float
+) -> str | None:
+    fused = _no_fused_lstsq(query, bank, targets)
+    if fused is not None:
+        return fused
+    if any(x.dtype not in _KERNEL_DTYPES for x in (bank, *targets)):
+        return f"it takes banks in float16, bfloat16 and float32, got {[x.dtype for x in (bank, *targets)]}"
+    if len({target.dtype for target in targets}) > 1:
+        return f"it takes targets of one dtype, got {[target.dtype for target in targets]}"
+    if neighbors.shape[1] > _MOST_KERNEL_NEIGHBORS:
+        return f"it takes up to {_MOST_KERNEL_NEIGHBORS} neighbours, got {neighbors.shape[1]}"
+    if ridge < _SMALLEST_KERNEL_RIDGE:
+        return f"in float32 it needs a ridge of at least {_SMALLEST_KERNEL_RIDGE}, got {ridge}"
+    return _no_kernel(query)
+
+
+def _no_cpu_lstsq(
+    query: Tensor, bank: Tensor, targets: Sequence[Tensor], _neighbors: Tensor, ridge: float
+) -> str | None:
+    if ridge < reference.SMALLEST_CHOLESKY_RIDGE:
+        return f"it needs a ridge of at least {reference.SMALLEST_CHOLESKY_RIDGE}, got {ridge}"
+    if torch.float64 in (query.dtype, bank.dtype):
+        return "it does not scale float64, whose squares may overflow"
+    return _no_fused_lstsq(query, bank, targets)
+
+
+def _no_cupy(query: Tensor, bank: Tensor, targets: Sequence[Tensor], _neighbors: Tensor, _ridge: float) -> str | None:
+    if _differentiable((query, bank, *targets)):
+        return "it has no gradient: detach the tensors or use 'torch'"
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy is not installed: pip install 'm3er-fast[gpu]'"
+    if not query.is_cuda:
+        return f"it computes on CUDA tensors, got one on {query.device}"
+    try:
+        import m3er_fast.kernels.local_lstsq_cupy  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"cupy is installed but does not load: {error}"
+    return None
+
+
+def _no_scan_kernel(
+    first: Tensor, features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], _trains: bool
+) -> str | None:
+    untraceable = _untraceable(tensors)
+    if untraceable is not None:
+        return untraceable
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1:
+        return f"it takes features and weights of one type, got {', '.join(sorted(map(str, dtypes)))}"
+    inner = weights.retain.first.shape[0], weights.update.first.shape[0]
+    if weights.retain.first.shape != weights.update.first.shape:
+        return f"it takes γ of one size, got {inner[0]} and {inner[1]}"
+    sizes = {
+        "hidden": weights.recurrent.shape[2],
+        "memory": weights.candidate.second.shape[0],
+        "attention": weights.attention.first.shape[0],
+        "γ": inner[0],
+    }
+    for name, size in sizes.items():
+        if size % 16 or not size:
+            return f"it takes sizes that are multiples of 16, got {size} for {name}"
+    return _no_kernel(first, len(features))
+
+
+def _no_cpu_scan(
+    first: Tensor, _features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], _trains: bool
+) -> str | None:
+    dtype = weights.recurrent.dtype
+    if dtype not in (torch.float32, torch.float64) or any(x.dtype != dtype for x in tensors):
+        return "it takes features and weights of one type, float32 or float64"
+    if weights.retain.first.shape != weights.update.first.shape:
+        return "it takes γ of one size"
+    if not first.shape[1]:
+        return "it takes one step or more"
+    return _untraceable(tensors)
+
+
+def _no_long_scan(
+    first: Tensor, features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], trains: bool
+) -> str | None:
+    batch, steps = first.shape[:2]
+    if steps < (_FEWEST_STEPS_TRAINED if trains else _FEWEST_STEPS_SCORED):
+        return "the short scan is faster with few steps"
+    if trains and batch > _MOST_SAMPLES_TRAINED and batch * steps < _MANY_FRAMES:
+        return "the short scan is faster with many samples of few frames"
+    return _no_cpu_scan(first, features, weights, tensors, trains)
+
+
+# --- Loaders: an optional dependency is imported only where its implementation is chosen ---
+
+
+def _load_loss_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import loss
+
+    return loss.fusion_loss if torch.compiler.is_compiling() else partial(_autograd.fusion_loss, loss)
+
+
+def _load_cpu_loss() -> Callable[..., Any]:
+    from m3er_fast.cpu import loss
+
+    return partial(_autograd.fusion_loss, loss)
+
+
+def _load_costs_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import loss
+
+    return loss.class_costs
+
+
+def _load_check_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import check_statistics
+
+    return check_statistics.check_statistics
+
+
+def _load_cpu_check() -> Callable[..., Any]:
+    from m3er_fast.cpu import check_statistics
+
+    return check_statistics.check_statistics
+
+
+def _load_lstsq_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import local_lstsq
+
+    return local_lstsq.local_least_squares
+
+
+def _load_cupy() -> Callable[..., Any]:
+    from m3er_fast.kernels import local_lstsq_cupy
+
+    return local_lstsq_cupy.local_least_squares
+
+
+def _load_cpu_lstsq() -> Callable[..., Any]:
+    from m3er_fast.cpu import local_lstsq
+
+    return local_lstsq.local_least_squares
+
+
+def _load_scan_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import memory_scan
+
+    return memory_scan.memory_scan
+
+
+def _cpu_scan(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
+) -> tuple[Tensor, Tensor]:
+    from m3er_fast.cpu import memory_scan
+
+    if trains:
+        return _autograd.memory_scan(memory_scan, features, lengths, weights, dropout)
+    with torch.autocast("cpu", enabled=False):
+        return memory_scan.memory_scan(features, lengths, weights, dropout=dropout)
+
+
+def _short_cpu_scan(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
+) -> tuple[Tensor, Tensor]:
+    from m3er_fast.cpu import memory_scan_short
+
+    with torch.autocast("cpu", enabled=False):
+        if trains:
+            return memory_scan_short.memory_scan(features, lengths, weights, dropout=dropout)
+        return _autograd.without_autograd(memory_scan_short.memory_scan, features, lengths, weights, dropout)
+
+
+def _reference_scan(
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.memory_scan(features, lengths, weights, dropout=dropout)
+
+
+OPERATIONS: dict[str, tuple[Implementation, ...]] = {
+    "fusion_loss": (
+        Implementation("triton", "cuda", _no_loss_kernel, _load_loss_kernel),
+        Implementation(None, "cpu", _no_cpu_loss, _load_cpu_loss),
+        Implementation("torch", "any", _never, lambda: reference.fusion_loss_of),
+    ),
+    "class_costs": (
+        Implementation("triton", "cuda", _no_loss_kernel, _load_costs_kernel),
+        Implementation("torch", "any", _never, lambda: reference.class_costs),
+    ),
+    "check_statistics": (
+        Implementation("triton", "cuda", _no_check_kernel, _load_check_kernel),
+        Implementation(None, "cpu", _no_cpu_check, _load_cpu_check),
+        Implementation("torch", "any", _never, lambda: reference.check_statistics),
+    ),
+    "local_least_squares": (
+        Implementation("cupy", None, _no_cupy, _load_cupy),
+        Implementation("triton", "cuda", _no_lstsq_kernel, _load_lstsq_kernel),
+        Implementation(None, "cpu", _no_cpu_lstsq, _load_cpu_lstsq),
+        Implementation("torch", "any", _never, lambda: reference.local_least_squares),
+    ),
+    "memory_scan": (
+        Implementation("triton", "cuda", _no_scan_kernel, _load_scan_kernel),
+        Implementation(None, "cpu", _no_long_scan, lambda: _cpu_scan),
+        Implementation(None, "cpu", _no_cpu_scan, lambda: _short_cpu_scan),
+        Implementation("torch", "any", _never, lambda: _reference_scan),
+    ),
+}
+"""Every operation that has more than one implementation, each with its implementations, the preferred ones first."""

@@ -1,0 +1,172 @@
+"""What is to be scored: the shards of a corpus on any Arrow filesystem, each with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from m3er_fast.corpus.base import CorpusError
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+_SAMPLE = 64 * 2**10
+_CHUNK = 4 * 2**20
+_THREADS = 16  # checksums wait for storage, not for a core
+_SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfs", "hdfs": "hdfs"}  # of URIs, by the type_name of a filesystem
+
+Checksum: TypeAlias = Literal["sampled", "full"]
+"""What of a shard is hashed: its size and first and last 64 KiB, or all of it."""
+
+Source: TypeAlias = str | Path | tuple[Any, str]
+"""A local path, a URI such as ``s3://bucket/corpus``, or a pair of a ``pyarrow.fs.FileSystem`` and a path on it."""
+
+
+class Location(NamedTuple):
+    """A path on a filesystem; it can be pickled."""
+
+    filesystem: Any  # pyarrow.fs.FileSystem
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine's own filesystem, where files can be synced and mapped."""
+        return bool(self.filesystem.type_name == "local")
+
+    def join(self, name: str) -> str:
+        """Path of a file in this folder."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def __str__(self) -> str:
+        """A path, or a URI without what it may have held besides: keys and options of the filesystem."""
+        scheme = _SCHEMES.get(self.filesystem.type_name)
+        return f"{scheme}://{self.path}" if scheme else self.path
+
+
+class Shard(NamedTuple):
+    """One file of a corpus."""
+
+    name: str  # of the file in its folder
+    path: str  # on the corpus's filesystem
+    size: int  # bytes
+    checksum: str  # BLAKE2, sampled or full: whatever writes a Parquet file anew changes its footer
+
+    @property
+    def output_name(self) -> str:
+        """Name of the file of its scores."""
+        return self.name if self.name.endswith(".parquet") else f"{self.name}.parquet"
+
+
+class QuarantinedShard(NamedTuple):
+    """A shard of the corpus that could not be read."""
+
+    shard: str
+    reason: str
+
+
+class Plan(NamedTuple):
+    """The shards of a corpus, sorted by name, and where they lie; it can be pickled."""
+
+    corpus: Location
+    shards: tuple[Shard, ...]
+
+
+def locate(source: Source) -> Location:
+    """Say where a path, a URI, or a path on a filesystem is.
+
+    Raises:
+        ImportError: pyarrow is missing.
+        ValueError: no filesystem can be had for the URI. What it holds before an ``@``, keys perhaps, is not told.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import fs
+    except ImportError as error:
+        raise ImportError("scoring needs pyarrow: pip install 'm3er-fast[score]'") from error
+    if isinstance(source, tuple):
+        filesystem, path = source
+    elif isinstance(source, str) and "://" in source:
+        try:
+            filesystem, path = fs.FileSystem.from_uri(source)
+        except (pa.ArrowException, OSError) as error:
+            keys = source.partition("://")[2].rpartition("@")[0]
+            reason = str(error).replace(keys, "...") if keys else str(error)
+            raise ValueError(f"no filesystem for this URI: {reason}") from None
+    else:
+        # Absolute, for workers of Ray that run in another folder.
+        filesystem, path = fs.LocalFileSystem(), str(Path(source).absolute())
+    while isinstance(filesystem, fs.SubTreeFileSystem):
+        filesystem, path = filesystem.base_fs, filesystem.base_path.rstrip("/") + "/" + path.lstrip("/")
+    return Location(filesystem, str(path))
+
+
+def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
+    """List the Parquet and Arrow IPC files of a corpus: a folder of them, or one file.
+
+    Args:
+        source: where it is.
+        checksum: what of a shard is hashed; "full" reads all of the corpus.
+
+    Raises:
+        ValueError: ``checksum`` is neither.
+        CorpusError: there is no such file, or none in the folder, or two would have scores of one name.
+    """
+    if checksum not in get_args(Checksum):
+        raise ValueError(f"checksum must be 'sampled' or 'full', got {checksum!r}")
+    corpus = locate(source)
+    try:
+        files = _list_files(corpus)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{corpus}: holds a file whose name is not UTF-8: {error.object!r}") from error
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size, checksum), files)
+        shards = tuple(
+            Shard(file.base_name, file.path, file.size, checksum)
+            for file, checksum in zip(files, checksums, strict=True)
+        )
+    _check_names(shards)
+    return Plan(corpus, shards)
+
+
+def _list_files(corpus: Location) -> list[Any]:
+    """The files of a corpus, by name."""
+    from pyarrow import fs
+
+    found = corpus.filesystem.get_file_info(corpus.path)
+    if found.type == fs.FileType.File:
+        files = [found]
+    elif found.type == fs.FileType.Directory:
+        listed = corpus.filesystem.get_file_info(fs.FileSelector(corpus.path))
+        files = [file for file in listed if file.type == fs.FileType.File and file.base_name.endswith(SUFFIXES)]
+        if not files:
+            raise CorpusError(f"{corpus}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    else:
+        raise CorpusError(f"{corpus}: no such file or folder")
+    files.sort(key=lambda file: str(file.base_name))
+    return files
+
+
+def _check_names(shards: Iterable[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        if shard.output_name in seen:
+            raise CorpusError(f"{seen[shard.output_name]} and {shard.name} would both have scores {shard.output_name}")
+        seen[shard.output_name] = shard.name
+
+
+def _checksum(filesystem: Any, path: str, size: int, kind: Checksum) -> str:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    try:
+        with filesystem.open_input_file(path) as file:
+            if kind == "full":
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+            else:
+                digest.update(file.read(_SAMPLE))
+                if size > _SAMPLE:
+                    file.seek(max(_SAMPLE, size - _SAMPLE))
+                    digest.update(file.read())
+    except OSError as error:  # the run will put it in quarantine
+        return f"unreadable: {type(error).__name__}"
+    return digest.hexdigest()

@@ -1,0 +1,366 @@
+"""The reader: a shard as a stream of tables, a bounded number of bytes at a time, however large the shard.
+
+Files are not trusted. What a shard claims to unpack to is compared with what its rows can hold before anything is
+decoded, page checksums are verified where there are any, and whatever is wrong is a `CorpusError`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import struct
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from m3er_fast.corpus.base import CorpusError, naming
+from m3er_fast.corpus.parquet import modality_columns, refuse_repeated
+from m3er_fast.shards.plan import Location, Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WINDOW_BYTES = 64 * 2**20
+"""Frames that are read, batched and scored at a time, unless a device wants larger batches."""
+
+# Rows that are wider are no utterances: 16 MiB are 10,000 frames of 410 features.
+_MOST_ROW_BYTES = 16 * 2**20
+_MOST_ID_BYTES = 64 * 2**10
+# Floats hardly compress. Zeros and nulls do, so that a small shard of them is read whatever its ratio is.
+_MOST_EXPANSION = 1000
+_SMALL_SHARD = 2**30
+# Of a column that is read at a time: little enough to stay in a core's cache, or worth a request to a store.
+_LOCAL_BUFFER, _REMOTE_BUFFER = 2**17, 2**22
+# Decoded at a time: Arrow takes larger buffers from the system and gives them back, so that each page of them is
+# cleared again, which slowed reading by a tenth to a half (docs/scoring.md).
+_PIECE_BYTES = 8 * 2**20
+_GROUP_ROWS = 2**16  # of the column of groups that are read at a time
+
+
+def read_windows(
+    corpus: Location,
+    shard: Shard,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    verify: bool = True,
+    also: Sequence[str] = (),
+    check: Callable[[pa.Schema], object] = bool,
+) -> Iterator[pa.Table]:
+    """Yield the columns of a shard that scoring looks at, some rows at a time; of no rows, one empty table.
+
+    Args:
+        corpus: whose filesystem the shard is on.
+        shard: a Parquet or Arrow IPC file.
+        window_bytes: about how much decoded frames a table may hold.
+        verify: compare pages of Parquet with their checksums, where there are any.
+        also: other columns to be read, where there are such.
+        check: called with the schema before anything is decoded; may raise a CorpusError.
+
+    Raises:
+        CorpusError: the shard cannot be read, is damaged, or claims more than its rows can hold.
+    """
+    import pyarrow as pa
+
+    with naming(shard.name):
+        try:
+            with corpus.filesystem.open_input_file(shard.path) as file:
+                magic = file.read(6)
+            if magic == b"ARROW1":
+                yield from _read_ipc(corpus, shard, window_bytes, also, check)
+            else:
+                yield from _read_parquet(corpus, shard, window_bytes, verify, also, check)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+            raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+
+
+def _read_parquet(
+    corpus: Location,
+    shard: Shard,
+    window_bytes: int,
+    verify: bool,
+    also: Sequence[str],
+    check: Callable[[pa.Schema], object],
+) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with (
+        # Not mapped: a damaged disk, or a file cut short while it is read, would be SIGBUS instead of an error.
+        corpus.filesystem.open_input_file(shard.path) as source,
+        parquet.ParquetFile(
+            source,
+            metadata=(metadata := parquet.read_metadata(source)),
+            buffer_size=_buffer_bytes(corpus),  # without one, a column of a row group is read as a whole
+            pre_buffer=False,
+            page_checksum_verification=verify,
+            read_dictionary=["id"]
+            if "id" in metadata.schema.names
+            else None,  # so that one huge id, repeated, is seen before it is unpacked
+        ) as file,
+    ):
+        schema = file.schema_arrow
+        check(schema)
+        columns = _wanted(schema, also)
+        row_bytes = _check_claims(file.metadata, schema, columns, shard.size)
+        rows = max(1, window_bytes // row_bytes)
+        pieces = max(1, window_bytes // max(_PIECE_BYTES, row_bytes))
+        batches = file.iter_batches(-(-rows // pieces), columns=columns, use_threads=False)
+        yielded = False
+        while window := list(itertools.islice(batches, pieces)):
+            yielded = True
+            yield _with_checked_ids(pa.Table.from_batches(window))
+        if not yielded:
+            yield schema.empty_table().select(columns)
+
+
+def _buffer_bytes(corpus: Location) -> int:
+    return _LOCAL_BUFFER if corpus.is_local else _REMOTE_BUFFER
+
+
+def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
+    wanted = ("id", "length", *also, *modality_columns(schema))
+    refuse_repeated(schema, wanted)
+    return [name for name in schema.names if name in wanted]
+
+
+def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
+    """Bound what decoding will take by the footer alone; returns the bytes of a row, on average of the widest group."""
+    import pyarrow as pa
+
+    total, row_bytes = 0, 1
+    widths = {
+        field.name: field.type.byte_width
+        for field in schema
+        if pa.types.is_fixed_size_binary(field.type) and field.name in columns
+    }
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        rows, before = row_group.num_rows, total
+        for index in range(row_group.num_columns):
+            chunk = row_group.column(index)
+            name = chunk.path_in_schema.split(".", 1)[0]
+            if name not in columns:
+                continue
+            if name in widths:
+                most = rows * widths[name]
+            elif name == "id":
+                most = rows * 1024 + _MOST_ID_BYTES
+            else:
+                most = chunk.num_values * 8
+            # Levels, page headers and a dictionary beside the values; a page that unpacks to more is a bomb. A header
+            # may have the least and the largest value of a page, of 4 KiB at most, and a page may be of one row.
+            beside = 64 + 2 * min(widths.get(name, 8), 2**12)
+            if chunk.total_uncompressed_size > 1.1 * most + beside * rows + 2**16:
+                raise CorpusError(
+                    f"column {name!r} would unpack to {chunk.total_uncompressed_size} bytes, "
+                    f"but its {rows} rows hold at most {most}"
+                )
+            total += most if name != "id" else 0
+        row_bytes = max(row_bytes, (total - before) // max(1, rows))
+    if row_bytes > _MOST_ROW_BYTES:
+        raise CorpusError(f"a row takes {row_bytes} bytes, more than the {_MOST_ROW_BYTES} that are read")
+    if total > max(_SMALL_SHARD, _MOST_EXPANSION * size):
+        raise CorpusError(f"its {metadata.num_rows} rows would unpack from {size} to {total} bytes")
+    return row_bytes
+
+
+def _with_checked_ids(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if "id" not in table.column_names or not pa.types.is_dictionary(table.schema.field("id").type):
+        return table
+    index = table.column_names.index("id")
+    for chunk in table["id"].chunks:
+        longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
+        if longest > _MOST_ID_BYTES:
+            raise CorpusError(f"column 'id' holds a string of {longest} bytes, more than the {_MOST_ID_BYTES} allowed")
+        unpacked = pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        if unpacked > 1024 * len(chunk) + _MOST_ID_BYTES:
+            raise CorpusError(f"column 'id' would unpack to {unpacked} bytes for {len(chunk)} rows")
+    return table.set_column(index, "id", table["id"].cast(table.schema.field("id").type.value_type))
+
+
+def _read_ipc(
+    corpus: Location, shard: Shard, window_bytes: int, also: Sequence[str], check: Callable[[pa.Schema], object]
+) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    with _mapped(corpus, shard) as (source, forget):
+        _refuse_compressed(source)
+        with ipc.open_file(source) as reader:
+            check(reader.schema)
+            columns = _wanted(reader.schema, also)
+            yielded = False
+            for index in range(reader.num_record_batches):
+                batch = reader.get_batch(index).select(columns)
+                batch.validate(full=True)  # offsets may point anywhere
+                rows = max(1, window_bytes // max(1, batch.nbytes // max(1, batch.num_rows)))
+                for start in range(0, batch.num_rows, rows):
+                    yielded = True
+                    yield _with_checked_ids(pa.Table.from_batches([batch.slice(start, rows)]))
+                    forget()
+            if not yielded:
+                yield reader.schema.empty_table().select(columns)
+
+
+@contextmanager
+def _mapped(corpus: Location, shard: Shard) -> Iterator[tuple[Any, Any]]:
+    """Give the file, mapped to memory where it is local, and how to let go of the pages that were read."""
+    import pyarrow as pa
+
+    if not corpus.is_local or not shard.size:
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            yield file, lambda: None
+        return
+    descriptor = os.open(shard.path, os.O_RDONLY)
+    try:
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+    def forget() -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # they stay in the page cache, but count as memory of this process no more
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    yield pa.BufferReader(pa.py_buffer(mapping)), forget  # unmapped with the last table that refers to it
+
+
+def _refuse_compressed(source: Any) -> None:
+    """Raise if a batch is compressed: only its own data say what it would unpack to."""
+    from pyarrow import ipc
+
+    source.seek(8)
+    for message in ipc.MessageReader.open_stream(source):
+        if message.type in ("record batch", "dictionary") and _has_compression(message):
+            raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
+    source.seek(0)
+
+
+def _has_compression(message: Any) -> bool:
+    """Whether the flatbuffer of a batch of records or of a dictionary has ``compression``, of format/Message.fbs."""
+    content = bytes(message.metadata)
+
+    def field(table: int, number: int) -> int:
+        """Position of a field of a table, or 0."""
+        vtable = table - struct.unpack_from("<i", content, table)[0]
+        if 4 + 2 * number >= struct.unpack_from("<H", content, vtable)[0]:
+            return 0
+        offset = struct.unpack_from("<H", content, vtable + 4 + 2 * number)[0]
+        return table + offset if offset else 0
+
+    def target(position: int) -> int:
+        return int(position + struct.unpack_from("<I", content, position)[0])
+
+    try:
+        path = (2, 1) if message.type == "dictionary" else (2,)  # the message's header, and of a dictionary its data
+        batch = target(0)
+        for number in path:
+            position = field(batch, number)
+            if not position:
+                return False
+            batch = target(position)
+        return bool(field(batch, 3))
+    except struct.error as error:
+        raise CorpusError("not readable: a message of it is damaged") from error
+
+
+def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
+    """Return the schema of a shard, or None if it cannot be read."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    try:
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            if file.read(6) == b"ARROW1":
+                return ipc.open_file(file).schema
+            return parquet.read_schema(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return None
+
+
+def read_groups(
+    corpus: Location, shard: Shard, *, verify: bool = True
+) -> Generator[tuple[list[str | None], np.ndarray], None, None]:
+    """Yield the column ``group`` of a shard, some rows at a time; nothing if it has none.
+
+    It comes as names, and for each row the index of its name, or -1 for null.
+
+    Args:
+        corpus: whose filesystem the shard is on.
+        shard: a Parquet or Arrow IPC file.
+        verify: as :func:`read_windows` takes it.
+
+    Raises:
+        CorpusError: the column cannot be read, holds no strings, or claims more than its rows can hold.
+    """
+    import pyarrow as pa
+
+    with naming(shard.name):
+        try:
+            with corpus.filesystem.open_input_file(shard.path) as file:
+                is_ipc = file.read(6) == b"ARROW1"
+                columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, file, verify)
+                for column in columns:
+                    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+                    names = coded.dictionary.to_pylist()
+                    yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+            raise CorpusError(f"column 'group' is not readable: {' '.join(str(error).split())}") from error
+
+
+def _parquet_groups(corpus: Location, source: Any, verify: bool) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(source)
+    if not _has_groups(metadata.schema.to_arrow_schema()):
+        return
+    for index in range(metadata.num_row_groups):
+        row_group = metadata.row_group(index)
+        chunks = (row_group.column(number) for number in range(row_group.num_columns))
+        size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == "group")
+        if size > 1024 * row_group.num_rows + _MOST_ID_BYTES:
+            raise CorpusError(f"column 'group' would unpack to {size} bytes for {row_group.num_rows} rows")
+    with parquet.ParquetFile(
+        source,
+        metadata=metadata,
+        read_dictionary=["group"],  # so that one huge name, repeated, is not unpacked
+        buffer_size=_buffer_bytes(corpus),
+        pre_buffer=False,
+        page_checksum_verification=verify,
+    ) as file:
+        for batch in file.iter_batches(_GROUP_ROWS, columns=["group"], use_threads=False):
+            yield batch.column(0)
+
+
+def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    with _mapped(corpus, shard) as (source, forget):
+        _refuse_compressed(source)
+        with ipc.open_file(source) as reader:
+            if not _has_groups(reader.schema):
+                return
+            for index in range(reader.num_record_batches):
+                column = reader.get_batch(index).column("group")
+                column.validate(full=True)
+                for start in range(0, len(column), _GROUP_ROWS):
+                    yield column.slice(start, _GROUP_ROWS)
+                    forget()
+
+
+def _has_groups(schema: pa.Schema) -> bool:
+    import pyarrow as pa
+
+    if "group" not in schema.names:
+        return False
+    refuse_repeated(schema, ("group",))
+    kind = schema.field("group").type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        raise CorpusError(f"column 'group' holds {kind}, wanted string")
+    return True
