@@ -17,11 +17,11 @@ from torch import Tensor
 from m3er_fast.operands import CheckProjections, modality_pairs, upcast
 
 # docs/performance.md has the times of other sizes.
-_BLOCK_SAMPLES = 4096
+BLOCK_SAMPLES = 4096
 # Two lengths whose product lies between these have not left float32, and neither have the squares in them.
 _SAFE_LENGTHS = (1e-15, 1e15)
 # Rows of a band of a triangular whitener: narrower bands skip more zeros, but multiply more slowly.
-_BAND_ROWS = 100
+BAND_ROWS = 100
 
 
 class _Factors(NamedTuple):
@@ -45,8 +45,8 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
     correlation = torch.empty((batch, len(pairs)), dtype=dtype)
     energy = torch.empty((batch, len(features)), dtype=dtype)
     factors = [_factors(projections, m, pairs, dtype) for m in range(len(features))]
-    for start in range(0, batch, _BLOCK_SAMPLES):
-        rows = slice(start, start + _BLOCK_SAMPLES)
+    for start in range(0, batch, BLOCK_SAMPLES):
+        rows = slice(start, start + BLOCK_SAMPLES)
         projected: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
         for m, x in enumerate(features):
             centered = x[rows].to(dtype) - projections.center[m].to(dtype)
@@ -100,7 +100,7 @@ def _factors(projections: CheckProjections, m: int, pairs: list[tuple[int, int]]
 def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
     """A whitener as bands of rows without their leading zero columns: (first column, (rows, d - first)) each."""
     rows = whitener.shape[0]
-    bands = rows // _BAND_ROWS
+    bands = rows // BAND_ROWS
     if bands < 2 or not triangular:
         return [(0, whitener)]
     edges = [rows * band // bands for band in range(bands + 1)]

@@ -35,13 +35,13 @@ from torch import Tensor
 from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
 # Samples of a block; rows of a piece of a block, where nothing is kept for the backward pass.
-_BLOCK = 256
-_ROWS = 1024
+BLOCK_SAMPLES = 256
+PIECE_ROWS = 1024
 # Bytes of working memory that a thread keeps from call to call. The allocator returns pieces of this size to the
 # system, and getting them back costs a page fault per 4 KiB: up to a third of the time.
-_MOST_WORKSPACE = 2**25
+MOST_WORKSPACE_BYTES = 2**25
 # Numbers of a tensor from which its tanh takes longer than the four calls that replace it.
-_MANY = 4096
+MANY_NUMBERS = 4096
 
 
 def memory_scan(
@@ -97,7 +97,7 @@ def _blocks(lengths: Tensor, steps: int, rows: int | None = None) -> Iterator[_F
         length, order = length.sort(descending=True, stable=True)
         alive = int((length > 0).sum())
         length, order = length[:alive], order[:alive]
-    for samples, own in zip(torch.split(order, _BLOCK), torch.split(length, _BLOCK), strict=True):
+    for samples, own in zip(torch.split(order, BLOCK_SAMPLES), torch.split(length, BLOCK_SAMPLES), strict=True):
         start, alive = 0, len(samples)
         while alive:
             stop = int(own[0]) if rows is None else min(start + max(1, rows // alive), int(own[0]))
@@ -227,7 +227,7 @@ _workspace_of_thread = threading.local()
 
 def _workspace(number: int, dtype: torch.dtype) -> Tensor:
     """Memory for ``number`` numbers. The next call on this thread overwrites it."""
-    if number * dtype.itemsize > _MOST_WORKSPACE:
+    if number * dtype.itemsize > MOST_WORKSPACE_BYTES:
         return torch.empty(number, dtype=dtype)
     # Views of an inference tensor take half the time, but outside inference mode they may not be written to.
     kind = dtype, torch.is_inference_mode_enabled()
@@ -319,7 +319,7 @@ def _scan(
     drawn = _draw_masks(weights, batch, steps, dropout) if dropout else None
     blocks = []
     carry = None
-    for frames in _blocks(lengths, steps, None if keep else _ROWS):
+    for frames in _blocks(lengths, steps, None if keep else PIECE_ROWS):
         masks = None if drawn is None else _Masks(*(mask.index_select(0, frames.place) for mask in drawn))
         carry = None if frames.starts else carry
         block, carry = _forward_block(frames, features, weights, merged, masks, carry, keep=keep)
@@ -457,7 +457,7 @@ def _forward_memory(
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
     """Tanh: where it takes longer than its call, by the sigmoid, to a few 1e-8 in float32."""
-    if x.numel() < _MANY:
+    if x.numel() < MANY_NUMBERS:
         return torch.tanh(x, out=out)
     return torch.mul(x, 2.0, out=out).sigmoid_().mul_(2.0).sub_(1.0)
 

@@ -96,6 +96,11 @@ def _backward_may_repeat() -> bool:
 class TwoPassScan(Protocol):
     """A module that scans checked arguments, forward and backward."""
 
+    def memory_scan(
+        self, features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and memory, without gradients."""
+
     def forward(
         self, features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, dropout: float
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -120,25 +125,29 @@ def memory_scan(
     features: Sequence[Tensor],
     lengths: Tensor,
     weights: MemoryScanWeights,
+    *,
     dropout: float,
+    trains: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The scan, differentiable in features and weights."""
+    """Scan, differentiably in features and weights if ``trains``."""
+    if not trains:
+        with torch.autocast("cpu", enabled=False):
+            return implementation.memory_scan(features, lengths, weights, dropout=dropout)
     tensors = [*features, *weights.tensors()]
     hidden, memory, *_ = _MemoryScan.apply(implementation, len(features), dropout, lengths, *tensors)  # type: ignore[no-untyped-call]
     return hidden, memory
 
 
-def without_autograd(
-    scan: Callable[..., tuple[Tensor, Tensor]],
-    features: Sequence[Tensor],
-    lengths: Tensor,
-    weights: MemoryScanWeights,
-    dropout: float,
+def tracked_memory_scan(
+    scan: Callable[..., tuple[Tensor, Tensor]], *arguments: Any, dropout: float, trains: bool
 ) -> tuple[Tensor, Tensor]:
-    """The scan without autograd's share of each call; the results are ordinary tensors, not inference tensors."""
-    with torch.inference_mode():
-        hidden, memory = scan(features, lengths, weights, dropout=dropout)
-    return hidden.clone(), memory.clone()
+    """Scan by torch's own operations, with autograd's share of each call only if ``trains``."""
+    with torch.autocast("cpu", enabled=False):
+        if trains:
+            return scan(*arguments, dropout=dropout)
+        with torch.inference_mode():
+            hidden, memory = scan(*arguments, dropout=dropout)
+    return hidden.clone(), memory.clone()  # ordinary tensors, which a later gradient can use
 
 
 class _MemoryScan(torch.autograd.Function):

@@ -51,7 +51,7 @@ def compute_check_statistics(
 ) -> tuple[Tensor, Tensor]:
     """:func:`check_statistics` of checked arguments."""
     first = features[0]
-    compute = choose("check_statistics", backend, first, features, projections)
+    compute = choose("check_statistics", backend, first, features, projections).load()
     with torch.autocast(first.device.type, enabled=False):  # which would round the projections to 8 bits
         statistics: tuple[Tensor, Tensor] = compute(features, projections)
     return statistics

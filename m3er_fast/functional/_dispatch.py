@@ -33,14 +33,13 @@ _MOST_KERNEL_NEIGHBORS = 64
 # float32 loses about 1e-6 of the trace of a Gram matrix of 64 neighbours: a smaller ridge would not stand out.
 _SMALLEST_KERNEL_RIDGE = 1e-4
 
-# With fewer samples, stacking the matrices of the check takes longer than it saves.
-_FEWEST_CHECKED = 128
-# With fewer steps the short scan is as fast, in training and in inference: reordering weights costs three steps.
-_FEWEST_STEPS_TRAINED = 4
-_FEWEST_STEPS_SCORED = 5
-# It also is for training steps of more samples, unless they have many frames (docs/memory_scan.md).
-_MOST_SAMPLES_TRAINED = 128
-_MANY_FRAMES = 8192
+# Sizes from which an implementation for the CPU is the faster one; docs/performance.md and docs/memory_scan.md have the
+# times.
+FEWEST_CHECKED_SAMPLES = 128  # of the check: stacking its matrices must take less than it saves
+FEWEST_TRAINED_STEPS = 4  # of the scan: reordering its weights costs three steps
+FEWEST_SCORED_STEPS = 5
+MOST_TRAINED_SAMPLES = 128  # unless there are
+MANY_TRAINED_FRAMES = 8192
 
 
 class BackendUnavailableError(RuntimeError):
@@ -50,20 +49,21 @@ class BackendUnavailableError(RuntimeError):
 class Implementation(NamedTuple):
     """One way to compute an operation."""
 
-    backend: str | None  # the name that requests it; None: it is chosen by "auto" alone
+    name: str
     device: Literal["cuda", "cpu", "any"] | None  # where "auto" considers it; None: nowhere
     refusal: Callable[..., str | None]  # why it cannot compute the operation's arguments, or None
-    load: Callable[[], Callable[..., Any]]  # what computes, imported when it is needed
+    load: Callable[[], Callable[..., Any]]  # imports and returns the function that computes
+    is_backend: bool = True  # whether its name may be requested; else "auto" alone chooses it
 
 
-def choose(operation: str, backend: str, tensor: Tensor, *arguments: Any) -> Callable[..., Any]:
-    """The implementation that computes ``operation`` for these arguments.
+def choose(operation: str, backend: str, tensor: Tensor, *arguments: Any) -> Implementation:
+    """Return the implementation that computes ``operation`` for these arguments.
 
     Args:
         operation: a key of ``OPERATIONS``.
         backend: "auto" or a name.
-        tensor: one of the arguments, which decides by its device.
-        arguments: what the refusals of the operation take.
+        tensor: an argument whose device decides.
+        arguments: the other arguments of the operation's refusals.
 
     Raises:
         ValueError: if the operation has no such back end.
@@ -74,24 +74,24 @@ def choose(operation: str, backend: str, tensor: Tensor, *arguments: Any) -> Cal
         device = "compiler" if torch.compiler.is_compiling() and not tensor.is_cuda else tensor.device.type
         for implementation in implementations:
             if implementation.device in (device, "any") and implementation.refusal(tensor, *arguments) is None:
-                return implementation.load()
+                return implementation
     for implementation in implementations:
-        if implementation.backend == backend:
+        if implementation.is_backend and implementation.name == backend:
             reason = implementation.refusal(tensor, *arguments)
             if reason is not None:
                 raise BackendUnavailableError(f"{operation}: backend {backend!r} does not work here: {reason}")
-            return implementation.load()
+            return implementation
     names = ", ".join(map(repr, ("auto", *backends(operation))))
     raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
 def backends(operation: str) -> list[str]:
-    """The names that request an implementation of an operation."""
-    return [entry.backend for entry in reversed(OPERATIONS[operation]) if entry.backend is not None]
+    """Return the names by which the implementations of an operation may be requested."""
+    return [entry.name for entry in reversed(OPERATIONS[operation]) if entry.is_backend]
 
 
 def choose_index(engine: str, bank: Tensor) -> Callable[..., NeighborIndex]:
-    """The kind of index that searches ``bank`` for a neighbour ``engine``, one of ``NeighborEngine``.
+    """Return the kind of index that searches ``bank`` for a neighbour ``engine``, one of ``NeighborEngine``.
 
     "auto" is "torch" for every size and device. On a CPU that multiplies bfloat16 in hardware, "torch" is faster than
     FAISS's flat index for banks of 100,000 rows, and slower by 10 to 25 ms per thousand queries for 10,000 rows and
@@ -111,7 +111,7 @@ def choose_index(engine: str, bank: Tensor) -> Callable[..., NeighborIndex]:
 
 
 def in_transform() -> bool:
-    """Whether this runs inside a transform of torch.func, such as vmap, whose tensors have no memory of their own."""
+    """Whether a transform of torch.func runs, such as vmap, whose tensors have no memory of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -180,8 +180,8 @@ def _no_check_kernel(first: Tensor, features: Sequence[Tensor], projections: Che
 
 
 def _no_cpu_check(first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
-    if first.shape[0] < _FEWEST_CHECKED:
-        return f"plain PyTorch is faster with fewer than {_FEWEST_CHECKED} samples"
+    if first.shape[0] < FEWEST_CHECKED_SAMPLES:
+        return f"plain PyTorch is faster with fewer than {FEWEST_CHECKED_SAMPLES} samples"
     return _no_fused_check(features)
 
 
@@ -273,9 +273,9 @@ def _no_long_scan(
     first: Tensor, features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], trains: bool
 ) -> str | None:
     batch, steps = first.shape[:2]
-    if steps < (_FEWEST_STEPS_TRAINED if trains else _FEWEST_STEPS_SCORED):
+    if steps < (FEWEST_TRAINED_STEPS if trains else FEWEST_SCORED_STEPS):
         return "the short scan is faster with few steps"
-    if trains and batch > _MOST_SAMPLES_TRAINED and batch * steps < _MANY_FRAMES:
+    if trains and batch > MOST_TRAINED_SAMPLES and batch * steps < MANY_TRAINED_FRAMES:
         return "the short scan is faster with many samples of few frames"
     return _no_cpu_scan(first, features, weights, tensors, trains)
 
@@ -337,38 +337,29 @@ def _load_scan_kernel() -> Callable[..., Any]:
     return memory_scan.memory_scan
 
 
-def _cpu_scan(
-    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
-) -> tuple[Tensor, Tensor]:
+def _load_cpu_scan() -> Callable[..., Any]:
     from m3er_fast.cpu import memory_scan
 
-    if trains:
-        return _autograd.memory_scan(memory_scan, features, lengths, weights, dropout)
-    with torch.autocast("cpu", enabled=False):
-        return memory_scan.memory_scan(features, lengths, weights, dropout=dropout)
+    return partial(_autograd.memory_scan, memory_scan)
 
 
-def _short_cpu_scan(
-    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
-) -> tuple[Tensor, Tensor]:
+def _load_short_cpu_scan() -> Callable[..., Any]:
     from m3er_fast.cpu import memory_scan_short
 
-    with torch.autocast("cpu", enabled=False):
-        if trains:
-            return memory_scan_short.memory_scan(features, lengths, weights, dropout=dropout)
-        return _autograd.without_autograd(memory_scan_short.memory_scan, features, lengths, weights, dropout)
+    return partial(_autograd.tracked_memory_scan, memory_scan_short.memory_scan)
 
 
-def _reference_scan(
-    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
-) -> tuple[Tensor, Tensor]:
-    return reference.memory_scan(features, lengths, weights, dropout=dropout)
+def _load_reference_scan() -> Callable[..., Any]:
+    def scan(*arguments: Any, dropout: float, trains: bool) -> tuple[Tensor, Tensor]:
+        return reference.memory_scan(*arguments, dropout=dropout)
+
+    return scan
 
 
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "fusion_loss": (
         Implementation("triton", "cuda", _no_loss_kernel, _load_loss_kernel),
-        Implementation(None, "cpu", _no_cpu_loss, _load_cpu_loss),
+        Implementation("cpu", "cpu", _no_cpu_loss, _load_cpu_loss, is_backend=False),
         Implementation("torch", "any", _never, lambda: reference.fusion_loss_of),
     ),
     "class_costs": (
@@ -377,20 +368,20 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "check_statistics": (
         Implementation("triton", "cuda", _no_check_kernel, _load_check_kernel),
-        Implementation(None, "cpu", _no_cpu_check, _load_cpu_check),
+        Implementation("cpu", "cpu", _no_cpu_check, _load_cpu_check, is_backend=False),
         Implementation("torch", "any", _never, lambda: reference.check_statistics),
     ),
     "local_least_squares": (
         Implementation("cupy", None, _no_cupy, _load_cupy),
         Implementation("triton", "cuda", _no_lstsq_kernel, _load_lstsq_kernel),
-        Implementation(None, "cpu", _no_cpu_lstsq, _load_cpu_lstsq),
+        Implementation("cpu", "cpu", _no_cpu_lstsq, _load_cpu_lstsq, is_backend=False),
         Implementation("torch", "any", _never, lambda: reference.local_least_squares),
     ),
     "memory_scan": (
         Implementation("triton", "cuda", _no_scan_kernel, _load_scan_kernel),
-        Implementation(None, "cpu", _no_long_scan, lambda: _cpu_scan),
-        Implementation(None, "cpu", _no_cpu_scan, lambda: _short_cpu_scan),
-        Implementation("torch", "any", _never, lambda: _reference_scan),
+        Implementation("cpu", "cpu", _no_long_scan, _load_cpu_scan, is_backend=False),
+        Implementation("cpu, few steps", "cpu", _no_cpu_scan, _load_short_cpu_scan, is_backend=False),
+        Implementation("torch", "any", _never, _load_reference_scan),
     ),
 }
 """Every operation that has more than one implementation, each with its implementations, the preferred ones first."""

@@ -95,7 +95,7 @@ def solve_local_least_squares(
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """:func:`local_least_squares` of checked arguments and several targets."""
-    solve = choose("local_least_squares", backend, query, bank, targets, neighbors, ridge)
+    solve = choose("local_least_squares", backend, query, bank, targets, neighbors, ridge).load()
     solved: tuple[list[Tensor], Tensor] = solve(query, bank, targets, neighbors, ridge=ridge, affine=affine)
     return solved
 

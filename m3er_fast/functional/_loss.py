@@ -85,7 +85,8 @@ def fusion_loss(
     check_device("the logits", logits, target=target)
     target = _checked_target(target, logits, chosen.activation, chosen.ignore_index)
     _check_factors(logits, factors)
-    loss: Tensor = choose("fusion_loss", backend, logits, target, factors, chosen)(logits, target, factors, chosen)
+    compute = choose("fusion_loss", backend, logits, target, factors, chosen).load()
+    loss: Tensor = compute(logits, target, factors, chosen)
     return loss
 
 
@@ -120,7 +121,7 @@ def class_costs(
         )
     factors = LossFactors(None, modality_weight, available)
     _check_factors(logits, factors)
-    compute = choose("class_costs", backend, logits, None, factors, options)
+    compute = choose("class_costs", backend, logits, None, factors, options).load()
     costs: Tensor = compute(logits, beta=beta, modality_weight=modality_weight, available=available)
     return costs
 

@@ -84,8 +84,8 @@ def run_memory_scan(
 
     def scan(start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         part = features if stop is None else [x[start:stop] for x in features]
-        chosen = choose("memory_scan", backend, part[0], part, weights, tensors, trains)
-        result: tuple[Tensor, Tensor] = chosen(part, lengths[start:stop], weights, dropout=dropout, trains=trains)
+        compute = choose("memory_scan", backend, part[0], part, weights, tensors, trains).load()
+        result: tuple[Tensor, Tensor] = compute(part, lengths[start:stop], weights, dropout=dropout, trains=trains)
         return result
 
     if recompute is None or not trains or not len(lengths) or in_transform():
