@@ -93,8 +93,6 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (ProxyConfig, "max_basis", NOT_POSITIVE_INTS),
         (ProxyConfig, "memory_budget", NOT_POSITIVE_INTS),
         (ProxyConfig, "bank_on_host", NOT_BOOLEANS),
-        (ProxyConfig, "reliability", ["yes", None, True]),
-        (ProxyConfig, "min_reliability", [-0.1, 1.1, math.nan, "0.5", True]),
         (NetworkConfig, "hidden", NOT_POSITIVE_INTS),
         (NetworkConfig, "memory", NOT_POSITIVE_INTS),
         (NetworkConfig, "fusion", NOT_POSITIVE_INTS),

@@ -242,6 +242,19 @@ def test_finite_at_extreme_logits(variant, activation, magnitude):
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("beyond", [3e38, math.inf])
+def test_a_logit_beyond_the_bound_counts_as_the_bound_and_has_no_gradient(beyond, backend):
+    """The bound is a 32nd of float32's range. A NaN of another sample in the batch changes nothing."""
+    bound = torch.finfo(torch.float32).max / 32
+    logits = torch.tensor([[[beyond, 0.0], [math.nan, 0.0]], [[0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    loss = fusion_loss(logits, torch.tensor([1, 1]), beta=0.0, reduction="none", backend=backend)
+    assert loss[0].item() == pytest.approx(bound, rel=1e-6)
+    assert loss[1].isnan()
+    (gradient,) = torch.autograd.grad(loss[0], logits)
+    torch.testing.assert_close(gradient[:, 0], torch.tensor([[0.0, -1.0], [0.5, -0.5]]))
+
+
 def exact_logs(logits, activation):
     """Log p and log(1 - p) of the first two classes to 60 digits, of the logits as float32 holds them."""
     with mpmath.workdps(60):

@@ -1,4 +1,4 @@
-"""Gate statistics, nearest neighbours and local least squares against NumPy, scikit-learn and explicit solutions."""
+"""The check's statistics, neighbours and local least squares against NumPy, scikit-learn and explicit solutions."""
 
 import importlib.util
 import math
@@ -9,11 +9,13 @@ import torch
 from sklearn.manifold._locally_linear import barycenter_weights
 from sklearn.neighbors import NearestNeighbors
 
-from m3er_fast import cpu, reference
+from m3er_fast import reference
+from m3er_fast.cpu import check_statistics as cpu_check
 from m3er_fast.functional import (
     BackendUnavailableError,
-    GateProjections,
-    gate_statistics,
+    CheckProjections,
+    _dispatch,
+    check_statistics,
     local_least_squares,
     nearest_neighbors,
 )
@@ -21,7 +23,7 @@ from m3er_fast.functional import (
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 
 
-# --- gate statistics --------------------------------------------------------------------------------------------------
+# --- the check's statistics ------------------------------------------------------------------------------------------
 
 DIMS = (7, 4, 5)
 PAIRS = [(0, 1), (0, 2), (1, 2)]
@@ -48,7 +50,7 @@ def fold(means, pairs, whiteners, dtype=torch.float64):
 
     left, right = [[folded(pair[side], np.sqrt(pair[2])) for pair in pairs] for side in (0, 1)]
     zeros = [torch.zeros(len(pair[2]), dtype=dtype) for pair in pairs]
-    return GateProjections(
+    return CheckProjections(
         center=[torch.from_numpy(mean).to(dtype) for mean in means],
         left=left,
         left_bias=zeros,
@@ -65,20 +67,20 @@ def vectors(batch, seed=1, dtype=torch.float64):
 
 @pytest.fixture(params=["few samples", "many samples"])
 def samples(request, monkeypatch):
-    """As which the CPU takes a batch: many go in blocks, here of three, and through bands, here of two rows."""
+    """Whether a batch counts as large: then the CPU computes blocks (here of three) and bands (here of two rows)."""
     if request.param == "many samples":
-        monkeypatch.setattr(cpu, "_FEW_SAMPLES", 0)
-        monkeypatch.setattr(cpu, "_GATE_BLOCK", 3)
-        monkeypatch.setattr(cpu, "_BAND_ROWS", 2)
+        monkeypatch.setattr(_dispatch, "FEWEST_CHECKED_SAMPLES", 0)
+        monkeypatch.setattr(cpu_check, "BLOCK_SAMPLES", 3)
+        monkeypatch.setattr(cpu_check, "BAND_ROWS", 2)
 
 
 @pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_gate_statistics_equal_numpy(batch, dtype, tolerance):
+def test_check_statistics_equal_numpy(batch, dtype, tolerance):
     means, pairs, whiteners = fitted_views()
     features = vectors(batch, dtype=dtype)
-    correlation, energy = gate_statistics(features, fold(means, pairs, whiteners, dtype))
+    correlation, energy = check_statistics(features, fold(means, pairs, whiteners, dtype))
     assert correlation.dtype == energy.dtype == dtype
     centered = [x.double().numpy() - mean for x, mean in zip(features, means, strict=True)]
     for p, ((i, j), (left, right, weight)) in enumerate(zip(PAIRS, pairs, strict=True)):
@@ -97,19 +99,19 @@ def test_energy_of_triangular_whiteners_equals_numpy(ranks):
     whiteners = [np.triu(whitener) for whitener in whiteners]
     features = vectors(8)
     dense = fold(means, pairs, whiteners)
-    correlation, energy = gate_statistics(features, dense._replace(triangular=True))
+    correlation, energy = check_statistics(features, dense._replace(triangular=True))
     for m, whitener in enumerate(whiteners):
         wanted = (((features[m].numpy() - means[m]) @ whitener.T) ** 2).sum(axis=1) / max(ranks[m], 1)
         np.testing.assert_allclose(energy[:, m].numpy(), wanted, rtol=1e-12)
-    torch.testing.assert_close(correlation, gate_statistics(features, dense)[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(correlation, check_statistics(features, dense)[0], rtol=0, atol=1e-14)
 
 
 @pytest.mark.usefixtures("samples")
-def test_gate_statistics_of_half_precision_are_those_of_the_rounded_features():
+def test_check_statistics_of_half_precision_are_those_of_the_rounded_features():
     projections = fold(*fitted_views(), torch.float32)
     half = [x.half() for x in vectors(4)]
     for got, wanted in zip(
-        gate_statistics(half, projections), gate_statistics([x.float() for x in half], projections), strict=True
+        check_statistics(half, projections), check_statistics([x.float() for x in half], projections), strict=True
     ):
         assert got.dtype == torch.float32
         assert torch.equal(got, wanted)
@@ -120,7 +122,7 @@ def test_bias_is_added_after_the_projection():
     projections = fold(*fitted_views())
     shift = [torch.linspace(-1, 1, len(bias), dtype=torch.float64) for bias in projections.left_bias]
     features = vectors(5)
-    correlation, _ = gate_statistics(features, projections._replace(left_bias=shift))
+    correlation, _ = check_statistics(features, projections._replace(left_bias=shift))
     x, y = features[0] - projections.center[0], features[2] - projections.center[2]
     u, v = x @ projections.left[1].T + shift[1], y @ projections.right[1].T
     torch.testing.assert_close(correlation[:, 1], torch.cosine_similarity(u, v, dim=1), rtol=1e-12, atol=1e-12)
@@ -129,7 +131,7 @@ def test_bias_is_added_after_the_projection():
 @pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("components", [0, 1])
 def test_too_few_components_to_vary_count_as_not_correlated(components):
-    correlation, energy = gate_statistics(vectors(3), fold(*fitted_views(components=(components,) * 3)))
+    correlation, energy = check_statistics(vectors(3), fold(*fitted_views(components=(components,) * 3)))
     assert torch.equal(correlation, torch.zeros(3, 3, dtype=torch.float64))
     assert (energy > 0).all()
 
@@ -138,25 +140,25 @@ def test_too_few_components_to_vary_count_as_not_correlated(components):
 def test_a_sample_at_the_training_mean_counts_as_not_correlated():
     means, pairs, whiteners = fitted_views()
     features = [torch.from_numpy(mean)[None] for mean in means]
-    correlation, energy = gate_statistics(features, fold(means, pairs, whiteners))
+    correlation, energy = check_statistics(features, fold(means, pairs, whiteners))
     assert not correlation.any()
     assert not energy.any()
 
 
 @pytest.mark.usefixtures("samples")
 def test_a_modality_without_whitened_directions_has_no_energy():
-    _, energy = gate_statistics(vectors(3), fold(*fitted_views(ranks=(0, 4, 3))))
+    _, energy = check_statistics(vectors(3), fold(*fitted_views(ranks=(0, 4, 3))))
     assert not energy[:, 0].any()
     assert (energy[:, 1:] > 0).all()
 
 
 @pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("value", [1e15, 1e25, 3e38, math.inf, -math.inf, math.nan])
-def test_gate_statistics_are_finite_whatever_a_modality_holds(value):
+def test_check_statistics_are_finite_whatever_a_modality_holds(value):
     features = vectors(4, dtype=torch.float32)
-    clean = gate_statistics(features, fold(*fitted_views(), torch.float32))
+    clean = check_statistics(features, fold(*fitted_views(), torch.float32))
     features[1] = torch.full_like(features[1], value)
-    correlation, energy = gate_statistics(features, fold(*fitted_views(), torch.float32))
+    correlation, energy = check_statistics(features, fold(*fitted_views(), torch.float32))
     assert torch.isfinite(correlation).all()
     assert (correlation.abs() <= 1).all()
     assert torch.isfinite(energy).all()
@@ -166,8 +168,8 @@ def test_gate_statistics_are_finite_whatever_a_modality_holds(value):
 
 
 @pytest.mark.usefixtures("samples")
-def test_gate_statistics_of_an_empty_batch():
-    correlation, energy = gate_statistics(vectors(0), fold(*fitted_views()))
+def test_check_statistics_of_an_empty_batch():
+    correlation, energy = check_statistics(vectors(0), fold(*fitted_views()))
     assert correlation.shape == (0, 3)
     assert energy.shape == (0, 3)
 
@@ -175,10 +177,10 @@ def test_gate_statistics_of_an_empty_batch():
 @pytest.mark.usefixtures("samples")
 def test_one_modality_has_energy_and_no_pair():
     projections = fold(*fitted_views())
-    alone = GateProjections(projections.center[:1], [], [], [], [], projections.whitener[:1])
-    correlation, energy = gate_statistics(vectors(4)[:1], alone)
+    alone = CheckProjections(projections.center[:1], [], [], [], [], projections.whitener[:1])
+    correlation, energy = check_statistics(vectors(4)[:1], alone)
     assert correlation.shape == (4, 0)
-    torch.testing.assert_close(energy[:, 0], gate_statistics(vectors(4), projections)[1][:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(energy[:, 0], check_statistics(vectors(4), projections)[1][:, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +192,9 @@ def test_one_modality_has_energy_and_no_pair():
         ([torch.zeros(3, 1, 7), *vectors(3)[1:]], r"features\[0\] has shape \(3, 1, 7\), wanted \(3, 7\)"),
     ],
 )
-def test_gate_statistics_name_the_modality_that_does_not_fit(features, message):
+def test_check_statistics_name_the_modality_that_does_not_fit(features, message):
     with pytest.raises(ValueError, match=message):
-        gate_statistics(features, fold(*fitted_views()))
+        check_statistics(features, fold(*fitted_views()))
 
 
 # --- nearest neighbours -----------------------------------------------------------------------------------------------
@@ -558,8 +560,8 @@ def test_a_solver_asked_for_by_name_never_falls_back(backend):
         local_least_squares(*solve_problem(), backend=backend)
 
 
-def test_gate_statistics_asked_of_a_kernel_never_fall_back():
-    with pytest.raises(BackendUnavailableError, match=r"gate_statistics.*triton"):
-        gate_statistics(vectors(2), fold(*fitted_views()), backend="triton")
+def test_check_statistics_asked_of_a_kernel_never_fall_back():
+    with pytest.raises(BackendUnavailableError, match=r"check_statistics.*triton"):
+        check_statistics(vectors(2), fold(*fitted_views()), backend="triton")
     with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'torch', 'triton', got 'cupy'"):
-        gate_statistics(vectors(2), fold(*fitted_views()), backend="cupy")
+        check_statistics(vectors(2), fold(*fitted_views()), backend="cupy")
