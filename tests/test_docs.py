@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pydoc
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -217,6 +218,11 @@ def test_settings_are_listed_with_their_defaults(part):
     text = page("python.md").split(f"\n### {part}\n", 1)[1].split("\n##", 1)[0]
     listed = {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", text, re.M)}
     assert listed == vars(getattr(M3ERConfig(), part))
+
+
+def test_tables_of_settings_are_what_the_settings_declare():
+    script = runpy.run_path(str(ROOT / "docs" / "settings_table.py"))
+    assert page("python.md") == script["with_tables"](page("python.md")), "run python docs/settings_table.py"
 
 
 def test_architecture_page_names_every_file_of_the_package():
