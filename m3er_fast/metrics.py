@@ -1,4 +1,4 @@
-"""Scores of a classifier as the paper's Table 2 reports them, with support, and the few helpers a report needs.
+"""Scores of a classifier as the paper's Table 2 reports them, with support, and the helpers that a report needs.
 
 Dimension legend: N samples, C classes.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3er_fast._validation import check_choice
+
 IGNORE_INDEX = -100
 TASKS = ("single", "multi", "distribution")
 ROUNDING = 1e-2  # how far a row of half-precision probabilities may sum away from one
@@ -20,39 +22,40 @@ ROUNDING = 1e-2  # how far a row of half-precision probabilities may sum away fr
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One column pair of Table 2: the scores of one class against the rest, or of "Overall"."""
+    """One pair of columns of Table 2: the scores of one class against the rest, or of "Overall"."""
 
     name: str
     support: int
-    """Samples that are of the class; of "Overall": all samples."""
+    """Number of samples of the class; for "Overall", of all samples."""
     f1: float
-    """2·TP / (2·TP + FP + FN) of "this class" against "not this class"; 0 where nothing is or is said to be of it."""
+    """F1 of "this class" against "not this class", 2·TP / (2·TP + FP + FN); 0 if the class neither occurs nor is
+    predicted."""
     mean_accuracy: float
-    """Table 2's MA: (TP + TN) / N, the share of samples for which "is it this class?" is answered right."""
+    """Table 2's MA: (TP + TN) / N, the share of correct answers to "is it this class?"."""
 
 
 @dataclass(frozen=True)
 class ClassificationReport:
-    """What `classification_report` measured; every number is finite."""
+    """The scores from `classification_report`; every number is finite."""
 
     task: str
     per_class: tuple[ClassScores, ...]
     overall: ClassScores
     """Unweighted mean of ``per_class`` over the classes that occur in the target."""
     accuracy: float
-    """Share of samples with the right class; in task "multi", with every question answered right."""
+    """Share of samples with the correct class; in task "multi", with every question answered correctly."""
     balanced_accuracy: float
-    """Mean recall over the classes that occur; in task "multi", the mean over them of (recall of "yes" + recall of
-    "no") / 2, which CMU-MOSEI calls weighted accuracy."""
+    """Mean recall over the classes that occur. In task "multi", the mean of (recall of "yes" + recall of "no") / 2 over
+    them, which CMU-MOSEI calls weighted accuracy."""
     confusion: tuple[tuple[int, ...], ...] | None
-    """Rows: true class, columns: predicted class; None in task "multi"."""
+    """A row per true class and a column per predicted class; None in task "multi"."""
     cross_entropy: float | None
-    """Mean of −Σ t·log p in nats, p not taken below the smallest normal float32; None unless task "distribution"."""
+    """Mean of −Σ t·log p in nats, with p at least the smallest normal float32; None unless task is "distribution"."""
     jensen_shannon: float | None
-    """Mean Jensen-Shannon divergence in nats, 0 to log 2; None unless task "distribution"."""
+    """Mean Jensen-Shannon divergence in nats, 0 to log 2; None unless task is "distribution"."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        """Return the report as dicts, lists, strings and numbers, ready for JSON."""
         report = asdict(self)
         report["per_class"] = list(report["per_class"])
         if self.confusion is not None:
@@ -60,43 +63,43 @@ class ClassificationReport:
         return report
 
     def to_markdown(self) -> str:
-        """A table with one row a class and "Overall", in Table 2's number formats, and a line with the other scores."""
+        """Return a table in Table 2's number formats, a row per class and one for "Overall", and a line of other scores."""
         lines = ["| Class | Support | F1 | MA |", "|---|---:|---:|---:|"]
         lines += [
             f"| {row.name.replace('|', chr(92) + '|')} | {row.support} | {row.f1:.3f} | {row.mean_accuracy:.1%} |"
             for row in (*self.per_class, self.overall)
         ]
-        others = [f"Accuracy {self.accuracy:.1%}", f"balanced accuracy {self.balanced_accuracy:.1%}"]
+        further = [f"Accuracy {self.accuracy:.1%}", f"balanced accuracy {self.balanced_accuracy:.1%}"]
         if self.cross_entropy is not None:
-            others.append(f"cross entropy {self.cross_entropy:.3f} nats")
+            further.append(f"cross entropy {self.cross_entropy:.3f} nats")
         if self.jensen_shannon is not None:
-            others.append(f"Jensen-Shannon divergence {self.jensen_shannon:.3f} nats")
-        return "\n".join([*lines, "", ", ".join(others) + "."])
+            further.append(f"Jensen-Shannon divergence {self.jensen_shannon:.3f} nats")
+        return "\n".join([*lines, "", ", ".join(further) + "."])
 
 
 def classification_report(
     probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None
 ) -> ClassificationReport:
-    """Per-class F1 and MA with support, their mean over classes, and the scores beside them.
+    """Score predictions: F1, MA and support of each class, means over classes, accuracy and divergences.
 
     Table 2 prints F1 and MA of every class without defining them. Here both score the question "is it this class?",
-    asked of all N samples: F1 of the answer "yes", and MA = (TP + TN) / N. So MA is not recall (whose mean over classes
-    is reported as balanced accuracy), and a rare class has a high MA whatever is predicted: read it beside the support.
-    With one label of C and every class present, Overall MA is 1 − 2·(1 − accuracy) / C.
+    asked of all N samples: F1 of the answer "yes", and MA = (TP + TN) / N. MA is therefore not recall, whose mean over
+    classes is reported as balanced accuracy. A rare class has a high MA whatever is predicted: read it beside the
+    support. If every sample has one label and every class occurs, the overall MA is 1 − 2·(1 − accuracy) / C.
 
     A class that does not occur in the target has support 0, keeps its row, and is left out of every mean over classes.
 
     Args:
         probabilities: (N, C) tensor or array in [0, 1]. In task "multi" each column is the probability of "yes", and
-            0.5 or more means yes; otherwise the largest of a row is the prediction, the first one in a tie.
-        target: (N,) integers in 0..C−1, −100 meaning "leave the sample out" (task "single"); (N, C) of 0 and 1
+            0.5 or more means yes. Otherwise the largest entry of a row is the prediction, the first one in a tie.
+        target: (N,) integers in 0..C−1, where −100 leaves the sample out (task "single"); (N, C) zeros and ones
             ("multi"); or (N, C) rows that sum to one, whose largest entry is the true class ("distribution").
         classes: the C class names in the order of the columns.
-        task: "single", "multi" or "distribution". None infers it from the target: one dimension is "single", 0 and 1
-            only is "multi", else "distribution"; so distributions that may all be one-hot must be named.
+        task: "single", "multi" or "distribution". None infers it from the target: one dimension is "single", zeros and
+            ones alone are "multi", anything else is "distribution". Name the task if distributions may all be one-hot.
 
     Raises:
-        ValueError: if there is no sample or no class to score, if shapes, ranges or class names do not fit, or if a
+        ValueError: if there is no sample or no class to score, if shapes, ranges or class names are wrong, or if a
             value is not finite.
 
     Example:
@@ -104,31 +107,35 @@ def classification_report(
         >>> report.per_class[1]
         ClassScores(name='yes', support=2, f1=0.6666666666666666, mean_accuracy=0.6666666666666666)
     """
+    from sklearn.metrics import confusion_matrix
+
     names = _check_classes(classes)
     p, t = _check_probabilities(probabilities, len(names)), _as_array(target)
     if len(p) == 0:
-        raise ValueError("probabilities: there is no sample to score")
+        raise ValueError("probabilities must hold at least one sample to score, got none")
     task = _infer_task(t) if task is None else task
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {TASKS} or None, got {task!r}")
+    check_choice("task", task, TASKS)
     if task == "single":
         labels = _check_labels(t, len(p), len(names))
         p, labels = p[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
         if len(p) == 0:
-            raise ValueError(f"target: every label is {IGNORE_INDEX}, so there is no sample to score")
+            raise ValueError(f"target must label at least one sample to score, but every label is {IGNORE_INDEX}")
     else:
         t = _check_rows(t, p.shape, task)
         labels = t.argmax(axis=1)
 
+    confusion = None
     if task == "multi":
         truth, answer = t == 1, p >= 0.5
     else:
-        identity = np.eye(len(names), dtype=bool)
-        truth, answer = identity[labels], identity[p.argmax(axis=1)]
+        predicted, identity = p.argmax(axis=1), np.eye(len(names), dtype=bool)
+        truth, answer = identity[labels], identity[predicted]
+        confusion = tuple(map(tuple, confusion_matrix(labels, predicted, labels=range(len(names))).tolist()))
+    # Counted here rather than by scikit-learn, which reads answers of shape (N, 1) as labels of two classes.
     hits, support = (truth & answer).sum(axis=0), truth.sum(axis=0)
     occurs = support > 0
     if not occurs.any():
-        raise ValueError("target: no class occurs in it, so there is nothing to score")
+        raise ValueError("target must hold at least one class to score, but no class occurs in it")
     f1 = 2 * hits / (support + answer.sum(axis=0)).clip(min=1)
     mean_accuracy = (truth == answer).mean(axis=0)
     recall = hits / support.clip(min=1)
@@ -136,7 +143,6 @@ def classification_report(
         negatives = len(p) - support
         recall_no = (~truth & ~answer).sum(axis=0) / negatives.clip(min=1)
         recall = np.where(negatives > 0, (recall + recall_no) / 2, recall)
-    confusion = None if task == "multi" else truth.T.astype(np.int64) @ answer.astype(np.int64)
 
     return ClassificationReport(
         task=task,
@@ -146,21 +152,21 @@ def classification_report(
         overall=ClassScores("Overall", len(p), float(f1[occurs].mean()), float(mean_accuracy[occurs].mean())),
         accuracy=float((truth == answer).all(axis=1).mean()),
         balanced_accuracy=float(recall[occurs].mean()),
-        confusion=None if confusion is None else tuple(tuple(row) for row in confusion.tolist()),
+        confusion=confusion,
         cross_entropy=_cross_entropy(p, t) if task == "distribution" else None,
         jensen_shannon=_jensen_shannon(p, t) if task == "distribution" else None,
     )
 
 
 def auroc(scores: Any, positives: Any) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+    """Return the area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
 
     Args:
-        scores: (N,) real numbers, ±inf allowed: only their order counts.
+        scores: (N,) real numbers or ±inf; only their order counts.
         positives: (N,) booleans.
 
     Raises:
-        ValueError: if the shapes differ, a score is NaN, or the positives or the negatives are missing.
+        ValueError: if the shapes differ, a score is NaN, or there are no positives or no negatives.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -173,12 +179,12 @@ def auroc(scores: Any, positives: Any) -> float:
         raise ValueError("scores must not be NaN")
     if positive.all() or not positive.any():
         raise ValueError(f"positives must hold both True and False, got {int(positive.sum())} True of {len(positive)}")
-    ranks = np.unique(s, return_inverse=True)[1]  # finite, where scores need not be
+    ranks = np.unique(s, return_inverse=True)[1]  # scikit-learn refuses infinite scores; ranks are finite
     return float(roc_auc_score(positive, ranks))
 
 
 def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (ddof = 1) over seeds; None for the deviation of a single value.
+    """Return the mean and the sample standard deviation (ddof = 1), which is None for a single value.
 
     Raises:
         ValueError: if there is no value or one is not finite.
@@ -199,7 +205,7 @@ def _as_array(value: Any) -> NDArray[Any]:
 def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     names = tuple(classes)
     if not names or isinstance(classes, str) or len(set(names)) != len(names):
-        raise ValueError(f"classes must be one or more different names, got {classes!r}")
+        raise ValueError(f"classes must be one or more distinct names, got {classes!r}")
     return names
 
 

@@ -49,7 +49,7 @@ def test_hand_counted_table():
     assert report.jensen_shannon is None
 
 
-def test_single_label_scores_equal_scikit_learn():
+def test_single_label_scores_equal_scikit_learn_and_the_confusion_a_count_of_pairs():
     probabilities, target = random_case()
     predicted = probabilities.argmax(axis=1)
     report = classification_report(probabilities, target, EMOTIONS)
@@ -62,7 +62,8 @@ def test_single_label_scores_equal_scikit_learn():
     assert report.accuracy == pytest.approx(sklearn_metrics.accuracy_score(target, predicted), abs=1e-15)
     expected = sklearn_metrics.balanced_accuracy_score(target, predicted)
     assert report.balanced_accuracy == pytest.approx(expected, abs=1e-15)
-    np.testing.assert_array_equal(report.confusion, sklearn_metrics.confusion_matrix(target, predicted))
+    counted = [[((target == true) & (predicted == said)).sum() for said in range(4)] for true in range(4)]
+    np.testing.assert_array_equal(report.confusion, counted)
 
 
 def test_overall_ma_follows_from_accuracy_when_every_class_is_present():
@@ -195,7 +196,7 @@ NOT_A_NUMBER = float("nan")
 @pytest.mark.parametrize(
     ("probabilities", "target", "classes", "task", "message"),
     [
-        (np.zeros((0, 2)), np.zeros(0, dtype=int), TWO, None, "no sample to score"),
+        (np.zeros((0, 2)), np.zeros(0, dtype=int), TWO, None, "at least one sample to score, got none"),
         ([[0.5, 0.5]], [-100], TWO, None, "every label is -100"),
         ([[0.5, 0.5]], [[0, 0]], TWO, None, "no class occurs"),
         ([[0.5, NOT_A_NUMBER]], [0], TWO, None, "probabilities must be finite"),
@@ -214,8 +215,8 @@ NOT_A_NUMBER = float("nan")
         ([[0.5, 0.5]], [[NOT_A_NUMBER, 1.0]], TWO, None, "must be finite"),
         ([[0.5, 0.5]], [[0.2, 0.8]], TWO, "multi", "0 and 1 only"),
         ([[0.5, 0.5]], [[0, 1]], TWO, "ranking", "task must be one of"),
-        ([[0.5, 0.5]], [0], ["yes", "yes"], None, "different names"),
-        ([[0.5, 0.5]], [0], "no", None, "different names"),
+        ([[0.5, 0.5]], [0], ["yes", "yes"], None, "distinct names"),
+        ([[0.5, 0.5]], [0], "no", None, "distinct names"),
     ],
 )
 def test_what_cannot_be_scored_is_one_clear_error(probabilities, target, classes, task, message):
