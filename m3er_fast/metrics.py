@@ -63,7 +63,7 @@ class ClassificationReport:
         return report
 
     def to_markdown(self) -> str:
-        """Return a table in Table 2's number formats, a row per class and one for "Overall", and a line of other scores."""
+        """Return a table in Table 2's number formats, a row per class and one for "Overall", and other scores below."""
         lines = ["| Class | Support | F1 | MA |", "|---|---:|---:|---:|"]
         lines += [
             f"| {row.name.replace('|', chr(92) + '|')} | {row.support} | {row.f1:.3f} | {row.mean_accuracy:.1%} |"
