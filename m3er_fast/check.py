@@ -1,98 +1,95 @@
 """The modality check (step 1 of the method): which modalities of a sample can be trusted.
 
 Dimension legend: M modalities, B samples, T time steps, d_m features of modality m, D_m features of its utterance
-vector (d_m, or 2·d_m with pooling "mean_std"), P pairs of modalities, k_p components of pair p, n calibration samples,
-S = 2^(M-1) sets of other modalities.
+vector (d_m, or 2·d_m with pooling "mean_std"), P pairs of modalities, k_p components of pair p, n calibration samples.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from functools import reduce
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
+from m3er_fast._conformal import (
+    CheckSample,
+    ConformalStatistic,
+    CrossFitting,
+    Energy,
+    PairCorrelation,
+    Tables,
+    correlate_swapped,
+)
+from m3er_fast._settings import takes_settings_of
 from m3er_fast.cca import canonical_directions, whiten
-from m3er_fast.config import CheckConfig, Pooling, Rule, Statistic
+from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
-from m3er_fast.moments import Moments
+from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
-# Calibration: each fold is scored by projections learned from the others. Folds are made of whole blocks of
-# neighbouring samples, for these often come from one recording: calibrated on recordings that the projections have
-# seen, the check would condemn every new one.
-_FOLDS = 10
-_BLOCKS = 64
-# The most samples that are worth keeping: a p-value's own standard error at 0.05 is then below 0.0035.
-_MOST_CALIBRATION = 4096
+__all__ = ["CheckResult", "CheckSample", "CheckStatistics", "ModalityCheck"]
 
-# Recordings differ in level: energy counts as odd only beyond what calibration has seen by this factor, 3 dB. On
-# CMU-MOSI's faces a sixth of the published test split lies below the lowest 2.5 % of the training split, but hardly
-# any by half.
-_LEVEL_TOLERANCE = 2.0
-# The combined check's share of alpha that goes to the correlation; the energy's tolerance leaves most of its own idle.
-_CORRELATION_SHARE = 0.9
-# The combined check asks the correlation only where it recognises at least half of the modalities that come from
-# another sample. On CMU-MOSI it recognises 13 to 26 %, and condemns 6 to 16 % of the right ones; on the generated
-# corpus of moderate correlation 72 %.
-_LEAST_POWER = 0.5
+# The combined check asks the correlation only about modalities of which it recognises at least half when they come from
+# another sample. On CMU-MOSI it recognises 13 to 26 %, and rejects 6 to 16 % of the right ones; on the generated corpus
+# of moderate correlation it recognises 72 %.
+_MIN_POWER = 0.5
+
+_PAIR_MATRICES = ("left", "left_bias", "right", "right_bias")
+_MATRICES = ("center", *_PAIR_MATRICES, "whitener")
 
 
 class CheckResult(NamedTuple):
-    """What the modality check says of a batch; every entry is finite."""
+    """The verdict of the modality check on a batch; every entry is finite."""
 
     effective: Tensor  # (B, M) bool
-    correlation: Tensor  # (B, P) ρ of each pair, 0 where undefined or a side is unavailable
+    correlation: Tensor  # (B, P) ρ of each pair, 0 where undefined or one of the two is unavailable
     energy: Tensor  # (B, M) mean squared whitened coordinate, 0 where unavailable
     p_value: Tensor  # (B, M) conformal p-value of "this modality is as in training", 0 where unavailable
 
 
+@takes_settings_of(CheckConfig)
 class ModalityCheck(FittedModule):
-    """Judges, per sample, which modalities are effective and which are noise.
+    """Verdict on each modality of a sample: effective, or noise.
 
-    On the utterance vectors f_m (mean over valid frames) two statistics are measured (formulas at
+    Two statistics are measured on the utterance vectors f_m, the means over the valid frames (formulas at
     :func:`m3er_fast.functional.check_statistics`): the *correlation* ρ_ij of each pair across its canonical components
-    (Mittal et al. 2020, arXiv 1911.05659), and the *energy* of each modality in its own whitened space, which the
-    paper does not have: ρ does not see scale, and weakly correlated modalities it hardly tells from noise.
+    (Mittal et al. 2020, arXiv 1911.05659), and the *energy* of each modality in its own whitened space. The paper does
+    not have the energy: ρ does not see scale, and it hardly separates weakly correlated modalities from noise.
 
     Both become conformal p-values (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005) against
     training samples that the projections did not see: the share of calibration samples at least as odd as this one.
-    A modality is ineffectual if p < ``alpha``, so that on clean data exchangeable with the training data a share of
-    ``alpha`` of the samples, or less, loses it.
+    A modality is ineffectual if p < ``alpha``. On clean data exchangeable with the training data, a share of ``alpha``
+    of the samples, or less, therefore loses it.
 
-    * correlation: ρ_mj is ranked among the calibration samples' and the largest rank over the other available
+    * correlation: ρ_mj is ranked among the calibration samples' values. The largest rank over the other available
       modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
       Low is odd. Without another modality to compare with there is no evidence, and p = 1.
-    * energy: two-sided, for noise raises it, silence and frozen sensors lower it: p = min(1, 2·min(p_high(E/2),
-      p_low(2E))). Recordings differ in level, and twice or half the energy E is not held against one.
+    * energy: two-sided, because noise raises it, and silence and frozen sensors lower it:
+      p = min(1, 2·min(p_high(E/2), p_low(2E))). Recordings differ in level, and a factor of two is not held against a
+      modality.
     * combined: p = min(1, p_correlation / 0.9, p_energy / 0.1), a weighted Bonferroni sum. A modality whose p_energy is
       below ``alpha`` is not compared with, so that one bad modality does not discredit the good ones. Where the
-      correlation cannot tell (``correlation_power_`` below 1/2), p = p_energy.
+      correlation has too little power (``correlation_power_`` below 1/2), p = p_energy.
 
-    Energies beyond all of calibration have p-values below the smallest conformal one, 1/(n+1), in proportion to how
-    far beyond they are: that orders them, and lets a small calibration set recognise gross noise.
+    Energies outside the range of all calibration samples have p-values below the smallest conformal one, 1/(n+1), in
+    proportion to their distance from the range. That orders them, and lets a small calibration set recognise gross
+    noise.
 
     With ``threshold`` τ the paper's form replaces the correlation's p-value: ineffectual if ρ < τ against every other
     modality (or any, by ``rule``); in the combined check the energy is then tested alone at ``alpha``.
 
     Args:
         input_dims: feature count d_m of each modality, in order; at least two.
-        n_components: ceiling of the canonical components of a pair (the paper's 100).
-        statistic: "combined", "energy", or "correlation" (the paper).
-        rule: "all" or "any", see above.
-        alpha: share of clean samples that may lose a modality.
-        threshold: τ, one number or one a pair; None calibrates instead.
-        component_weights: "canonical" scales component c of both sides by sqrt(s_c), s the canonical correlations;
-            None is the paper.
-        pooling: "mean", or "mean_std": mean and standard deviation over the frames side by side.
-        ridge: shrinkage of each covariance, in units of its mean variance.
+        {settings}
 
     Attributes:
         correlation_power_: (M,) share of calibration samples in which the correlation finds modality m ineffectual, at
@@ -103,43 +100,29 @@ class ModalityCheck(FittedModule):
         ValueError: naming the argument that is out of range.
     """
 
-    def __init__(
-        self,
-        input_dims: Mapping[str, int],
-        n_components: int = 100,
-        statistic: Statistic = "combined",
-        rule: Rule = "all",
-        alpha: float = 0.05,
-        threshold: float | tuple[float, ...] | None = None,
-        component_weights: Literal["canonical"] | None = "canonical",
-        pooling: Pooling = "mean",
-        ridge: float = 1e-3,
-    ) -> None:
+    def __init__(self, input_dims: Mapping[str, int], *settings: Any, **named_settings: Any) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
-        if len(self.input_dims) < 2:
+        modalities = len(self.input_dims)
+        if modalities < 2:
             raise ValueError(
                 f"input_dims: the check compares modalities, so it needs two or more, got {self.input_dims}"
             )
-        self.config = CheckConfig(n_components, statistic, rule, alpha, threshold, component_weights, pooling, ridge)
-        self._pairs = modality_pairs(len(self.input_dims))
-        if isinstance(self.config.threshold, tuple) and len(self.config.threshold) != len(self._pairs):
-            raise ValueError(
-                f"threshold has {len(self.config.threshold)} values, wanted one for {len(self._pairs)} pairs"
-            )
+        self.config = config = CheckConfig(*settings, **named_settings)
+        self._pairs = modality_pairs(modalities)
+        if isinstance(config.threshold, tuple) and len(config.threshold) != len(self._pairs):
+            raise ValueError(f"threshold has {len(config.threshold)} values, wanted one for {len(self._pairs)} pairs")
+        self._correlation, self._energy = PairCorrelation(modalities, config), Energy(modalities, config)
+        self._statistics: tuple[ConformalStatistic, ...] = (self._correlation, self._energy)
         nothing = torch.zeros(0)
         self.register_learned(
-            **{f"center_{m}": nothing for m in range(len(self.input_dims))},
-            **{f"whitener_{m}": nothing for m in range(len(self.input_dims))},
-            **{f"{side}_{p}": nothing for p in range(len(self._pairs)) for side in _PAIR_BUFFERS},
-            pair_scores=nothing,
-            pair_count=nothing.long(),
-            rank_scores=nothing,
-            rank_count=nothing.long(),
-            energy_scores=nothing,
-            energy_count=nothing.long(),
-            correlation_power_=nothing,
+            **{f"center_{m}": nothing for m in range(modalities)},
+            **{f"whitener_{m}": nothing for m in range(modalities)},
+            **{f"{name}_{p}": nothing for p in range(len(self._pairs)) for name in _PAIR_MATRICES},
         )
+        for statistic in self._statistics:
+            self.register_learned(**statistic.empty_tables())
+        self.register_learned(correlation_power_=nothing)
 
     @property
     def is_fitted(self) -> bool:
@@ -151,36 +134,23 @@ class ModalityCheck(FittedModule):
         """The fitted matrices with every constant folded in; before ``fit`` there is no such attribute."""
         if not self.is_fitted:
             raise AttributeError("projections_ exists once fit has been called")
-        return self._projections()
-
-    def _projections(self) -> CheckProjections:
         modalities, pairs = range(len(self.input_dims)), range(len(self._pairs))
         return CheckProjections(
-            center=[self.learned(f"center_{m}") for m in modalities],
-            left=[self.learned(f"left_{p}") for p in pairs],
-            left_bias=[self.learned(f"left_bias_{p}") for p in pairs],
-            right=[self.learned(f"right_{p}") for p in pairs],
-            right_bias=[self.learned(f"right_bias_{p}") for p in pairs],
-            whitener=[self.learned(f"whitener_{m}") for m in modalities],
+            **{
+                name: [self.learned(f"{name}_{n}") for n in (pairs if name in _PAIR_MATRICES else modalities)]
+                for name in _MATRICES
+            },
             triangular=True,
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Whiteners of an earlier version's state are dense: triangular ones give the same energies."""
-        for m in range(len(self.input_dims)):
-            whitener = state_dict.get(f"{prefix}whitener_{m}")
-            if whitener is not None and whitener.ndim == 2 and bool(whitener.tril(-1).count_nonzero()):
-                state_dict[f"{prefix}whitener_{m}"] = torch.linalg.qr(whitener.double(), mode="r").R.to(whitener)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
         """Learn projections and calibration from clean training data.
 
         The projections are learned from all samples. Calibration is by cross-fitting: the samples are cut into ten
-        folds, and each (of 4096 seeded samples in all, if there are more) is scored by projections that did not see
-        its fold. Folds consist of whole blocks of neighbours: keep the samples of a recording together.
+        folds, and each sample (of 4096 seeded ones, if there are more) is scored by projections that did not see its
+        fold. Folds consist of whole blocks of neighbours: keep the samples of a recording together.
 
-        A pair that is never together, or a modality that is never there, or only in one fold, has no statistics: it is
+        A pair that is never together, or a modality that is never there or only in one fold, has no statistics and is
         not judged by them.
 
         Args:
@@ -192,8 +162,8 @@ class ModalityCheck(FittedModule):
             ValueError: for bad input, or if there is no sample at all.
 
         Warns:
-            UserWarning: if the calibration samples of a modality are so few that more than a share alpha of clean ones
-                may lose it, or, with no energy to go by, that none can.
+            UserWarning: if a modality has so few calibration samples that more than a share alpha of clean ones may
+                lose it or, without the energy, that no sample can.
         """
         return self.fit_batches(
             lambda: map(clean_frames, iterate_batches(features, lengths, available, input_dims=self.input_dims))
@@ -202,45 +172,39 @@ class ModalityCheck(FittedModule):
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
         """:meth:`fit` from standardised batches; ``batches`` is called twice and must give the same ones."""
         total = sum(batch.lengths.shape[0] for batch in batches())
-        return self.fit_statistics(self.statistics(batches(), total=total))
+        return self.fit_collected(self.collect(batches(), total=total))
 
-    def statistics(self, batches: Iterable[StandardizedBatch], *, total: int, start: int = 0) -> CheckStatistics:
-        """What ``fit`` has to know of some of the training samples; that of the others can be merged into it.
+    def collect(self, batches: Iterable[StandardizedBatch], *, total: int, start: int = 0) -> CheckSample:
+        """Return what ``fit`` needs from a part of the training data, to be merged with the parts that follow.
 
         Args:
             batches: standardised samples that follow each other in the training data.
-            total: samples of the whole training data: it decides which fold a sample is in, and which are scored.
+            total: samples in all of the training data; it decides the folds and the choice of calibration samples.
             start: number of the first of these samples in the training data.
         """
-        modalities = len(self.input_dims)
-        block_to_fold = np.random.default_rng(0).permutation(_BLOCKS) % _FOLDS
-        # `choice` of a few among many takes neither the time nor the memory that a permutation of all would.
-        scored = np.arange(total)
-        if total > _MOST_CALIBRATION:
-            scored = np.sort(np.random.default_rng(0).choice(total, _MOST_CALIBRATION, replace=False))
+        cross_fitting = CrossFitting(total)
         widths = [self._vector_size(dim) for dim in self.input_dims.values()]
-        nothing = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
-        parts = [[*nothing, torch.zeros(0, modalities, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)]]
-        folds: dict[int, _PairedMoments] = {}
+        moments: dict[int, PairwiseMoments] = {}
+        no_vectors = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
+        rows = [[*no_vectors, torch.zeros(0, len(widths), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)]]
         for batch in batches:
             vectors = [vector.double().cpu() for vector in self._pool(batch)]
-            present = batch.available.cpu()
-            number = np.arange(start, start + present.shape[0])
-            start += present.shape[0]
-            fold_of = torch.from_numpy(block_to_fold[number * _BLOCKS // max(total, 1)])
-            for f in range(_FOLDS):
-                chosen = fold_of == f
-                if not chosen.any():
-                    continue
-                moments = folds.setdefault(f, _PairedMoments(widths))
-                moments.update([vector[chosen] for vector in vectors], present[chosen])
-            kept = torch.from_numpy(np.isin(number, scored, assume_unique=True))
-            parts.append([column[kept] for column in (*vectors, present, fold_of)])
-        *kept_vectors, available, fold = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return CheckStatistics(folds, kept_vectors, available, fold)
+            available = batch.available.cpu()
+            numbers = np.arange(start, start + available.shape[0])
+            start += available.shape[0]
+            fold = cross_fitting.fold(numbers)
+            for f in cross_fitting.folds:
+                inside = fold == f
+                if inside.any():
+                    own = moments.setdefault(f, PairwiseMoments(widths))
+                    own.update([vector[inside].numpy() for vector in vectors], available[inside].numpy())
+            calibrates = cross_fitting.calibrates(numbers)
+            rows.append([column[calibrates] for column in (*vectors, available, fold)])
+        *kept, available, fold = (torch.cat(columns) for columns in zip(*rows, strict=True))
+        return CheckSample(moments, kept, available, fold)
 
-    def fit_statistics(self, statistics: CheckStatistics) -> Self:
-        """:meth:`fit` from what :meth:`statistics` gave for all of the training data, merged in its order.
+    def fit_collected(self, part: CheckSample) -> Self:
+        """:meth:`fit` from what :meth:`collect` gave for all of the training data, merged in its order.
 
         Raises:
             ValueError: if there is no sample at all.
@@ -248,27 +212,14 @@ class ModalityCheck(FittedModule):
         Warns:
             UserWarning: as ``fit`` does.
         """
-        folds, kept, available, fold = statistics
-        if not folds:
+        if not part.moments:
             raise ValueError("features: no sample to fit the modality check to")
-        widths = [self._vector_size(dim) for dim in self.input_dims.values()]
-        projections = self._solve(_PairedMoments(widths, (folds[f] for f in sorted(folds))))
+        projections = self._solve(part.total_moments())
         self.register_learned(
             **{f"{name}_{n}": value for name in _MATRICES for n, value in enumerate(getattr(projections, name))}
         )
-        judged, swapped = [], []
-        for f in range(_FOLDS):
-            others = self._solve(_PairedMoments(widths, (folds[g] for g in sorted(folds) if g != f)))
-            chosen = fold == f
-            vectors = [vector[chosen].to(others.center[0].dtype) for vector in kept]
-            # Where the other folds lack a modality, or hold but one sample, every energy is 0: that is no measurement.
-            measured = torch.tensor([whitener.shape[0] > 0 for whitener in others.whitener])
-            present = available[chosen] & measured
-            judged.append((*unchecked.check_statistics(vectors, others), present))
-            swapped.append(_swap_each(vectors, present, others))
-        device = self.learned("center_0").device
-        self._calibrate(*(torch.cat(columns).to(device) for columns in zip(*judged, strict=True)))
-        self._measure_power(swapped)
+        self._calibrate(part, projections)
+        self._warn_if_few_samples()
         return self
 
     def check(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
@@ -286,46 +237,67 @@ class ModalityCheck(FittedModule):
         return self.check_batch(clean_frames(prepare_batch(features, lengths, available, input_dims=self.input_dims)))
 
     def forward(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
-        """The same as :meth:`check`."""
+        """Return what :meth:`check` returns."""
         return self.check(features, lengths, available)
 
     def check_batch(self, batch: StandardizedBatch) -> CheckResult:
-        """:meth:`check` on a batch that is cleaned already."""
-        self._require_fitted()
+        """:meth:`check` for a batch that is cleaned already."""
+        if not self.is_fitted:
+            raise NotFittedError("this ModalityCheck is not fitted: call fit with clean training data first")
+        config, available = self.config, batch.available
         vectors = [vector.to(self.learned("center_0").dtype) for vector in self._pool(batch)]
-        available = batch.available
-        together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
-        correlation, energy = unchecked.check_statistics(vectors, self._projections())
-        correlation = correlation.where(together, 0.0)
-        energy = energy.where(available, 0.0)
-        config = self.config
-        by_energy = self._energy_p_value(energy)
+        measured = self._measure(vectors, self.projections_)
+        for statistic in self._statistics:
+            measured[statistic.name] = measured[statistic.name].where(statistic.is_measured(available), 0.0)
+        by_energy = self._energy.p_value(measured["energy"], available, self._tables(self._energy))
+        # In the combined check a modality of odd energy is no evidence about the others.
         trusted = available if config.statistic != "combined" else available & (by_energy >= config.alpha)
-        by_correlation = self._correlation_p_value(correlation, trusted)
-        if config.statistic == "correlation":
-            p_value = by_correlation
-        elif config.statistic == "energy" or config.threshold is not None:
-            p_value = by_energy
-        else:
-            both = torch.minimum(by_correlation / _CORRELATION_SHARE, by_energy / (1.0 - _CORRELATION_SHARE))
-            telling = self.learned("correlation_power_") >= _LEAST_POWER
-            p_value = torch.where(telling, both, by_energy)
-        p_value = p_value.clamp(max=1.0)
+        tables = self._tables(self._correlation)
+        by_correlation = self._correlation.p_value(measured["correlation"], trusted, tables)
+        p_value = self._combine({"energy": by_energy, "correlation": by_correlation}).clamp(max=1.0)
         p_value = p_value.where(available, 0.0)
         effective = available & (p_value >= config.alpha)
         if config.threshold is not None and config.statistic != "energy":
-            passes = self._passes_threshold(correlation, trusted)
-            effective = available & passes if config.statistic == "correlation" else effective & passes
-        return CheckResult(effective, correlation, energy, p_value)
+            passes = self._correlation.passes_threshold(measured["correlation"], trusted, config.threshold, tables)
+            effective = passes & (available if config.statistic == "correlation" else effective)
+        return CheckResult(effective=effective, p_value=p_value, **measured)
+
+    def extra_repr(self) -> str:
+        """Return the settings, for ``print(module)``."""
+        return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
+
+    # --- what is measured, in fitting and judging ---
+
+    def _vector_size(self, dim: int) -> int:
+        return 2 * dim if self.config.pooling == "mean_std" else dim
+
+    def _pool(self, batch: StandardizedBatch) -> list[Tensor]:
+        """M utterance vectors (B, D_m)."""
+        vectors = []
+        for m, x in enumerate(map(upcast, batch.features)):
+            valid = batch.frame_valid[:, :, m, None]
+            count = valid.sum(dim=1).clamp(min=1)
+            mean = x.where(valid, 0.0).sum(dim=1) / count
+            if self.config.pooling == "mean_std":
+                spread = (x - mean[:, None]).where(valid, 0.0).square().sum(dim=1) / count
+                mean = torch.cat([mean, spread.sqrt()], dim=1)
+            vectors.append(mean)
+        return vectors
+
+    @staticmethod
+    def _measure(vectors: list[Tensor], projections: CheckProjections) -> dict[str, Tensor]:
+        """Every statistic of the utterance vectors, by name."""
+        correlation, energy = unchecked.check_statistics(vectors, projections)
+        return {"correlation": correlation, "energy": energy}
 
     # --- fitting ---
 
-    def _solve(self, moments: _PairedMoments) -> CheckProjections:
+    def _solve(self, moments: PairwiseMoments) -> CheckProjections:
         config = self.config
-        folded: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _MATRICES}
+        folded: dict[str, list[NDArray[Any]]] = {name: [] for name in _MATRICES}
         for own in moments.own:
             folded["center"].append(own.mean)
-            # Energy is a sum of squares, the same after any rotation: a triangular matrix has half the work in it.
+            # Energy is a sum of squares, which a rotation leaves as it is: a triangular matrix takes half the work.
             folded["whitener"].append(np.asarray(np.linalg.qr(whiten(own.covariance, config.ridge).T, mode="r")))
         for (i, j), joint in zip(self._pairs, moments.joint, strict=True):
             split = moments.own[i].mean.size
@@ -345,41 +317,44 @@ class ModalityCheck(FittedModule):
                 folded[side].append(projection)
                 folded[f"{side}_bias"].append(projection @ (center - mean))
         dtype = self.learned("center_0").dtype
-        # Contiguous, as a loaded state is: another layout makes a matrix product round differently.
+        # Contiguous, as a loaded state is: with another layout a matrix product rounds differently.
         return CheckProjections(
             **{n: [torch.tensor(value, dtype=dtype).contiguous() for value in values] for n, values in folded.items()},
             triangular=True,
         )
 
-    def _calibrate(self, correlation: Tensor, energy: Tensor, available: Tensor) -> None:
-        modalities = len(self.input_dims)
-        together = torch.stack([available[:, i] & available[:, j] for i, j in self._pairs], dim=1)
-        components = torch.tensor([self.learned(f"left_{p}").shape[0] for p in range(len(self._pairs))])
-        # A correlation over fewer than two components is never defined: such a pair is no evidence either way.
-        together = together & (components > 1).to(together.device)
-        scores, count = _sorted_columns(_decisive(correlation), together)
-        self.register_learned(pair_scores=scores, pair_count=count)
-        # A calibration sample counts in its own rank: against rule "all" the p-value of a new sample is then exactly
-        # the one that ranking all n + 1 samples together would give.
-        rank = self._ranks(correlation)
-        present = self._comparable(available)
-        tables, counts = [], []
-        for m in range(modalities):
-            for others in self._other_sets(m):
-                usable = available[:, m] & present[:, m, others].all(dim=1)
-                table, number = _sorted_columns(self._reduce(rank[:, m, others])[:, None], usable[:, None])
-                tables.append(table[0])
-                counts.append(number[0])
-        energy_scores, energy_count = _sorted_columns(energy, available)
-        self.register_learned(
-            rank_scores=torch.stack(tables),
-            rank_count=torch.stack(counts),
-            energy_scores=energy_scores,
-            energy_count=energy_count,
-        )
+    def _calibrate(self, part: CheckSample, projections: CheckProjections) -> None:
+        """Learn every statistic's tables, and the correlation's power, from samples scored by the other folds."""
+        measured: list[dict[str, Tensor]] = []
+        present: list[Tensor] = []
+        swapped: list[list[tuple[Tensor, Tensor]]] = []
+        for f in CrossFitting.folds:
+            inside = part.fold == f
+            if not inside.any():
+                continue
+            unseen = self._solve(part.total_moments(left_out=f))
+            vectors = [vector[inside].to(unseen.center[0].dtype) for vector in part.vectors]
+            # Where the other folds lack a modality, or hold one sample of it, every energy is 0: nothing is measured.
+            measurable = torch.tensor([whitener.shape[0] > 0 for whitener in unseen.whitener])
+            present.append(part.available[inside] & measurable)
+            measured.append(self._measure(vectors, unseen))
+            swapped.append(correlate_swapped(vectors, present[-1], unseen))
+        device = self.learned("center_0").device
+        available = torch.cat(present).to(device)
+        for statistic in self._statistics:
+            values = torch.cat([by_name[statistic.name] for by_name in measured]).to(device)
+            self.register_learned(**statistic.calibrate(values, available, projections))
+        of_modality = [
+            (torch.cat(values).to(device), torch.cat(mixed).to(device))
+            for values, mixed in (zip(*folds, strict=True) for folds in zip(*swapped, strict=True))
+        ]
+        power = self._correlation.power(of_modality, self._tables(self._correlation))
+        self.register_learned(correlation_power_=power)
+
+    def _warn_if_few_samples(self) -> None:
         config = self.config
-        samples = min((number for number in energy_count.tolist() if number), default=0)
-        # Beyond the calibration samples on either side energy has no smallest p-value; correlation has 1/(n+1).
+        samples = min((count for count in self.learned("energy_count").tolist() if count), default=0)
+        # Outside the range of the calibration samples the energy has no smallest p-value; the correlation has 1/(n+1).
         if samples and config.statistic != "correlation":
             few = 2 / (samples + 1) > config.alpha
             consequence = f"up to {2 / (samples + 1):.3f} of clean samples may lose a modality"
@@ -393,193 +368,21 @@ class ModalityCheck(FittedModule):
                 stacklevel=5,  # the caller of fit
             )
 
-    def _measure_power(self, swapped: list[list[tuple[Tensor, Tensor]]]) -> None:
-        """Set ``correlation_power_`` from what :func:`_swap_each` gives for each fold."""
-        device = self.learned("center_0").device
-        power = []
-        for m, folds in enumerate(zip(*swapped, strict=True)):
-            correlation, available = (torch.cat(columns).to(device) for columns in zip(*folds, strict=True))
-            p_value = self._correlation_p_value(correlation, available)[available[:, m], m]
-            power.append((p_value < self.config.alpha).float().mean().nan_to_num(0.0))  # NaN: never available
-        self.register_learned(correlation_power_=torch.stack(power))
-
     # --- judging ---
 
-    def _require_fitted(self) -> None:
-        if not self.is_fitted:
-            raise NotFittedError("this ModalityCheck is not fitted: call fit with clean training data first")
+    def _tables(self, statistic: ConformalStatistic) -> Tables:
+        return {name: self.learned(name) for name in statistic.tables}
 
-    def _vector_size(self, dim: int) -> int:
-        return 2 * dim if self.config.pooling == "mean_std" else dim
+    def _combine(self, p_values: dict[str, Tensor]) -> Tensor:
+        """The p-value of the statistic in the settings, or of all of them together."""
+        if self.config.statistic != "combined":
+            return p_values[self.config.statistic]
+        if self.config.threshold is not None:
+            return p_values["energy"]
+        together = reduce(torch.minimum, (p_values[statistic.name] / statistic.share for statistic in self._statistics))
+        return torch.where(self.learned("correlation_power_") >= _MIN_POWER, together, p_values["energy"])
 
-    def _pool(self, batch: StandardizedBatch) -> list[Tensor]:
-        """Utterance vectors (B, D_m)."""
-        vectors = []
-        for m, x in enumerate(map(upcast, batch.features)):
-            valid = batch.frame_valid[:, :, m, None]
-            count = valid.sum(dim=1).clamp(min=1)
-            mean = x.where(valid, 0.0).sum(dim=1) / count
-            if self.config.pooling == "mean_std":
-                spread = (x - mean[:, None]).where(valid, 0.0).square().sum(dim=1) / count
-                mean = torch.cat([mean, spread.sqrt()], dim=1)
-            vectors.append(mean)
-        return vectors
-
-    def _comparable(self, available: Tensor) -> Tensor:
-        """(B, M, M) bool: j is there, and its pair with m was seen in calibration."""
-        result = torch.zeros((*available.shape, available.shape[1]), dtype=torch.bool, device=available.device)
-        for p, (i, j) in enumerate(self._pairs):
-            known = self.learned("pair_count")[p] > 0
-            result[:, i, j] = available[:, j] & known
-            result[:, j, i] = available[:, i] & known
-        return result
-
-    def _ranks(self, correlation: Tensor) -> Tensor:
-        """(B, M, M) share of calibration samples whose ρ of that pair is no larger."""
-        batch, modalities = correlation.shape[0], len(self.input_dims)
-        rank = correlation.new_zeros((batch, modalities, modalities))
-        values = _decisive(correlation)
-        for p, (i, j) in enumerate(self._pairs):
-            below = torch.searchsorted(self.learned("pair_scores")[p], values[:, p].contiguous(), right=True)
-            share = below / self.learned("pair_count")[p].clamp(min=1)
-            rank[:, i, j] = share
-            rank[:, j, i] = share
-        return rank
-
-    def _other_sets(self, m: int) -> list[list[int]]:
-        """Every set of modalities other than m; set number s holds the c-th of the others if bit c of s is set."""
-        others = [j for j in range(len(self.input_dims)) if j != m]
-        return [[j for c, j in enumerate(others) if s >> c & 1] for s in range(2 ** len(others))]
-
-    def _reduce(self, rank: Tensor) -> Tensor:
-        if not rank.shape[1]:
-            return rank.new_ones(rank.shape[0])  # nothing to compare with
-        return rank.amax(dim=1) if self.config.rule == "all" else rank.amin(dim=1)
-
-    def _correlation_p_value(self, correlation: Tensor, available: Tensor) -> Tensor:
-        """(B, M): share of like calibration samples that correlate no better; 1 without evidence."""
-        rank, comparable = self._ranks(correlation), self._comparable(available)
-        columns = []
-        row = 0
-        for m in range(len(self.input_dims)):
-            p_value = torch.ones_like(rank[:, m, m])
-            others_of_m = [j for j in range(len(self.input_dims)) if j != m]
-            for others in self._other_sets(m):
-                # Only samples with the same modalities are alike: a maximum over two ranks is no maximum of one.
-                alike = torch.stack([comparable[:, m, j] == (j in others) for j in others_of_m]).all(dim=0)
-                score = self._reduce(rank[:, m, others])
-                below = torch.searchsorted(self.learned("rank_scores")[row], score.contiguous(), right=True)
-                p_value = torch.where(alike, (1 + below) / (1 + self.learned("rank_count")[row]), p_value)
-                row += 1
-            columns.append(p_value)
-        return torch.stack(columns, dim=1)
-
-    def _energy_p_value(self, energy: Tensor) -> Tensor:
-        """(B, M): twice the share of calibration samples with as much as half the energy, or as little as twice it.
-
-        Beyond the last calibration sample a share goes on falling, from 1/(n+1), with the ratio of the energies.
-        """
-        columns = []
-        for m, value in enumerate(energy.unbind(1)):
-            scores, count = self.learned("energy_scores")[m], self.learned("energy_count")[m]
-            half, twice = (value / _LEVEL_TOLERANCE).contiguous(), (value * _LEVEL_TOLERANCE).contiguous()
-            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
-            largest, smallest = scores.gather(0, (count - 1).clamp(min=0).view(1)), scores[0]
-            above = count - torch.searchsorted(scores, half, right=False)
-            below = torch.searchsorted(scores, twice, right=True)
-            high = above + torch.where(half > largest, largest / half, 1.0)
-            low = below + torch.where(twice < smallest, twice / smallest, 1.0)
-            p_value = (2.0 * torch.minimum(high, low) / (1 + count)).clamp(max=1.0)
-            columns.append(p_value.where(count > 0, 1.0))
-        return torch.stack(columns, dim=1)
-
-    def _passes_threshold(self, correlation: Tensor, available: Tensor) -> Tensor:
-        """(B, M) bool: ρ ≥ τ against some other modality (rule "all") or against each (rule "any")."""
-        given = self.config.threshold
-        assert given is not None
-        values = given if isinstance(given, tuple) else (given,) * len(self._pairs)
-        # Filled where they lie: a tensor made of a list would wait for the device, and cannot be part of a CUDA graph.
-        threshold = torch.stack([correlation.new_full((), value) for value in values])
-        high = _decisive(correlation) >= threshold
-        comparable = self._comparable(available)
-        passed = torch.zeros_like(comparable)
-        for p, (i, j) in enumerate(self._pairs):
-            passed[:, i, j] = high[:, p]
-            passed[:, j, i] = high[:, p]
-        if self.config.rule == "all":
-            return (passed & comparable).any(dim=2) | ~comparable.any(dim=2)
-        return (passed | ~comparable).all(dim=2)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print(module)``."""
-        return f"{self.input_dims}, {self.config}, fitted={self.is_fitted}"
+    statistics, fit_statistics = collect, fit_collected  # until every caller has moved
 
 
-class CheckStatistics(NamedTuple):
-    """What a check has to know of its training samples, from :meth:`ModalityCheck.statistics`."""
-
-    folds: dict[int, _PairedMoments]  # fold -> moments of its samples; folds without a sample are left out
-    kept: list[Tensor]  # M of (n, D_m) float64: utterance vectors of the samples that will be scored
-    available: Tensor  # (n, M) bool
-    fold: Tensor  # (n,) int64
-
-    def merge(self, other: CheckStatistics) -> CheckStatistics:
-        """Both together; ``other`` is of the samples that follow these, and takes part in the result."""
-        folds = dict(self.folds)
-        for f, moments in other.folds.items():
-            folds[f] = _PairedMoments(moments.widths, (folds[f], moments)) if f in folds else moments
-        return CheckStatistics(
-            folds,
-            [torch.cat(both) for both in zip(self.kept, other.kept, strict=True)],
-            torch.cat([self.available, other.available]),
-            torch.cat([self.fold, other.fold]),
-        )
-
-
-class _PairedMoments:
-    """Moments of each modality alone, and of each pair where both are there."""
-
-    def __init__(self, widths: list[int], parts: Iterable[_PairedMoments] = ()) -> None:
-        self.widths = widths
-        self.pairs = modality_pairs(len(widths))
-        self.own = [Moments(width) for width in widths]
-        self.joint = [Moments(widths[i] + widths[j]) for i, j in self.pairs]
-        for part in parts:
-            for mine, other in zip((*self.own, *self.joint), (*part.own, *part.joint), strict=True):
-                mine.merge(other)
-
-    def update(self, vectors: list[Tensor], present: Tensor) -> None:
-        for m, own in enumerate(self.own):
-            own.update(vectors[m][present[:, m]].numpy())
-        for (i, j), joint in zip(self.pairs, self.joint, strict=True):
-            both = present[:, i] & present[:, j]
-            joint.update(vectors[i][both].numpy(), vectors[j][both].numpy())
-
-
-_PAIR_BUFFERS = ("left", "left_bias", "right", "right_bias")
-_MATRICES = ("center", *_PAIR_BUFFERS, "whitener")
-
-
-def _swap_each(vectors: list[Tensor], available: Tensor, projections: CheckProjections) -> list[tuple[Tensor, Tensor]]:
-    """For each modality, ρ and what is available when it comes from the sample half a fold away.
-
-    That far away is, as a rule, another recording: a fold consists of several blocks.
-    """
-    half = available.shape[0] // 2
-    swapped = []
-    for m, vector in enumerate(vectors):
-        mixed = [*vectors[:m], vector.roll(half, 0), *vectors[m + 1 :]]
-        present = available.clone()
-        present[:, m] = available[:, m].roll(half, 0)
-        swapped.append((unchecked.check_statistics(mixed, projections)[0], present))
-    return swapped
-
-
-def _decisive(correlation: Tensor) -> Tensor:
-    """ρ as decisions read it: undefined, which is exactly 0, is below every real correlation."""
-    return correlation.where(correlation != 0, -2.0)
-
-
-def _sorted_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's used values ascending, as a row padded with inf at its end; and how many they are."""
-    return values.where(used, torch.inf).sort(dim=0).values.T.contiguous(), used.sum(dim=0)
+CheckStatistics = CheckSample

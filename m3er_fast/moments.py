@@ -5,12 +5,15 @@ Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from m3er_fast.operands import modality_pairs
 
 # Rows turned to float64 at a time: 2048 x 374 is 6 MB, still in cache, and within 2 % of the fastest size measured.
 _CHUNK_ROWS = 2048
@@ -101,6 +104,45 @@ class Moments:
         self.count, self.scatter, self._origin = count, scatter, origin
         self._shift = self._shift + difference * (other.count / count)
         return self
+
+
+class PairwiseMoments:
+    """Moments of several views of the same rows, any of which may be absent from a row.
+
+    Args:
+        widths: number of columns of each view.
+        parts: moments of disjoint rows to start from; they are left as they are.
+
+    Attributes:
+        own: moments of each view alone, over the rows that have it.
+        joint: moments of each pair of views side by side, over the rows that have both; in the order of
+            :func:`m3er_fast.operands.modality_pairs`.
+    """
+
+    def __init__(self, widths: Sequence[int], parts: Iterable[PairwiseMoments] = ()) -> None:
+        self.widths = list(widths)
+        self._pairs = modality_pairs(len(self.widths))
+        self.own = [Moments(width) for width in self.widths]
+        self.joint = [Moments(self.widths[i] + self.widths[j]) for i, j in self._pairs]
+        for part in parts:
+            for moments, more in zip((*self.own, *self.joint), (*part.own, *part.joint), strict=True):
+                moments.merge(more)
+
+    def update(self, views: Sequence[NDArray[Any]], present: NDArray[np.bool_]) -> None:
+        """Add rows.
+
+        Args:
+            views: one real (n, width) array per view.
+            present: (n, views) which rows have which view.
+
+        Raises:
+            ValueError: as :meth:`Moments.update` does.
+        """
+        for view, has_view, own in zip(views, present.T, self.own, strict=True):
+            own.update(view[has_view])
+        for (i, j), joint in zip(self._pairs, self.joint, strict=True):
+            has_both = present[:, i] & present[:, j]
+            joint.update(views[i][has_both], views[j][has_both])
 
 
 def _moments_of(rows: NDArray[np.float64]) -> Moments:

@@ -1,5 +1,7 @@
 """The modality check against float64 oracles written from the method, and its promises on data it has not seen."""
 
+import functools
+import inspect
 import itertools
 import math
 import re
@@ -14,10 +16,13 @@ from corpus_fixtures import real_data
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import ModalityCheck, functional
+from m3er_fast.check import CheckSample
+from m3er_fast.config import CheckConfig
 from m3er_fast.corpus import utterance_csv
 from m3er_fast.corruption import KINDS, paper_protocol
+from m3er_fast.inputs import prepare_batch
 from m3er_fast.metrics import auroc
-from m3er_fast.standardize import Standardizer
+from m3er_fast.standardize import Standardizer, clean_frames
 
 DIMS = {"text": 8, "audio": 6, "face": 5}
 PAIRS = [(0, 1), (0, 2), (1, 2)]
@@ -134,10 +139,10 @@ def test_ridge_is_taken_as_given():
     np.testing.assert_allclose(result.energy.numpy(), energy, rtol=1e-9)
 
 
-def test_gate_statistics_on_the_raw_vectors_with_projections_are_the_check():
+def test_check_statistics_of_the_raw_vectors_and_the_projections_are_those_of_the_check():
     train, fresh = float32(shared_latent(400, steps=4)), float32(shared_latent(30, seed=1, steps=4))
     check = ModalityCheck(DIMS).fit(train)
-    correlation, energy = functional.gate_statistics([x.mean(dim=1) for x in fresh.values()], check.projections_)
+    correlation, energy = functional.check_statistics([x.mean(dim=1) for x in fresh.values()], check.projections_)
     result = check.check(fresh)
     torch.testing.assert_close(result.correlation, correlation, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.energy, energy, rtol=1e-5, atol=1e-6)
@@ -840,6 +845,44 @@ def test_streamed_batches_give_what_one_mapping_gives():
     same(whole.check(fresh), streamed.check(fresh), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("cuts", [[0, 500], [0, 130, 131, 400, 500], [0, 0, 250, 500, 500]], ids=str)
+def test_collected_parts_merged_in_order_give_what_fit_gives(cuts):
+    train, there = float32(shared_latent(500)), random_mask(500, 3, 7)
+    whole = ModalityCheck(DIMS).fit(train, available=there)
+    parts = [
+        ModalityCheck(DIMS).collect(
+            [clean_frames(prepare_batch(rows_of(train, slice(a, b)), available=there[a:b], input_dims=DIMS))],
+            total=500,
+            start=a,
+        )
+        for a, b in itertools.pairwise(cuts)
+    ]
+    collected = ModalityCheck(DIMS).fit_collected(functools.reduce(CheckSample.merge, parts))
+    tolerance = 0 if len(cuts) == 2 else 1e-5  # moments that are merged in other steps round otherwise
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(collected.state_dict()[name], value, rtol=tolerance, atol=0.1 * tolerance)
+
+
+def test_merging_leaves_both_parts_as_they_are():
+    train = float32(shared_latent(200))
+    first, second = (
+        ModalityCheck(DIMS).collect(
+            [clean_frames(prepare_batch(rows_of(train, slice(a, a + 100)), input_dims=DIMS))], total=200, start=a
+        )
+        for a in (0, 100)
+    )
+    states = [ModalityCheck(DIMS).fit_collected(first.merge(second)).state_dict() for _ in range(2)]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_the_learned_state_has_these_names_in_this_order():
+    names = [f"{name}_{m}" for name in ("center", "whitener") for m in range(3)]
+    names += [f"{name}_{p}" for p in range(3) for name in ("left", "left_bias", "right", "right_bias")]
+    names += ["pair_scores", "pair_count", "rank_scores", "rank_count", "energy_scores", "energy_count"]
+    assert list(ModalityCheck(DIMS).state_dict()) == [*names, "correlation_power_"]
+
+
 def test_a_state_goes_into_an_unfitted_module_and_lacks_nothing():
     fitted = ModalityCheck(DIMS).fit(float32(shared_latent(400)))
     fresh = float32(shared_latent(30, seed=1))
@@ -886,7 +929,28 @@ def test_double_widens_and_half_keeps_the_verdicts():
             assert torch.equal(first, second)
 
 
-# --- errors ---
+# --- settings and errors ---
+
+
+def test_settings_are_taken_by_position_and_by_name_and_shown_in_the_signature():
+    parameters = inspect.signature(ModalityCheck).parameters
+    assert list(parameters) == ["input_dims", *vars(CheckConfig())]
+    assert all(parameters[name].default == value for name, value in vars(CheckConfig()).items())
+    by_position = ModalityCheck(DIMS, 3, "energy", "any", 0.1, None, None, "mean_std", 0.5)
+    by_name = ModalityCheck(
+        DIMS,
+        n_components=3,
+        statistic="energy",
+        rule="any",
+        alpha=0.1,
+        threshold=None,
+        component_weights=None,
+        pooling="mean_std",
+        ridge=0.5,
+    )
+    assert by_position.config == by_name.config == CheckConfig(3, "energy", "any", 0.1, None, None, "mean_std", 0.5)
+    with pytest.raises(TypeError, match="components"):
+        ModalityCheck(DIMS, components=3)
 
 
 def test_an_unfitted_check_says_so():
@@ -903,13 +967,13 @@ def test_an_unfitted_check_says_so():
         ({"n_components": 0}, "n_components must be a positive int, got 0"),
         ({"statistic": "both"}, "statistic must be one of 'correlation', 'energy', 'combined', got 'both'"),
         ({"rule": "some"}, "rule must be one of 'all', 'any', got 'some'"),
-        ({"alpha": 0.0}, "alpha must be a finite number in (0.0, 1.0), got 0.0"),
-        ({"alpha": float("nan")}, "alpha must be a finite number in (0.0, 1.0), got nan"),
-        ({"threshold": 1.5}, "threshold must be a finite number in [-1.0, 1.0], got 1.5"),
+        ({"alpha": 0.0}, "alpha must be a finite number in (0, 1), got 0.0"),
+        ({"alpha": float("nan")}, "alpha must be a finite number in (0, 1), got nan"),
+        ({"threshold": 1.5}, "threshold must be a finite number in [-1, 1], got 1.5"),
         ({"threshold": (0.1, 0.2)}, "threshold has 2 values, wanted one for 3 pairs"),
-        ({"component_weights": "sqrt"}, "component_weights must be 'canonical' or None, got 'sqrt'"),
+        ({"component_weights": "sqrt"}, "component_weights must be one of 'canonical', None, got 'sqrt'"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'mean_std', got 'max'"),
-        ({"ridge": -1.0}, "ridge must be a finite number in [0.0, inf], got -1.0"),
+        ({"ridge": -1.0}, "ridge must be a finite number ≥ 0, got -1.0"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):

@@ -1,0 +1,335 @@
+"""Conformal calibration of the modality check: statistics become p-values against calibration samples.
+
+A statistic is one class here, derived from :class:`ConformalStatistic`: its name, its share of the combined check, its
+learned tables and its p-value. :class:`m3er_fast.ModalityCheck` lists the statistics and measures them.
+
+Dimension legend: M modalities, P pairs of modalities, B samples, n calibration samples, V values of a statistic per
+sample (P or M), S = 2^(M-1) sets of other modalities.
+
+Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m3er_fast.config import CheckConfig
+from m3er_fast.functional import unchecked
+from m3er_fast.moments import PairwiseMoments
+from m3er_fast.operands import CheckProjections, modality_pairs
+
+# Folds are made of whole blocks of neighbouring samples, because these often come from one recording: calibrated on
+# recordings that the projections have seen, the check would reject every new one.
+_FOLDS = 10
+_BLOCKS = 64
+# More calibration samples are not worth their cost: the standard error of a p-value of 0.05 is then below 0.0035.
+_MAX_CALIBRATION = 4096
+
+# Recordings differ in level: energy counts as odd only if it leaves the range of the calibration samples by this
+# factor, 3 dB. On CMU-MOSI's faces a sixth of the published test split lies below the lowest 2.5 % of the training
+# split, but hardly any sample lies below half of that.
+_LEVEL_TOLERANCE = 2.0
+# The correlation's share of alpha in the combined check. The energy needs less: its tolerance leaves most of it idle.
+_CORRELATION_SHARE = 0.9
+# Below every real correlation.
+_UNDEFINED = -2.0
+
+Tables = Mapping[str, Tensor]
+"""Learned tables of a statistic by the names of their buffers."""
+
+
+class CrossFitting:
+    """The folds of the training samples, and which of the samples calibrate.
+
+    Each fold is scored by projections learned from the other folds.
+
+    Args:
+        total: number of training samples.
+    """
+
+    folds: ClassVar[range] = range(_FOLDS)
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._block_to_fold = np.random.default_rng(0).permutation(_BLOCKS) % _FOLDS
+        # `choice` of a few among many takes neither the time nor the memory that a permutation of all would.
+        self._calibrating = np.arange(total)
+        if total > _MAX_CALIBRATION:
+            self._calibrating = np.sort(np.random.default_rng(0).choice(total, _MAX_CALIBRATION, replace=False))
+
+    def fold(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Return the fold (n,) of the samples with these numbers in the training data."""
+        return torch.from_numpy(self._block_to_fold[numbers * _BLOCKS // max(self._total, 1)])
+
+    def calibrates(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Return (n,) bool, whether the samples with these numbers calibrate."""
+        return torch.from_numpy(np.isin(numbers, self._calibrating, assume_unique=True))
+
+
+class CheckSample(NamedTuple):
+    """A part of the training samples, reduced to what :meth:`m3er_fast.ModalityCheck.fit_collected` needs."""
+
+    moments: dict[int, PairwiseMoments]  # of the utterance vectors, by fold; folds without a sample are left out
+    vectors: list[Tensor]  # M of (n, D_m) float64: utterance vectors of the calibration samples
+    available: Tensor  # (n, M) bool
+    fold: Tensor  # (n,) int64
+
+    def merge(self, other: CheckSample) -> CheckSample:
+        """Return both parts as one; the samples of ``other`` must follow these. The result may share their memory."""
+        moments = dict(self.moments)
+        for fold, more in other.moments.items():
+            moments[fold] = PairwiseMoments(more.widths, (moments[fold], more)) if fold in moments else more
+        return CheckSample(
+            moments,
+            [torch.cat(both) for both in zip(self.vectors, other.vectors, strict=True)],
+            torch.cat([self.available, other.available]),
+            torch.cat([self.fold, other.fold]),
+        )
+
+    def total_moments(self, *, left_out: int | None = None) -> PairwiseMoments:
+        """Return the moments of all folds, or of all but one."""
+        widths = [vector.shape[1] for vector in self.vectors]
+        return PairwiseMoments(widths, (self.moments[f] for f in sorted(self.moments) if f != left_out))
+
+
+class ConformalStatistic(ABC):
+    """A statistic of the check, and how its values become p-values.
+
+    Args:
+        modalities: M.
+        config: the settings of the check.
+
+    Attributes:
+        name: the value of ``CheckConfig.statistic`` and the field of ``CheckResult`` that stand for the statistic.
+        share: its share of alpha in the combined check; the shares of all statistics sum to 1.
+        tables: names of its learned buffers, in the order of ``state_dict``; "_count" at the end means integers.
+    """
+
+    name: ClassVar[str]
+    share: ClassVar[float]
+    tables: ClassVar[tuple[str, ...]]
+
+    def __init__(self, modalities: int, config: CheckConfig) -> None:
+        self.modalities = modalities
+        self.pairs = modality_pairs(modalities)
+        self.config = config
+
+    def empty_tables(self) -> dict[str, Tensor]:
+        """Return the tables before calibration."""
+        return {
+            name: torch.zeros(0, dtype=torch.int64 if name.endswith("_count") else torch.float32)
+            for name in self.tables
+        }
+
+    @abstractmethod
+    def is_measured(self, available: Tensor) -> Tensor:
+        """Return (B, V) bool, which values exist for samples whose ``available`` (B, M) modalities are given."""
+
+    @abstractmethod
+    def calibrate(self, values: Tensor, available: Tensor, projections: CheckProjections) -> dict[str, Tensor]:
+        """Return the tables learned from calibration samples.
+
+        Args:
+            values: (n, V), measured by projections that did not see the sample.
+            available: (n, M) bool.
+            projections: learned from all training samples, to measure new ones.
+        """
+
+    @abstractmethod
+    def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
+        """Return the (B, M) p-values of new samples from their (B, V) values; 1 where there is no evidence."""
+
+    def power(self, swapped: Iterable[tuple[Tensor, Tensor]], tables: Tables) -> Tensor:
+        """Return (M,), the share of samples in which modality m is recognised, at level alpha, when it is swapped.
+
+        Args:
+            swapped: for each modality, the values (n, V) and the availability (n, M) of calibration samples in which
+                it comes from another sample.
+            tables: learned from the calibration samples as they are.
+        """
+        power = []
+        for m, (values, available) in enumerate(swapped):
+            p_value = self.p_value(values, available, tables)[available[:, m], m]
+            power.append((p_value < self.config.alpha).float().mean().nan_to_num(0.0))  # NaN: never available
+        return torch.stack(power)
+
+
+class PairCorrelation(ConformalStatistic):
+    """The correlation ρ of each pair of modalities; low is odd.
+
+    The p-value of modality m is a rank of a rank. ρ_mj is first ranked among the calibration samples, for each other
+    modality j. The largest of these ranks (rule "all"; the smallest with "any") is then ranked among the same quantity
+    of the calibration samples that have the same modalities: a maximum over two ranks is distributed otherwise than one
+    rank. Hence a table for each modality and set of other modalities.
+
+    Its tables are ``pair_scores`` (P, n), ρ of each pair ascending; ``rank_scores`` (M·S, n), the largest ranks
+    ascending; and ``pair_count`` (P,) and ``rank_count`` (M·S,), the entries of each row that are in use.
+    """
+
+    name = "correlation"
+    share = _CORRELATION_SHARE
+    tables = ("pair_scores", "pair_count", "rank_scores", "rank_count")
+
+    def is_measured(self, available: Tensor) -> Tensor:
+        """Return (B, P) bool, whether both modalities of the pair are available."""
+        return torch.stack([available[:, i] & available[:, j] for i, j in self.pairs], dim=1)
+
+    def calibrate(self, values: Tensor, available: Tensor, projections: CheckProjections) -> dict[str, Tensor]:
+        """Return the sorted correlations of each pair, and the sorted ranks of each set of modalities."""
+        # A correlation over fewer than two components is never defined: such a pair is no evidence either way.
+        defined = torch.tensor([left.shape[0] > 1 for left in projections.left]).to(available.device)
+        pair_scores, pair_count = _sort_columns(_for_decision(values), self.is_measured(available) & defined)
+        tables = {"pair_scores": pair_scores, "pair_count": pair_count}
+        # A calibration sample counts in its own rank: with rule "all" the p-value of a new sample is then exactly the
+        # one that ranking all n + 1 samples together would give.
+        rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
+        sets = [
+            _sort_columns(
+                self._reduce(rank[:, m, others])[:, None],
+                (available[:, m] & comparable[:, m, others].all(dim=1))[:, None],
+            )
+            for m in range(self.modalities)
+            for others in self._sets_of_others(m)
+        ]
+        tables["rank_scores"] = torch.cat([scores for scores, _ in sets])
+        tables["rank_count"] = torch.cat([count for _, count in sets])
+        return tables
+
+    def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
+        """Return (B, M), the share of comparable calibration samples that correlate no better."""
+        rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
+        columns = []
+        row = 0
+        for m in range(self.modalities):
+            p_value = torch.ones_like(rank[:, m, m])
+            others_of_m = [j for j in range(self.modalities) if j != m]
+            for others in self._sets_of_others(m):
+                same_set = torch.stack([comparable[:, m, j] == (j in others) for j in others_of_m]).all(dim=0)
+                score = self._reduce(rank[:, m, others])
+                below = torch.searchsorted(tables["rank_scores"][row], score.contiguous(), right=True)
+                p_value = torch.where(same_set, (1 + below) / (1 + tables["rank_count"][row]), p_value)
+                row += 1
+            columns.append(p_value)
+        return torch.stack(columns, dim=1)
+
+    def passes_threshold(
+        self, values: Tensor, available: Tensor, threshold: float | tuple[float, ...], tables: Tables
+    ) -> Tensor:
+        """Return (B, M) bool, whether ρ ≥ τ against some other modality (rule "all") or every one (rule "any")."""
+        limits = threshold if isinstance(threshold, tuple) else (threshold,) * len(self.pairs)
+        # Filled on the device: a tensor made of a list would wait for it, and cannot be part of a CUDA graph.
+        limit = torch.stack([values.new_full((), value) for value in limits])
+        passed = self._by_modality(_for_decision(values) >= limit)
+        comparable = self._comparable(available, tables)
+        if self.config.rule == "all":
+            return (passed & comparable).any(dim=2) | ~comparable.any(dim=2)
+        return (passed | ~comparable).all(dim=2)
+
+    def _comparable(self, available: Tensor, tables: Tables) -> Tensor:
+        """(B, M, M) bool: j is available, and its pair with m was seen in calibration."""
+        return self._by_modality((tables["pair_count"] > 0)[None]) & available[:, None, :]
+
+    def _ranks(self, values: Tensor, tables: Tables) -> Tensor:
+        """(B, M, M) share of calibration samples whose ρ of the pair is no larger."""
+        values = _for_decision(values)
+        shares = [
+            torch.searchsorted(scores, values[:, p].contiguous(), right=True) / count.clamp(min=1)
+            for p, (scores, count) in enumerate(zip(tables["pair_scores"], tables["pair_count"], strict=True))
+        ]
+        return self._by_modality(torch.stack(shares, dim=1).to(values.dtype))
+
+    def _by_modality(self, of_pairs: Tensor) -> Tensor:
+        """(B, M, M) of (B, P): the value of the pair (i, j) at [i, j] and [j, i], zeros on the diagonal."""
+        result = of_pairs.new_zeros((of_pairs.shape[0], self.modalities, self.modalities))
+        for p, (i, j) in enumerate(self.pairs):
+            result[:, i, j] = of_pairs[:, p]
+            result[:, j, i] = of_pairs[:, p]
+        return result
+
+    def _sets_of_others(self, m: int) -> list[list[int]]:
+        """Every set of modalities other than m; set number s holds the c-th of the others if bit c of s is set."""
+        others = [j for j in range(self.modalities) if j != m]
+        return [[j for c, j in enumerate(others) if s >> c & 1] for s in range(2 ** len(others))]
+
+    def _reduce(self, rank: Tensor) -> Tensor:
+        if not rank.shape[1]:
+            return rank.new_ones(rank.shape[0])  # nothing to compare with
+        return rank.amax(dim=1) if self.config.rule == "all" else rank.amin(dim=1)
+
+
+class Energy(ConformalStatistic):
+    """The energy of each modality; high and low are odd.
+
+    Its tables are ``energy_scores`` (M, n), ascending, and ``energy_count`` (M,), the entries of each row in use.
+    """
+
+    name = "energy"
+    share = 1.0 - _CORRELATION_SHARE
+    tables = ("energy_scores", "energy_count")
+
+    def is_measured(self, available: Tensor) -> Tensor:
+        """Return ``available``: each modality has its own energy."""
+        return available
+
+    def calibrate(self, values: Tensor, available: Tensor, projections: CheckProjections) -> dict[str, Tensor]:
+        """Return the sorted energies of each modality."""
+        scores, count = _sort_columns(values, available)
+        return {"energy_scores": scores, "energy_count": count}
+
+    def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
+        """Return (B, M), twice the share of calibration samples with at least half, or at most twice, the energy.
+
+        The smaller of the two shares counts. Beyond the last calibration sample a share goes on falling, from 1/(n+1),
+        with the ratio of the energies.
+        """
+        columns = []
+        for value, scores, count in zip(values.unbind(1), tables["energy_scores"], tables["energy_count"], strict=True):
+            half, twice = (value / _LEVEL_TOLERANCE).contiguous(), (value * _LEVEL_TOLERANCE).contiguous()
+            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
+            largest, smallest = scores.gather(0, (count - 1).clamp(min=0).view(1)), scores[0]
+            above = count - torch.searchsorted(scores, half, right=False)
+            below = torch.searchsorted(scores, twice, right=True)
+            high = above + torch.where(half > largest, largest / half, 1.0)
+            low = below + torch.where(twice < smallest, twice / smallest, 1.0)
+            p_value = (2.0 * torch.minimum(high, low) / (1 + count)).clamp(max=1.0)
+            columns.append(p_value.where(count > 0, 1.0))
+        return torch.stack(columns, dim=1)
+
+
+def correlate_swapped(
+    vectors: list[Tensor], available: Tensor, projections: CheckProjections
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each modality, ρ and availability when it comes from the sample half a fold away.
+
+    That sample is usually from another recording, because a fold consists of several blocks.
+
+    Args:
+        vectors: M of (n, D_m), the utterance vectors of a fold.
+        available: (n, M) bool.
+        projections: learned from the other folds.
+    """
+    half = available.shape[0] // 2
+    swapped = []
+    for m, vector in enumerate(vectors):
+        mixed = [*vectors[:m], vector.roll(half, 0), *vectors[m + 1 :]]
+        present = available.clone()
+        present[:, m] = available[:, m].roll(half, 0)
+        swapped.append((unchecked.check_statistics(mixed, projections)[0], present))
+    return swapped
+
+
+def _for_decision(correlation: Tensor) -> Tensor:
+    """ρ with its undefined values, which are exactly 0, below every real correlation."""
+    return correlation.where(correlation != 0, _UNDEFINED)
+
+
+def _sort_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's used values ascending, as a row padded with inf at its end; and their number."""
+    return values.where(used, torch.inf).sort(dim=0).values.T.contiguous(), used.sum(dim=0)
