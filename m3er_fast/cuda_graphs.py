@@ -1,4 +1,4 @@
-"""A model for batches of one shape: what is the same work for every batch is recorded in CUDA graphs and replayed.
+"""A model for batches of one shape: the work that every batch repeats is recorded in CUDA graphs and replayed.
 
 Dimension legend: M modalities, B samples, T time steps, d_m features of modality m.
 """
@@ -13,32 +13,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from m3er_fast._validation import check_positive_int
 from m3er_fast.inputs import FeatureBatch, Features, prepare_batch
 
 Output = TypeVar("Output")
 
-# Runs before a recording: kernels are compiled and workspaces made there, which a recording cannot do.
+# A recording can neither compile kernels nor allocate workspaces: the runs before it do.
 _WARMUP_RUNS = 3
 
 
 class Stages(NamedTuple):
-    """A model in eval mode, and the steps that it consists of."""
+    """A model in eval mode, and its steps."""
 
     model: nn.Module  # (features, lengths, available) -> output
     standardize: Callable[..., Any]  # (features, lengths, available) -> batch
     judge: Callable[[Any], Any]  # batch -> result, with ``effective``
-    replace: Callable[[Any, Tensor], Any]  # (batch, effective) -> replaced, with ``features``; may ask the device
+    replace: Callable[[Any, Tensor], Any]  # (batch, effective) -> replaced, with ``features``; may wait for the device
     classify: Callable[[Sequence[Tensor], Tensor], Any]  # (features, lengths) -> answer
     output: Callable[[Any, Any, Any, Any], Any]  # (batch, result, replaced, answer) -> output
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether a device has CUDA graphs."""
+    """Return whether a device has CUDA graphs."""
     return device.type == "cuda"
 
 
 class Recording:
-    """A function of tensors that stay where they are, recorded once in a CUDA graph."""
+    """A function recorded in a CUDA graph; its tensors must stay at their addresses.
+
+    Args:
+        function: called a few times, and then recorded.
+        device: the CUDA device of its tensors.
+    """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         with torch.cuda.device(device):
@@ -53,34 +59,33 @@ class Recording:
                 self._result = function()
 
     def replay(self) -> Any:
-        """The function's result, in the tensors that the next replay writes to again."""
+        """Run the function and return its result, in tensors that the next replay overwrites."""
         self._graph.replay()
         return self._result
 
 
 class CompiledInference(Generic[Output]):
-    """What :meth:`m3er_fast.M3ERFusion.compile_for_inference` returns: called as the model is.
+    """The result of :meth:`m3er_fast.M3ERFusion.compile_for_inference`, called as the model is.
 
     Args:
-        stages: of the model.
+        stages: the model and its steps.
         input_dims: feature count d_m of each modality.
         batch_size: B of the batches that are replayed.
-        steps: T of them.
-        device: where the model is.
+        steps: T of these batches.
+        device: the model's device.
 
     Attributes:
         is_recorded: whether there are graphs; False on the CPU.
 
     Raises:
-        ValueError: if ``batch_size`` or ``steps`` is no positive int.
+        ValueError: if ``batch_size`` or ``steps`` is not a positive int.
     """
 
     def __init__(
         self, stages: Stages, input_dims: Mapping[str, int], batch_size: int, steps: int, device: torch.device
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_positive_int("batch_size", batch_size)
+        check_positive_int("steps", steps)
         self._stages, self._input_dims = stages, dict(input_dims)
         self._shape, self._device = (batch_size, steps), device
         self._warned: set[str] = set()
@@ -89,19 +94,19 @@ class CompiledInference(Generic[Output]):
             with torch.no_grad():
                 self._record()
         else:
-            self._warn(f"on {device.type} there are no CUDA graphs: batches go through the model itself")
+            self._warn(f"there are no CUDA graphs on {device.type}: batches go through the model itself")
 
     @torch.no_grad()
     def __call__(self, features: Features, lengths: Any = None, available: Any = None) -> Output:
-        """The model's output for a batch; arguments as in :meth:`m3er_fast.M3ERFusion.forward`."""
+        """Return the model's output for a batch; arguments as in :meth:`m3er_fast.M3ERFusion.forward`."""
         if not self.is_recorded:
-            return self._through_the_model(features, lengths, available)
-        if self._addresses() != self._recorded:
+            return self._run_model(features, lengths, available)
+        if self._addresses() != self._recorded_addresses:
             self._warn(
-                "the model's parameters or what it has learned lie elsewhere since: batches go through the model "
+                "the model's parameters or buffers have moved since it was recorded: batches go through the model "
                 "itself; compile anew"
             )
-            return self._through_the_model(features, lengths, available)
+            return self._run_model(features, lengths, available)
         batch = prepare_batch(features, lengths, available, input_dims=self._input_dims)
         first = batch.features[0]
         shape = tuple(first.shape[:2])
@@ -110,19 +115,19 @@ class CompiledInference(Generic[Output]):
                 f"recorded for float32 batches of {self._shape} samples and steps on {self._device}, got {first.dtype} "
                 f"of {shape} on {first.device}: such batches go through the model itself"
             )
-            return self._through_the_model(features, lengths, available)
+            return self._run_model(features, lengths, available)
         _copy(batch, self._input)
         standardized, result = self._first.replay()
         replaced = self._stages.replace(standardized, result.effective)
         _copy(replaced.features, self._network_input)
         answer = self._second.replay()
         output = self._stages.output(standardized, result, replaced, answer)
-        # The next call writes to the same tensors.
+        # The next call overwrites these tensors.
         copied: Output = pytree.tree_map_only(Tensor, torch.clone, output)
         return copied
 
     def _addresses(self) -> list[int]:
-        """Where everything lies that the recordings read."""
+        """Addresses of the parameters and buffers that the recordings read."""
         model = self._stages.model
         return [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
 
@@ -139,13 +144,13 @@ class CompiledInference(Generic[Output]):
             batch = self._stages.standardize(features, self._input.lengths, self._input.available)
             return batch, self._stages.judge(batch)
 
-        self._recorded = self._addresses()
+        self._recorded_addresses = self._addresses()
         self._first = Recording(judge, self._device)
         standardized, _ = self._first.replay()
         self._network_input = [x.clone() for x in standardized.features]
         self._second = Recording(lambda: self._stages.classify(self._network_input, standardized.lengths), self._device)
 
-    def _through_the_model(self, features: Features, lengths: Any, available: Any) -> Output:
+    def _run_model(self, features: Features, lengths: Any, available: Any) -> Output:
         output: Output = self._stages.model(features, lengths, available)
         return output
 
@@ -156,6 +161,6 @@ class CompiledInference(Generic[Output]):
 
 
 def _copy(source: Any, target: Any) -> None:
-    """Every tensor of a structure into its place in another."""
-    for a, b in zip(pytree.tree_leaves(source), pytree.tree_leaves(target), strict=True):
-        b.copy_(a)
+    """Copy every tensor of a structure into the tensor at the same place of another."""
+    for new, old in zip(pytree.tree_leaves(source), pytree.tree_leaves(target), strict=True):
+        old.copy_(new)

@@ -1,4 +1,4 @@
-"""Batches of one shape by recorded graphs: on a GPU by CUDA's, elsewhere by a stand-in that runs them again."""
+"""Batches of one shape through recorded graphs: on a GPU CUDA's, elsewhere a stand-in that runs the function again."""
 
 import warnings
 
@@ -9,36 +9,37 @@ from sklearn.exceptions import NotFittedError
 from test_fusion import FIELDS, assert_same, build, rows_of, sequences
 from torch.utils import _pytree as pytree
 
-from m3er_fast import M3ERConfig, inference
+from m3er_fast import M3ERConfig, cuda_graphs
 from m3er_fast.config import CheckConfig, ProxyConfig
+from m3er_fast.functional._dispatch import OPERATIONS
+from m3er_fast.neighbors import ExactIndex
 
 CONFIGS = {
     "default": M3ERConfig(),
     "threshold": M3ERConfig(check=CheckConfig(statistic="correlation", threshold=0.1)),
     "basis": M3ERConfig(proxy=ProxyConfig(bank="basis")),
-    "reliability": M3ERConfig(proxy=ProxyConfig(reliability="weigh", min_reliability=0.1)),
     "no proxies": M3ERConfig(proxy=None),
     "no check": M3ERConfig(check=None),
 }
 
 
 class Rerun:
-    """What a CUDA graph does: the same function of the same tensors, its result where the first one was."""
+    """A stand-in for a CUDA graph: the same function of the same tensors, its result where the first one was."""
 
     def __init__(self, function, device):
         self.function, self.result = function, pytree.tree_map(torch.clone, function())
 
     def replay(self):
-        for held, value in zip(pytree.tree_leaves(self.result), pytree.tree_leaves(self.function()), strict=True):
-            held.copy_(value)
+        for old, new in zip(pytree.tree_leaves(self.result), pytree.tree_leaves(self.function()), strict=True):
+            old.copy_(new)
         return self.result
 
 
 @pytest.fixture
 def recording(monkeypatch, device):
     if device.type == "cpu":
-        monkeypatch.setattr(inference, "can_record", lambda device: True)
-        monkeypatch.setattr(inference, "Recording", Rerun)
+        monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "Recording", Rerun)
     return device
 
 
@@ -92,11 +93,11 @@ def test_a_model_that_was_fitted_anew_is_not_replayed(recording):
     compiled = model.compile_for_inference(6, steps=4)
     model.fit({name: 2.0 * x.to(recording) for name, x in sequences(200, seed=9).items()})
     features = batch_on(recording)
-    with pytest.warns(UserWarning, match="what it has learned lie elsewhere since"):
+    with pytest.warns(UserWarning, match="parameters or buffers have moved since it was recorded"):
         assert_same(compiled(features), model(features), tolerance=1e-6)
 
 
-def test_another_shape_or_precision_goes_through_the_model_and_says_so_once(recording):
+def test_another_shape_or_precision_goes_through_the_model_and_warns_once(recording):
     model = fitted(device=recording)
     compiled = model.compile_for_inference(6, steps=4)
     features = batch_on(recording)
@@ -113,9 +114,9 @@ def test_another_shape_or_precision_goes_through_the_model_and_says_so_once(reco
     assert_same(compiled(features), model(features), tolerance=1e-5)
 
 
-def test_on_the_cpu_it_says_so_and_answers():
+def test_on_the_cpu_it_warns_and_answers():
     model = fitted()
-    with pytest.warns(UserWarning, match="on cpu there are no CUDA graphs: batches go through the model itself") as w:
+    with pytest.warns(UserWarning, match="there are no CUDA graphs on cpu: batches go through the model itself") as w:
         compiled = model.compile_for_inference(6, steps=4)
     assert w[0].filename == __file__
     assert not compiled.is_recorded
@@ -125,7 +126,7 @@ def test_on_the_cpu_it_says_so_and_answers():
     assert not compiled(features).logits.requires_grad
 
 
-def test_what_cannot_be_compiled_is_named():
+def test_models_and_sizes_that_cannot_be_compiled_are_named():
     with pytest.raises(ValueError, match="the model is in train mode, wanted eval mode"):
         build().fit(sequences(100)).compile_for_inference(6)
     with pytest.raises(NotFittedError):
@@ -136,21 +137,33 @@ def test_what_cannot_be_compiled_is_named():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_whole_model_asks_the_device_once_at_most(config, monkeypatch):
-    """What would wait for a GPU: numbers that go to Python, shapes that depend on values, tensors made of lists."""
+def test_the_whole_model_waits_for_the_device_once_at_most(config, monkeypatch):
+    """A GPU is waited for by numbers that go to Python, shapes that depend on values, and tensors made of lists."""
     model = fitted(config)
     features = batch_on("cpu")
     model(features)  # the index is made ahead
-    # The CPU's fast paths look at values, which is free there: what runs on any device stands in for them, and for the
-    # search and the solution what is no larger than their results.
-    monkeypatch.setattr("m3er_fast.functional._on_cpu", lambda *_: False)
+    # Implementations for the CPU look at values, which is free there. Those for any device stand in for them, and
+    # constants for the search and the solution.
+    for operation, implementations in OPERATIONS.items():
+        monkeypatch.setitem(OPERATIONS, operation, implementations[-1:])
     monkeypatch.setattr(
-        "m3er_fast.neighbors.search_exact",
-        lambda query, bank, k, **_: (query.new_ones(len(query), k), torch.arange(k).expand(len(query), -1)),
+        ExactIndex,
+        "search",
+        lambda self, query, k: (query.new_ones(len(query), k), torch.arange(k).expand(len(query), -1)),
     )
-    monkeypatch.setattr(
-        "m3er_fast.functional.local_least_squares",
-        lambda query, bank, targets, near, **_: ([query.new_zeros(len(query), t.shape[1]) for t in targets], None),
+    monkeypatch.setitem(
+        OPERATIONS,
+        "local_least_squares",
+        (
+            OPERATIONS["local_least_squares"][-1]._replace(
+                load=lambda: (
+                    lambda query, bank, targets, neighbors, *_, **options: (
+                        [query.new_zeros(len(query), target.shape[1]) for target in targets],
+                        None,
+                    )
+                )
+            ),
+        ),
     )
     with torch.no_grad(), counted_waits(monkeypatch) as waits:
         model(features)
