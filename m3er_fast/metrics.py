@@ -107,8 +107,6 @@ def classification_report(
         >>> report.per_class[1]
         ClassScores(name='yes', support=2, f1=0.6666666666666666, mean_accuracy=0.6666666666666666)
     """
-    from sklearn.metrics import confusion_matrix
-
     names = _check_classes(classes)
     p, t = _check_probabilities(probabilities, len(names)), _as_array(target)
     if len(p) == 0:
@@ -124,14 +122,13 @@ def classification_report(
         t = _check_rows(t, p.shape, task)
         labels = t.argmax(axis=1)
 
-    confusion = None
     if task == "multi":
         truth, answer = t == 1, p >= 0.5
     else:
-        predicted, identity = p.argmax(axis=1), np.eye(len(names), dtype=bool)
-        truth, answer = identity[labels], identity[predicted]
-        confusion = tuple(map(tuple, confusion_matrix(labels, predicted, labels=range(len(names))).tolist()))
-    # Counted here rather than by scikit-learn, which reads answers of shape (N, 1) as labels of two classes.
+        identity = np.eye(len(names), dtype=bool)
+        truth, answer = identity[labels], identity[p.argmax(axis=1)]
+    # Counted here, not by scikit-learn: it reads answers of shape (N, 1) as labels of two classes, warns of a confusion
+    # matrix of one class, and has no MA.
     hits, support = (truth & answer).sum(axis=0), truth.sum(axis=0)
     occurs = support > 0
     if not occurs.any():
@@ -143,6 +140,7 @@ def classification_report(
         negatives = len(p) - support
         recall_no = (~truth & ~answer).sum(axis=0) / negatives.clip(min=1)
         recall = np.where(negatives > 0, (recall + recall_no) / 2, recall)
+    confusion = None if task == "multi" else truth.T.astype(np.int64) @ answer.astype(np.int64)
 
     return ClassificationReport(
         task=task,
@@ -152,7 +150,7 @@ def classification_report(
         overall=ClassScores("Overall", len(p), float(f1[occurs].mean()), float(mean_accuracy[occurs].mean())),
         accuracy=float((truth == answer).all(axis=1).mean()),
         balanced_accuracy=float(recall[occurs].mean()),
-        confusion=confusion,
+        confusion=None if confusion is None else tuple(tuple(row) for row in confusion.tolist()),
         cross_entropy=_cross_entropy(p, t) if task == "distribution" else None,
         jensen_shannon=_jensen_shannon(p, t) if task == "distribution" else None,
     )

@@ -85,6 +85,12 @@ def test_tensors_of_every_float_dtype_and_with_a_gradient_are_accepted(dtype):
     assert report == classification_report(one_hot(PREDICTED), TARGET, EMOTIONS)
 
 
+def test_a_single_class_is_scored_without_a_warning(recwarn):
+    report = classification_report([[1.0], [0.5]], [0, 0], ["only"])
+    assert (report.accuracy, report.overall.f1, report.confusion) == (1.0, 1.0, ((2,),))
+    assert not recwarn
+
+
 def test_a_tie_goes_to_the_first_class():
     assert classification_report([[0.5, 0.5]], [0], ["no", "yes"]).accuracy == 1.0
     assert classification_report([[0.5, 0.5]], [1], ["no", "yes"]).accuracy == 0.0
