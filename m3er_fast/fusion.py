@@ -1,4 +1,4 @@
-"""M3ERFusion: the whole model. Its ``forward`` reads as the paper's Figure 2: standardise, check, proxy, network.
+"""M3ERFusion: the whole model, as the paper's Figure 2 draws it: standardise, check, regenerate, classify.
 
 Dimension legend: M modalities, B samples, T time steps, C classes, d_m features of modality m, P pairs of modalities.
 """
@@ -21,13 +21,13 @@ from m3er_fast.hub import HubModel
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
-from m3er_fast.operands import modality_pairs, upcast
+from m3er_fast.operands import LossOptions, modality_pairs, upcast
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.standardize import StandardizedBatch, Standardizer
 
 
 class M3EROutput(NamedTuple):
-    """What the model says of a batch; every entry is finite."""
+    """The model's output for a batch; every entry is finite."""
 
     logits: Tensor  # (B, C), of the fused head: the prediction
     modality_logits: Tensor  # (M, B, C), of each modality's own head, for the fusion loss
@@ -36,9 +36,8 @@ class M3EROutput(NamedTuple):
     correlation: Tensor  # (B, P), ρ of each pair; 0 where no check ran
     energy: Tensor  # (B, M); 0 where no check ran
     p_value: Tensor  # (B, M); 1 for what is available where no check ran
-    abstained: Tensor  # (B,) bool, nothing was effective: the sample went through as it came; or a proxy was refused
+    abstained: Tensor  # (B,) bool, no modality was effective: the sample was classified as it came
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
-    reliability: Tensor  # (B, M), 1 for what is effective, that of proxies if ``config.proxy`` asks for it, else 0
 
 
 class M3ERFusion(
@@ -50,8 +49,8 @@ class M3ERFusion(
 ):
     """Multimodal emotion recognition that survives a lost modality (Mittal et al. 2020, arXiv 1911.05659).
 
-    Standardised features go through the modality check; modalities judged ineffectual are regenerated from the good
-    ones; the memory fusion network classifies what results. Check and proxies act in eval mode only, unless
+    The modality check judges standardised features. Modalities that it judges ineffectual are regenerated from the
+    good ones, and the memory fusion network classifies the result. Check and proxies act in eval mode only, unless
     ``config.check_in_training`` is set.
 
     Args:
@@ -92,20 +91,17 @@ class M3ERFusion(
         self.standardizer = Standardizer(self.input_dims)
         self.modality_check = None if config.check is None else ModalityCheck(self.input_dims, **vars(config.check))
         self.proxy_generator = None if config.proxy is None else ProxyGenerator(self.input_dims, **vars(config.proxy))
+        options: Any = {name: value for name, value in vars(config.loss).items() if name in LossOptions._fields}
         self.criterion = MultiplicativeFusionLoss(
-            variant=config.loss.variant,
-            beta=config.loss.beta,
-            detach_weight=config.loss.detach_weight,
-            activation=config.loss.activation,
-            margin=config.loss.margin,
             class_weight=_weights("class_weight", config.loss.class_weight, num_classes),
             modality_weight=_weights("modality_weight", config.loss.modality_weight, len(self.input_dims)),
+            **options,
         )
 
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
         """Learn the standardiser, the modality check and the proxy bank from clean training data.
 
-        The network's weights are not touched: train them as any module's, with :meth:`loss`, or with
+        The network's weights stay as they are: train them with :meth:`loss`, like any module's, or with
         ``m3er_fast.training``.
 
         Args:
@@ -147,31 +143,31 @@ class M3ERFusion(
         """
         batch = self.standardize(features, lengths, available)
         if not self.training or self.config.check_in_training or effective is not None:
-            result = self._judge(batch, effective)
-            replaced = self._replace_ineffectual(batch, result.effective)
+            verdict = self._judge(batch, effective)
+            replaced = self._replace_ineffectual(batch, verdict.effective)
         else:
-            result = self._no_check(batch)
-            trusted = batch.available.to(batch.features[0].dtype)
-            replaced = ReplacedBatch(batch.features, ~batch.available.any(dim=1), trusted)
+            verdict = _trust_available(batch)
+            replaced = ReplacedBatch(batch.features, ~batch.available.any(dim=1))
         answer = self.network.classify(replaced.features, batch.lengths)
-        return self._output(batch, result, replaced, answer)
+        return self._output(batch, verdict, replaced, answer)
 
     def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
-        """The first step of :meth:`forward`, whose arguments it takes: what check, proxies and network see.
+        """Return the features as check, proxies and network see them: the first step of :meth:`forward`.
 
-        A modality that training never saw counts as unavailable: no weight has learned to read it.
+        Arguments are those of :meth:`forward`. A modality that training never saw counts as unavailable, since no
+        weight has learned to read it.
         """
         batch = self.standardizer(features, lengths, available)
         count = self.standardizer.count
-        known = (count > 0) | (count == 0).all()  # before any fit nothing is known, and nothing is held against it
+        known = (count > 0) | (count == 0).all()  # before any fit, all modalities count as known
         kept = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
         return StandardizedBatch(kept, batch.lengths, batch.available & known, batch.frame_valid & known)
 
     def loss(self, output: M3EROutput, target: Tensor) -> Tensor:
-        """Fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
+        """Return the fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
 
         Args:
-            output: what :meth:`forward` gave.
+            output: the output of :meth:`forward`.
             target: (B,) labels, or (B, C) a distribution over classes or, with ``activation="sigmoid"``, answers to C
                 yes/no questions; a label of -100 has no loss.
 
@@ -192,19 +188,20 @@ class M3ERFusion(
     def predict_proba(
         self, features: Features, lengths: Any = None, available: Any = None, *, effective: Any = None
     ) -> Tensor:
-        """Class probabilities (B, C), in eval mode whatever mode the model is in; arguments as in :meth:`forward`.
+        """Return class probabilities (B, C), in eval mode whatever mode the model is in.
 
-        They sum to 1 with ``activation="softmax"``, and are independent answers with "sigmoid".
+        Arguments are those of :meth:`forward`. With ``activation="softmax"`` the probabilities sum to 1; with
+        "sigmoid" they are independent answers.
         """
         with eval_mode(self):
             return self.probabilities(self(features, lengths, available, effective=effective))
 
     def probabilities(self, output: M3EROutput) -> Tensor:
-        """(B, C) probabilities of an output's fused head."""
+        """Return (B, C) probabilities of an output's fused head."""
         return self._activate(output.logits)
 
     def modality_probabilities(self, output: M3EROutput) -> Tensor:
-        """(M, B, C) probabilities of an output's modality heads: what each modality says by itself."""
+        """Return (M, B, C) probabilities of an output's modality heads, each of which reads its modality alone."""
         return self._activate(output.modality_logits)
 
     def _activate(self, logits: Tensor) -> Tensor:
@@ -212,13 +209,13 @@ class M3ERFusion(
         return logits.sigmoid() if self.config.loss.activation == "sigmoid" else logits.softmax(dim=-1)
 
     def compile_for_inference(self, batch_size: int, steps: int = 1) -> CompiledInference[M3EROutput]:
-        """This model for batches of one shape on a GPU, where its fixed part is a pair of CUDA graphs.
+        """Return this model for batches of one shape on a GPU, recorded in a pair of CUDA graphs.
 
         Standardising and checking are one graph, the network another; proxies, whose number differs from batch to
-        batch, are made between them. A call takes the arguments of :meth:`forward` and gives what it gives, at the
-        price of few launches, without gradients. Weights may change in place. A batch of another shape, or on another
+        batch, are computed between them. A call takes the arguments of :meth:`forward` and returns the same output
+        with few launches and without gradients. Weights may change in place. A batch of another shape, or on another
         device, goes through the model itself, with a warning the first time. So does every batch on the CPU, where
-        there are no CUDA graphs, and after ``to`` or ``fit``, by which what was recorded has moved: then compile anew.
+        there are no CUDA graphs, and after ``to`` or ``fit``, which move the recorded tensors: then compile anew.
 
         Args:
             batch_size: B.
@@ -235,14 +232,14 @@ class M3ERFusion(
             for name, dim in self.input_dims.items()
         }
         with torch.no_grad():
-            self(example)  # what is missing is said here
+            self(example)  # raises if a fit is missing
         stages = Stages(
             self, self.standardize, self._judge, self._replace_ineffectual, self.network.classify, self._output
         )
         return CompiledInference(stages, self.input_dims, batch_size, steps, self.standardizer.count.device)
 
     def ablated(self, *, check: bool | ModalityCheck = True, proxy: bool = True) -> Self:
-        """This model, sharing all weights, without its modality check or its proxies.
+        """Return a model that shares all weights with this one, without its modality check or its proxies.
 
         Without the check every available modality counts as effective; without proxies ineffectual modalities are
         replaced by their training mean.
@@ -261,32 +258,15 @@ class M3ERFusion(
             clone.config = clone.config.replace(proxy=None)
         return clone
 
-    # --- steps ---
+    # --- Steps ---
 
     def _judge(self, batch: StandardizedBatch, effective: Any = None) -> CheckResult:
         if effective is not None:
-            verdict = check_mask("effective", effective, batch.available.shape, batch.available.device)
-            return self._no_check(batch)._replace(effective=verdict & batch.available)
+            mask = check_mask("effective", effective, batch.available.shape, batch.available.device)
+            return _trust_available(batch)._replace(effective=mask & batch.available)
         if self.modality_check is not None:
             return self.modality_check.check_batch(batch)
-        return self._no_check(batch)
-
-    @staticmethod
-    def _output(
-        batch: StandardizedBatch, result: CheckResult, replaced: ReplacedBatch, answer: NetworkOutput
-    ) -> M3EROutput:
-        return M3EROutput(*answer, *result, replaced.abstained, batch.available, replaced.reliability)
-
-    @staticmethod
-    def _no_check(batch: StandardizedBatch) -> CheckResult:
-        size, modalities = batch.available.shape
-        statistics = batch.features[0].new_zeros((size, len(modality_pairs(modalities))))
-        return CheckResult(
-            batch.available,
-            statistics,
-            batch.features[0].new_zeros((size, modalities)),
-            batch.available.to(statistics.dtype),
-        )
+        return _trust_available(batch)
 
     def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
         if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):
@@ -294,7 +274,27 @@ class M3ERFusion(
         abstained = ~effective.any(dim=1)
         kept = effective | abstained[:, None]
         filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
-        return ReplacedBatch(filled, abstained, effective.to(filled[0].dtype))
+        return ReplacedBatch(filled, abstained)
+
+    @staticmethod
+    def _output(
+        batch: StandardizedBatch, verdict: CheckResult, replaced: ReplacedBatch, answer: NetworkOutput
+    ) -> M3EROutput:
+        return M3EROutput(
+            **answer._asdict(), **verdict._asdict(), abstained=replaced.abstained, available=batch.available
+        )
+
+
+def _trust_available(batch: StandardizedBatch) -> CheckResult:
+    """Return the verdict where no check runs: every available modality is effective."""
+    size, modalities = batch.available.shape
+    zeros = batch.features[0].new_zeros
+    return CheckResult(
+        effective=batch.available,
+        correlation=zeros((size, len(modality_pairs(modalities)))),
+        energy=zeros((size, modalities)),
+        p_value=batch.available.to(batch.features[0].dtype),
+    )
 
 
 def _weights(name: str, values: Sequence[float] | None, size: int) -> Tensor | None:

@@ -1,7 +1,9 @@
 """Proxy feature vectors against NumPy and scikit-learn, and on banks and samples that are not as one would wish."""
 
 import copy
+import functools
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -16,8 +18,11 @@ from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import NearestNeighbors
 
 from m3er_fast import ProxyGenerator
+from m3er_fast._proxy_bank import choose_frames, rows_on_device
 from m3er_fast.inputs import prepare_batch
-from m3er_fast.proxy import BankSample, _choose, _on_device, count_paired
+from m3er_fast.neighbors import ExactIndex
+from m3er_fast.neighbors.faiss import FaissIndex
+from m3er_fast.proxy import count_paired
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
 DIMS = {"text": 7, "audio": 5, "face": 4}
@@ -339,7 +344,7 @@ def test_max_bank_is_a_seeded_uniform_choice_that_the_cut_into_batches_does_not_
 def test_the_choice_of_a_bank_is_uniform_without_a_pattern():
     """20 000 of a million numbers: equally many everywhere, and gaps as chance has them."""
     total, limit = 1_000_000, 20_000
-    chosen = _choose(total, limit)
+    chosen = choose_frames(total, limit)
     assert len(np.unique(chosen)) == limit
     assert (chosen.min() >= 0, chosen.max() < total) == (True, True)
     # Without replacement the counts vary less, by the share that is not chosen.
@@ -354,34 +359,103 @@ def test_the_choice_of_a_bank_is_uniform_without_a_pattern():
     assert scipy.stats.chisquare(np.bincount(gaps, minlength=11), expected).pvalue > 0.001
 
 
-@pytest.mark.parametrize("max_bank", [None, 1, 40, 10_000])
-def test_what_parts_of_the_data_give_to_the_bank_is_joined_to_what_all_of_it_gives(max_bank):
-    available = torch.from_numpy(np.random.default_rng(0).random((60, 3)) > 0.3)
-    batch = clean_frames(prepare_batch(paired(60, steps=2), None, available, input_dims=DIMS))
-    parts = [
-        StandardizedBatch([x[rows] for x in batch.features], *(x[rows] for x in batch[1:]))
-        for rows in (slice(0, 1), slice(1, 20), slice(20, 20), slice(20, 60))
+def parts_of(batch, *bounds):
+    """A cleaned batch, cut at these samples."""
+    return [
+        StandardizedBatch([x[begin:end] for x in batch.features], *(x[begin:end] for x in batch[1:]))
+        for begin, end in itertools.pairwise(bounds)
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"max_bank": size} for size in (None, 1, 40, 10_000)),
+        {"bank": "basis", "ridge": 1e-8},
+    ],
+)
+def test_collected_parts_fit_as_all_of_the_data_does(settings):
+    available = torch.from_numpy(np.random.default_rng(0).random((60, 3)) > 0.3)
+    batch = clean_frames(prepare_batch(paired(60, steps=2, noise=1e-6), None, available, input_dims=DIMS))
     total = count_paired(batch)
     assert total == int(2 * (available.sum(dim=1) >= 2).sum())
-    samples, start = [], 0
-    for part in parts:
+    collected, start = [], 0
+    for part in parts_of(batch, 0, 1, 20, 20, 60):
         stop = start + count_paired(part)
-        sample = ProxyGenerator(DIMS, max_bank=max_bank).sample([part], total=total, start=start, stop=stop)
-        samples.append(sample)
+        collected.append(ProxyGenerator(DIMS, **settings).collect([part], total=total, start=start, stop=stop))
         start = stop
-    joined = ProxyGenerator(DIMS, max_bank=max_bank).fit_sample(BankSample.join(samples)).state_dict()
-    whole = ProxyGenerator(DIMS, max_bank=max_bank).fit(paired(60, steps=2), available=available).state_dict()
-    assert all(torch.equal(value, joined[name]) for name, value in whole.items())
+    one_by_one = functools.reduce(lambda first, second: first.merge(second), collected)
+    as_a_tree = collected[0].merge(collected[1]).merge(collected[2].merge(collected[3]))
+    whole = ProxyGenerator(DIMS, **settings).fit(paired(60, steps=2, noise=1e-6), available=available)
+    for merged in (one_by_one, as_a_tree):
+        generator = ProxyGenerator(DIMS, **settings).fit_collected(merged)
+        if settings.get("bank") != "basis":
+            state = generator.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+            continue
+        fresh = paired(9, seed=1, noise=1e-6)
+        for m, name in enumerate(DIMS):  # other rows of the same span may win
+            got, wanted = (each.proxy(fresh, lost(9, m)).features[name] for each in (generator, whole))
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_a_sample_of_other_data_than_said_and_of_a_basis_is_refused():
+@pytest.mark.parametrize("settings", [{}, {"affine": True}, {"max_basis": 2}])
+def test_merged_parts_fit_as_merged_generators_of_a_basis_do(settings):
+    batch = clean_frames(prepare_batch(paired(60), input_dims=DIMS))
+    parts = parts_of(batch, 0, 10, 25, 60)
+    collected = [ProxyGenerator(DIMS, bank="basis", **settings).collect([part], total=None) for part in parts]
+    fitted = [ProxyGenerator(DIMS, bank="basis", **settings).fit_batches(lambda part=part: [part]) for part in parts]
+    together = ProxyGenerator(DIMS, bank="basis", **settings)
+    together.fit_collected(functools.reduce(lambda first, second: first.merge(second), collected))
+    wanted = functools.reduce(ProxyGenerator.merge, fitted).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in together.state_dict().items())
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_merging_collected_parts_leaves_them_as_they_were(bank):
+    batch = clean_frames(prepare_batch(paired(60), input_dims=DIMS))
+    generator = ProxyGenerator(DIMS, bank=bank)
+    first, second = (
+        generator.collect([part], total=60, start=start, stop=start + 30)
+        for start, part in zip((0, 30), parts_of(batch, 0, 30, 60), strict=True)
+    )
+    before = ProxyGenerator(DIMS, bank=bank).fit_collected(first).state_dict()
+    first.merge(second)
+    after = ProxyGenerator(DIMS, bank=bank).fit_collected(first).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_merging_many_collected_parts_copies_no_frame():
+    batch = clean_frames(prepare_batch(paired(60), input_dims=DIMS))
+    parts = [
+        ProxyGenerator(DIMS).collect([part], total=60, start=start, stop=start + 1)
+        for start, part in enumerate(parts_of(batch, *range(61)))
+    ]
+    merged = functools.reduce(lambda first, second: first.merge(second), parts)
+    assert merged.seen == 60
+    for piece, part in zip(merged.pieces, parts, strict=True):
+        assert piece.features[0].data_ptr() == part.pieces[0].features[0].data_ptr()
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_other_data_than_announced_is_refused(bank):
     batch = clean_frames(prepare_batch(paired(9), input_dims=DIMS))
     for total in (8, 10):
         with pytest.raises(ValueError, match=f"features gave {total} frames when read first, 9 when read again"):
-            ProxyGenerator(DIMS).sample([batch], total=total)
-    with pytest.raises(ValueError, match="wanted bank='neighbours', got 'basis'"):
-        ProxyGenerator(DIMS, bank="basis").sample([batch], total=9)
+            ProxyGenerator(DIMS, bank=bank).collect([batch], total=total)
+
+
+def test_a_bank_of_neighbours_needs_the_number_of_frames():
+    batch = clean_frames(prepare_batch(paired(9), input_dims=DIMS))
+    with pytest.raises(ValueError, match="total: a bank of neighbours needs the number of frames"):
+        ProxyGenerator(DIMS).collect([batch], total=None)
+
+
+def test_a_pair_whose_frames_were_all_zeros_stays_known_when_parts_are_merged():
+    zeros = clean_frames(prepare_batch({name: torch.zeros(4, d) for name, d in DIMS.items()}, input_dims=DIMS))
+    generator = ProxyGenerator(DIMS, bank="basis")
+    merged = generator.collect([zeros], total=4).merge(generator.collect([zeros], total=4))
+    assert generator.fit_collected(merged).map_0_1.shape == (5, 7)
 
 
 def test_frames_of_a_lone_modality_take_no_place_in_the_bank():
@@ -463,7 +537,7 @@ def test_merged_and_partial_fits_answer_like_one_fit(bank):
 
 
 def test_a_basis_chosen_in_rounds_spans_the_same(monkeypatch):
-    monkeypatch.setattr("m3er_fast.proxy._BASIS_ROUND", 50)
+    monkeypatch.setattr("m3er_fast._proxy_basis._ROUND_FRAMES", 50)
     train, fresh = paired(700, noise=1e-6), paired(50, seed=1, noise=1e-6)
     batches = [rows_of(train, slice(begin, begin + 90)) for begin in range(0, 700, 90)]
     generator = ProxyGenerator(DIMS, bank="basis", ridge=1e-8).fit(batches)
@@ -520,14 +594,13 @@ def test_each_frame_is_searched_once_a_source_and_only_where_something_is_lost(m
     effective[9, 0] = False  # audio and face are left
     effective[10] = False  # nothing is left
     searched = []
-    index = generator._prepare().parts[0][0].lookup
-    search = type(index).search
+    search = ExactIndex.search
 
     def counting(self, query, k):
         searched.append((query.shape[1], query.shape[0]))
         return search(self, query, k)
 
-    monkeypatch.setattr(type(index), "search", counting)
+    monkeypatch.setattr(ExactIndex, "search", counting)
     generator.proxy(fresh, effective, lengths)
     assert sorted(searched) == sorted([(7, 10), (5, 2), (4, 2)])
     searched.clear()
@@ -541,16 +614,14 @@ def test_the_host_asks_the_device_once(monkeypatch, bank):
     fresh = paired(20, steps=3, seed=1)
     generator = ProxyGenerator(DIMS, bank=bank).fit(paired(100))
     batch = clean_frames(prepare_batch(fresh, input_dims=DIMS))
+    generator.proxy_batch(batch, lost(20, 1))  # the first batch builds the indices
     if bank == "neighbours":
-        generator._prepare()
         # The CPU's search and solver look at values, which is free there; a GPU's do not.
         monkeypatch.setattr(
-            type(generator._prepare().parts[0][0].lookup),
-            "search",
-            lambda self, query, k: (None, torch.arange(k).expand(query.shape[0], -1)),
+            ExactIndex, "search", lambda self, query, k: (None, torch.arange(k).expand(query.shape[0], -1))
         )
         monkeypatch.setattr(
-            "m3er_fast.functional.local_least_squares",
+            "m3er_fast.functional.unchecked.local_least_squares",
             lambda query, bank, targets, near, **_: ([query.new_zeros(len(query), t.shape[1]) for t in targets], None),
         )
     with counted_waits(monkeypatch) as waits:
@@ -610,16 +681,20 @@ print(fitted - before, peak() - ready)
 @pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 @pytest.mark.parametrize("engine", ["faiss", "faiss-ivf", "faiss-hnsw"])
 def test_engines_are_built_once_and_their_recall_is_kept_with_the_state(engine, monkeypatch):
-    monkeypatch.setattr("m3er_fast.neighbors._LEAST_PROBED", 4)  # of 77 lists: some neighbours are missed
+    monkeypatch.setattr("m3er_fast.neighbors.faiss._LEAST_PROBED", 4)  # of 77 lists: some neighbours are missed
+    built = []
+    initialize = FaissIndex.__init__
+    monkeypatch.setattr(FaissIndex, "__init__", lambda self, *a, **k: built.append(1) or initialize(self, *a, **k))
     train, fresh = paired(3000), paired(30, seed=1)
     exact = ProxyGenerator(DIMS).fit(train)
     generator = ProxyGenerator(DIMS, engine=engine).fit(train)
-    assert generator._prepare() is generator._prepare()
     assert bool((generator.recall > 0.7).all())
     assert bool((generator.recall < 1).any()) or engine != "faiss-ivf"
     assert bool((generator.recall == 1).all()) or engine != "faiss"
     got, wanted = (g.proxy(fresh, lost(30, 1)).features["audio"] for g in (generator, exact))
     assert (got - wanted).norm() < 0.2 * wanted.norm()
+    generator.proxy(fresh, lost(30, 2))
+    assert len(built) == len(DIMS)
     loaded = ProxyGenerator(DIMS, engine=engine)
     loaded.load_state_dict(generator.state_dict())
     assert torch.equal(loaded.recall, generator.recall)
@@ -651,7 +726,7 @@ def test_a_bank_on_the_host_stays_there_and_answers_alike():
 
 def test_of_a_bank_elsewhere_only_the_rows_that_are_named_move():
     bank, partner, near = torch.randn(50, 3), torch.randn(50, 2), torch.tensor([[4, 9], [9, 33]])
-    moved, (partners,), places = _on_device(torch.device("meta"), bank, [partner], near)
+    moved, (partners,), places = rows_on_device(torch.device("meta"), bank, [partner], near)
     assert moved.shape == (3, 3)
     assert partners.shape == (3, 2)
     assert places.shape == near.shape
@@ -689,8 +764,8 @@ def test_an_unfitted_generator_says_so(bank):
         ({"input_dims": {"text": 3}}, "proxies need two modalities or more, got {'text': 3}"),
         ({"bank": "rows"}, "bank must be one of 'neighbours', 'basis', got 'rows'"),
         ({"k": 0}, "k must be a positive int, got 0"),
-        ({"ridge": -0.1}, "ridge must be a finite number in [0.0, inf], got -0.1"),
-        ({"ridge": float("nan")}, "ridge must be a finite number in [0.0, inf], got nan"),
+        ({"ridge": -0.1}, "ridge must be a finite number ≥ 0, got -0.1"),
+        ({"ridge": float("nan")}, "ridge must be a finite number ≥ 0, got nan"),
         ({"max_bank": 0}, "max_bank must be a positive int, got 0"),
         ({"max_basis": 1.5}, "max_basis must be a positive int, got 1.5"),
         ({"memory_budget": 0}, "memory_budget must be a positive int, got 0"),
