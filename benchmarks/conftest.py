@@ -1,12 +1,13 @@
-"""Fixtures of the benchmarks, the table at their end, and what their JSON says beside the times."""
+"""Fixtures of the benchmarks, the tables at the end of a run, and the details that its JSON holds beside the times."""
 
 import importlib.metadata
 import os
 from pathlib import Path
 
-import harness
 import pytest
 import torch
+
+from benchmarks.speed import harness
 
 _ROWS = pytest.StashKey()
 _RATES = pytest.StashKey()
@@ -20,7 +21,7 @@ _PACKAGES = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--roofline", type=Path, metavar="PNG", help="draw what was measured below the device's rates")
+    parser.addoption("--roofline", type=Path, metavar="PNG", help="draw the results below the rates of the device")
 
 
 def pytest_configure(config):
@@ -28,7 +29,7 @@ def pytest_configure(config):
     config.stash[_SKIPPED] = {}
     config.stash[_FAILED] = {}
     config.stash[_NOT_RUN] = {}
-    # Our tables are what a run ends in; pytest-benchmark's own, of every minimum and outlier, come with -v.
+    # A run ends with our tables. pytest-benchmark's own, with every minimum and outlier, are shown with -v.
     config.option.benchmark_quiet = True
 
 
@@ -44,20 +45,20 @@ def _rates(config):
 
 @pytest.fixture
 def contest(benchmark, device, request):
-    """Measures one contestant of a group, beside the floor of the work and a float64 oracle where these are known."""
+    """Measures one contestant of a group, beside the floor of its work and a float64 oracle where these are known."""
 
     def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, traced=False, **more):
         """Measure ``step``.
 
         Args:
             contestant: its name; one that ends in "graphed" is captured in a CUDA graph.
-            step: what is timed. Its first call has the inputs of seed 0.
-            works: what it must do at least.
-            error: gives the distance of a result from the oracle, for the inputs of seed 0.
-            allowed: the largest such distance. Beyond it the contestant would do something else than the others.
-            once: a single call, of what takes minutes.
-            traced: say also for how much of the time a GPU is idle, and how often it is waited for.
-            more: what else the result shall say.
+            step: the call that is timed. Its first call has the inputs of seed 0.
+            works: the least work that the step must do.
+            error: returns the distance of a result from the oracle, for the inputs of seed 0.
+            allowed: the largest such distance. With a larger one the contestant computes something else.
+            once: time a single call, for steps that take minutes.
+            traced: also record the share of the time for which a GPU is idle, and how often the host waits for it.
+            more: further entries of the result.
         """
 
         def error_of(result):
@@ -67,7 +68,7 @@ def contest(benchmark, device, request):
             assert found <= allowed
             return {"error": found}
 
-        if benchmark.disabled:  # by --benchmark-disable, which asks whether all of it runs
+        if benchmark.disabled:  # by --benchmark-disable, which only checks that everything runs
             error_of(benchmark.pedantic(step))
             return
         operation = _operation(request.node)
@@ -115,7 +116,7 @@ def pytest_collection_finish(session):
 def pytest_runtest_makereport(item, call):
     report = yield
     operation, stash = _operation(item), item.config.stash
-    if call.when == "teardown":  # which one that is interrupted does not come to
+    if call.when == "teardown":  # an interrupted test does not reach it
         stash[_NOT_RUN][operation].remove(item.name)
     if report.failed:
         stash[_FAILED].setdefault(operation, {})[item.name] = str(call.excinfo.value).partition("\n")[0]
@@ -145,8 +146,8 @@ def pytest_sessionfinish(session):
     path = session.config.getoption("--roofline")
     if path is None:
         return
-    import figures
-    from report import TITLES
+    from benchmarks.report import figures
+    from benchmarks.speed.operations import TITLES
 
     points = figures.points(session.config.stash[_ROWS], TITLES)
     if points:
@@ -156,15 +157,15 @@ def pytest_sessionfinish(session):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     rows = {(row["group"], row["contestant"]): row for row in harness.with_ratios(config.stash[_ROWS])}
-    # One that was interrupted has been timed in part, and has no row.
+    # A benchmark that was interrupted was timed in part and has no row.
     output_json["benchmarks"] = [result for result in output_json["benchmarks"] if "group" in result["extra_info"]]
     for result in output_json["benchmarks"]:
         info = result["extra_info"]
         info.update(rows.get((info.get("group"), info.get("contestant")), {}))
-        result["stats"].pop("data", None)  # every round: ten times the rest, and nothing reads it
+        result["stats"].pop("data", None)  # every round: ten times the rest, and unused
     output_json["skipped"] = config.stash[_SKIPPED]
     output_json["failed"] = config.stash[_FAILED]
-    # Of a run that was interrupted.
+    # Left over where the run was interrupted.
     output_json["not_run"] = {operation: names for operation, names in config.stash[_NOT_RUN].items() if names}
 
 

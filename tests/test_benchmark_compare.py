@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import compare
 import pytest
+
+from benchmarks.report import compare
 
 NOISE = (0.99, 1.0, 1.01)
 
@@ -94,7 +95,7 @@ def test_what_only_one_run_has_is_said_and_not_judged(command, capsys):
         (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0}, device="H200"), "device differs"),
         (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0}, threads=1), "threads differs"),
         (a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0}), "no group"),
-        (a_run({"ours": 1.0, "eager": 3.0}), "{", "no JSON"),
+        (a_run({"ours": 1.0, "eager": 3.0}), "{", "not JSON"),
         (a_run({"ours": 1.0, "eager": 3.0}), "[]", "no list of benchmarks"),
     ],
 )
@@ -106,7 +107,7 @@ def test_what_cannot_be_compared_is_exit_code_2_in_one_line(command, capsys, bef
 
 
 def test_a_committed_run_has_fallen_where_all_of_ours_is_made_ten_times_slower():
-    text = (Path(compare.__file__).parent / "results" / "cpu-2-cores" / "one-call.json").read_text()
+    text = (Path(compare.__file__).parents[1] / "results" / "cpu-2-cores" / "one-call.json").read_text()
     before, after = json.loads(text), json.loads(text)
     for result in after["benchmarks"]:
         if result["extra_info"]["contestant"] == "ours":

@@ -1,6 +1,8 @@
 """What is made of benchmark runs: the generated part of the performance page, goals, curves, one run of its parts."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-import goals
-import harness
-import merge
-import report
-import scaling
+from benchmarks.report import goals, merge
+from benchmarks.report import page as report
+from benchmarks.speed import harness, operations, scaling
 
 GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
 
@@ -149,7 +149,7 @@ def test_an_inexact_contestant_is_no_baseline_of_the_bars():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "not what these benchmarks write"),
+        ("{", "not a run of these benchmarks"),
         ({"benchmarks": []}, "machine_info"),
         (a_run({}), "no run has a result"),
         (a_run({}, benchmarks=[{"extra_info": {"group": "g"}}]), "lacks contestant, median, operation, ratios"),
@@ -242,7 +242,7 @@ def test_a_scoring_run_becomes_curves_over_workers_without_the_local_runner(with
 
 
 def test_the_committed_runs_are_drawn_in_one_figure(tmp_path, capsys):
-    results = Path(scaling.__file__).parent / "results"
+    results = Path(scaling.__file__).parents[1] / "results"
     arguments = ["--from", results / "cpu-2-cores" / "scaling.json", "--plot", tmp_path / "scaling.png"]
     arguments += ["--workers", results / "scoring-workers-cpu-2-cores.json"]
     assert scaling.main(list(map(str, arguments))) == 0
@@ -271,7 +271,7 @@ def test_what_failed_or_was_not_come_to_is_left_out_with_its_reason(command, pag
     failed = {"memory_scan": {"test_a": "wrong by | 1", "test_b": "wrong by | 1"}}
     assert command(a_run({"ours": 1.0}, failed=failed, not_run={"cca": ["test_c"]})) == 0
     assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in page.read_text()
-    assert "| CCA | the time was over | 1 |" in page.read_text()
+    assert "| CCA | not reached before the run ended | 1 |" in page.read_text()
 
 
 def test_idle_gpus_have_a_table_and_a_goal(command, page):
@@ -285,7 +285,42 @@ def test_idle_gpus_have_a_table_and_a_goal(command, page):
     assert "| scoring, beside its reading alone | ≥ 0.80 × reading alone | 0.90 × | met |" in text
 
 
-# --- parts of a run ---
+# --- The list of operations ---
+
+
+def test_the_list_of_operations_has_the_benchmarks_that_there_are():
+    files = Path(operations.__file__).parent.glob("test_*.py")
+    assert sorted(operations.TITLES) == sorted(path.stem.removeprefix("test_") for path in files)
+
+
+def test_the_list_of_operations_gives_the_gpu_run_its_shares():
+    command = [sys.executable, "-m", "benchmarks.speed.operations"]
+    printed = subprocess.run(
+        command, cwd=Path(operations.__file__).parents[2], capture_output=True, check=True, text=True
+    )
+    lines = [f"{operation.name} {operation.gpu_share}" for operation in operations.OPERATIONS if operation.gpu_share]
+    assert printed.stdout.splitlines() == lines
+    assert "reading" not in printed.stdout  # measured on the CPU alone
+
+
+@pytest.mark.parametrize("name", ["one-call.json", "one-call-intel-xeon.json", "memory-scan-large.json"])
+def test_a_committed_run_is_read_with_the_names_of_today(name):
+    run = report.Run.read(report.ROOT / "benchmarks" / "results" / "cpu-2-cores" / name)
+    assert {row["operation"] for row in run.rows} | set(run.left_out) <= set(operations.TITLES)
+    assert not any(row["group"].startswith("gate") for row in run.rows)
+    assert {other for row in run.rows for other in row["ratios"]} <= {row["contestant"] for row in run.rows}
+
+
+def test_the_generated_part_of_the_performance_page_is_that_of_its_committed_runs():
+    text = (report.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    written = text.split(report.BEGIN)[1].split(report.END)[0]
+    results = report.ROOT / "benchmarks" / "results" / "cpu-2-cores"
+    runs = [report.Run.read(results / name) for name in ("one-call.json", "memory-scan-large.json")]
+    figures = [line for line in written.splitlines() if line.startswith("![")]
+    assert written.strip().splitlines() == report.report(runs, figures)
+
+
+# --- Parts of a run ---
 
 
 @pytest.fixture

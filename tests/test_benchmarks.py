@@ -17,12 +17,12 @@ def run(tmp_path_factory, benchmark_environment):
     """What a run printed, and its JSON."""
     pytest.importorskip("pytest_benchmark")
     out = tmp_path_factory.mktemp("benchmarks") / "run.json"
-    loss, gate = "test_fusion_loss.py::test_loss_and_gradient", "test_correlation_gate.py::test_gate"
+    loss, check = "test_fusion_loss.py::test_loss_and_gradient", "test_check_statistics.py::test_check_statistics"
     selected = [
-        f"benchmarks/{name}[{case}]"
+        f"benchmarks/speed/{name}[{case}]"
         for name, cases in (
             (loss, ("batch of 256, 6 classes-m3er-ours", "batch of 256, 6 classes-m3er-eager")),
-            (gate, ("32 samples-ours", "32 samples-eager")),
+            (check, ("32 samples-ours", "32 samples-eager")),
         )
         for case in cases
     ]

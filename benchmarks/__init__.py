@@ -1,0 +1,1 @@
+"""What measures speed (`benchmarks.speed`) and quality (`benchmarks.quality`), and what reports it."""

@@ -1,0 +1,1 @@
+"""Tables, goals and figures from the JSONs of benchmark runs."""

@@ -1,0 +1,215 @@
+"""Figures of the results: below the rates of the device, beside the baselines, and over sizes. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.style
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+_STYLE: list[str | dict[str, Any]] = [
+    "default",
+    {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "grid.color": "0.9", "axes.axisbelow": True}
+    | {"axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none"},
+]
+# The palette of Okabe and Ito, distinct with every common form of colour blindness; markers distinguish the rest.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "0.3")
+_MARKERS = "osD^vP*X"
+_COLUMNS = 3
+
+
+class Point(NamedTuple):
+    """One result below the roof."""
+
+    operation: str
+    ours: bool
+    bytes: int
+    flops: int
+    seconds: float
+
+
+class Curve(NamedTuple):
+    """One contestant over sizes."""
+
+    label: str
+    sizes: Sequence[float]
+    values: Sequence[float]  # seconds or bytes
+    exponent: float  # fitted power of the sizes
+
+
+def points(rows: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[Point]:
+    """Return a point for each result that states its bytes and operations."""
+    return [
+        Point(
+            titles.get(row["operation"], row["operation"]),
+            row["contestant"].startswith("ours"),
+            row["bytes"],
+            row["flops"],
+            row["median"],
+        )
+        for row in rows
+        if row.get("bytes") and row.get("flops")
+    ]
+
+
+def roofline(points: Sequence[Point], copy: float, rates: Mapping[str, float], path: Path) -> None:
+    """Draw operations per second over operations per byte, below the rates at which the device copies and multiplies.
+
+    Args:
+        points: the results to draw.
+        copy: bytes per second.
+        rates: operations per second of each unit.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not points:
+        raise ValueError("no result has bytes and operations to draw")
+    with matplotlib.style.context(_STYLE):
+        figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        intensities = np.array([point.flops / point.bytes for point in points])
+        x = np.geomspace(intensities.min() / 3, max(intensities.max(), *(r / copy for r in rates.values())) * 3, 200)
+        levels: dict[float, list[str]] = {}
+        for unit, rate in rates.items():
+            levels.setdefault(rate, []).append(unit)
+        for rate, units in levels.items():
+            axes.plot(x, np.minimum(x * copy, rate), color="0.6", linewidth=1)
+            axes.annotate(
+                f"{', '.join(units)} {_rate(rate)}", (rate / copy, rate), (4, 2), textcoords="offset points",
+                va="bottom", color="0.35", fontsize=8,
+            )  # fmt: skip
+        axes.annotate(
+            f"copy {copy / 1e9:.3g} GB/s", (x[0], x[0] * copy), (4, 4), textcoords="offset points", color="0.35",
+            fontsize=8,
+        )  # fmt: skip
+        operations = list(dict.fromkeys(point.operation for point in points))
+        for number, operation in enumerate(operations):
+            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            for ours in (False, True):
+                chosen = [p for p in points if p.operation == operation and p.ours == ours]
+                axes.plot(
+                    [p.flops / p.bytes for p in chosen],
+                    [p.flops / p.seconds for p in chosen],
+                    linestyle="none", marker=marker, markersize=6, color=color, alpha=0.9,
+                    markerfacecolor=color if ours else "none", zorder=3 if ours else 2,
+                )  # fmt: skip
+        handles = [
+            Line2D([], [], linestyle="none", marker=_MARKERS[n % len(_MARKERS)], color=_COLORS[n % len(_COLORS)])
+            for n in range(len(operations))
+        ]
+        faces = ("0.3", "none")
+        handles += [Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor=face) for face in faces]
+        axes.legend(
+            handles, [*operations, "ours", "baselines"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
+        )
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
+        axes.grid()
+        _save(figure, path)
+
+
+def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
+    """Draw the time of each baseline relative to ours as a bar on a logarithmic axis; right of 1, ours is faster.
+
+    Args:
+        rows: (group, baseline, time of the baseline divided by our time).
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("no group has ours and a baseline to draw")
+    with matplotlib.style.context(_STYLE):
+        figure = Figure(figsize=(9, 0.9 + 0.19 * len(rows)), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        groups = list(dict.fromkeys(group for group, _, _ in rows))
+        y, ticks = 0.0, []
+        for group in groups:
+            for _, baseline, ratio in (row for row in rows if row[0] == group):
+                faster = ratio >= 1
+                axes.barh(y, ratio - 1, left=1, height=0.8, color=_COLORS[0] if faster else _COLORS[5])
+                axes.annotate(
+                    f"{ratio:.3g}", (ratio, y), (3 if faster else -3, 0), textcoords="offset points", va="center",
+                    ha="left" if faster else "right", fontsize=7,
+                )  # fmt: skip
+                ticks.append((y, f"{group}: {baseline}"))
+                y += 1
+            y += 0.6
+        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=7)
+        axes.set_ylim(y, -1)
+        axes.axvline(1, color="0.3", linewidth=1)
+        low, high = min(ratio for _, _, ratio in rows), max(ratio for _, _, ratio in rows)
+        axes.set(xscale="log", xlabel="time of the baseline / our time", xlim=(min(low, 1) / 2, max(high, 1) * 2))
+        # Label powers of two as plain numbers: so few decades hold too few powers of ten.
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=12))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+        _save(figure, path)
+
+
+def scaling(panels: Sequence[tuple[str, str, Sequence[Curve], Sequence[Curve]]], path: Path) -> None:
+    """Draw time and, below it, peak memory over each size; every curve has its fitted exponent.
+
+    The place of a panel without curves stays empty.
+
+    Args:
+        panels: (title, name of the size, curves of seconds, curves of bytes) of each size.
+        path: the PNG file to write.
+    """
+    with matplotlib.style.context(_STYLE):
+        columns = min(len(panels), _COLUMNS)
+        blocks = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(3.2 * columns, 5.2 * blocks), dpi=120, layout="constrained")
+        grid = figure.subplots(2 * blocks, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for number, (title, size, seconds, memory) in enumerate(panels):
+            block, column = divmod(number, columns)
+            above, below = grid[2 * block, column], grid[2 * block + 1, column]
+            _curves(above, seconds, 1.0, "seconds")
+            _curves(below, memory, 1e6, "peak memory, MB")
+            above.set_title(title)
+            (below if memory else above).set_xlabel(size)
+        _save(figure, path)
+
+
+def _curves(axes: Axes, curves: Sequence[Curve], unit: float, label: str) -> None:
+    if not curves:
+        return
+    for number, curve in enumerate(curves):
+        values = np.maximum(np.asarray(curve.values, dtype=float), 1e-9) / unit
+        axes.plot(
+            curve.sizes, values, marker=_MARKERS[number], markersize=4, linewidth=1, color=_COLORS[number],
+            label=f"{curve.label}: {curve.exponent:.2f}",
+        )  # fmt: skip
+    axes.set_visible(True)
+    axes.set(xscale="log", yscale="log", ylabel=label)
+    # From one power of ten to another, so that at least two are labelled.
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** (math.floor(math.log10(high)) + 1))
+    sizes = curves[0].sizes
+    if max(sizes) < 10 * min(sizes):  # fewer than two powers of ten to label
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.grid()
+    axes.legend(title="exponent", fontsize=7, title_fontsize=7)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # By default matplotlib writes its version; without it, the file depends on the picture alone.
+    figure.savefig(path, format="png", metadata={"Software": None})

@@ -1,0 +1,81 @@
+"""One JSON from the parts of a run: the outcome of the tests, and the results of every benchmark that was measured.
+
+    python -m benchmarks.report.merge OUT.json FOLDER PART...
+
+The folder holds files named after each part of the run: ``.code`` with pytest's exit code, ``.xml`` with the outcome of
+tests in JUnit's format, and ``.json`` with pytest-benchmark's results. A part that was killed may lack the last two; an
+interrupted part has fewer results. Neither affects the other parts, and the JSON says how each part ended.
+
+Exit codes: 0 if the exit code of every part is 0; else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def tests_of(path: Path) -> dict[str, Any] | None:
+    """Return how many tests ran and were skipped, their seconds, and which failed; None for a truncated file."""
+    try:
+        suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
+    except (StopIteration, ElementTree.ParseError):
+        return None
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {
+        "tests": int(suite.attrib["tests"]),
+        "skipped": int(suite.attrib["skipped"]),
+        "seconds": float(suite.attrib["time"]),
+        "failed": failed,
+    }
+
+
+def merged(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the parts in a folder as one run for the report; the first benchmarks describe the machine."""
+    codes = {name: int((folder / f"{name}.code").read_text()) for name in parts}
+    run: dict[str, Any] = {"exit_codes": codes, "tests": {}, "benchmarks": []}
+    run |= {"skipped": {}, "failed": {}, "not_run": {}}
+    for name in parts:
+        if (folder / f"{name}.xml").exists():
+            run["tests"][name] = tests_of(folder / f"{name}.xml")
+        try:
+            part = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # missing or truncated
+            continue
+        run = {key: value for key, value in part.items() if key not in run} | run
+        run["benchmarks"] += part["benchmarks"]
+        run |= {key: run[key] | part[key] for key in ("skipped", "failed", "not_run")}
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("parts", nargs="+", metavar="PART")
+    options = parser.parse_args(arguments)
+    run = merged(options.folder, options.parts)
+    options.out.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    print(f"{options.out}: {len(run['benchmarks'])} results")
+    for name, code in run["exit_codes"].items():
+        tests = run["tests"].get(name)
+        outcome = [f"exit code {code}"]
+        outcome += [f"{tests['tests']} tests, {tests['skipped']} skipped", *tests["failed"]] if tests else []
+        outcome += [f"{len(run['not_run'][name])} not run"] if name in run["not_run"] else []
+        outcome += [f"{test}: {reason}" for test, reason in run["failed"].get(name, {}).items()]
+        print(f"{name}: {'; '.join(outcome)}")
+    return int(any(run["exit_codes"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The operations that are measured: the one list from which the report, the GPU run and their tests take theirs.
+
+    python -m benchmarks.speed.operations
+
+prints the name and the share of each operation that a GPU run measures, one per line, as ``gpu.sh`` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Operation(NamedTuple):
+    """One file of benchmarks."""
+
+    name: str  # that of the file test_NAME.py, on the command line and in a run's JSON
+    title: str  # heading in the report
+    gpu_share: int  # of a GPU run's time, relative to the others; 0: not measured there
+
+
+OPERATIONS = (
+    Operation("fusion_loss", "Fusion loss and gradient", 4),
+    Operation("check_statistics", "Statistics of the check", 3),
+    Operation("cca", "CCA", 2),
+    Operation("neighbors", "Nearest neighbours", 3),
+    Operation("local_lstsq", "Local least squares", 3),
+    Operation("memory_scan", "Memory scan", 6),
+    Operation("end_to_end", "The whole model", 4),
+    Operation("reading", "Reading", 0),
+    Operation("scoring", "Scoring", 2),
+)
+TITLES = {operation.name: operation.title for operation in OPERATIONS}
+
+# Names in runs that were measured before the rename.
+_FORMER_OPERATIONS = {"correlation_gate": "check_statistics"}
+_FORMER_GROUPS = {  # by their beginnings
+    "gate, ": "check, ",
+    "16 nearest of 50000 x 300 by an index that is given, ": "16 nearest of 50000 x 300 by a prebuilt index, ",
+}
+_FORMER_CONTESTANTS = {"the model alone, a batch a thread": "the model alone, one batch per thread"}
+
+
+def current_operation(name: str) -> str:
+    """Return today's name of an operation in a run's JSON."""
+    return _FORMER_OPERATIONS.get(name, name)
+
+
+def current_group(group: str) -> str:
+    """Return today's name of a group in a run's JSON."""
+    for former, current in _FORMER_GROUPS.items():
+        if group.startswith(former):
+            return current + group.removeprefix(former)
+    return group
+
+
+def current_contestant(name: str) -> str:
+    """Return today's name of a contestant in a run's JSON."""
+    return _FORMER_CONTESTANTS.get(name, name)
+
+
+def current_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a result of a run's JSON with today's names."""
+    named = dict(row)
+    for key, current in (
+        ("operation", current_operation),
+        ("group", current_group),
+        ("contestant", current_contestant),
+    ):
+        if key in row:
+            named[key] = current(row[key])
+    if "ratios" in row:
+        named["ratios"] = {current_contestant(name): ratio for name, ratio in row["ratios"].items()}
+    return named
+
+
+if __name__ == "__main__":
+    for operation in OPERATIONS:
+        if operation.gpu_share:
+            print(operation.name, operation.gpu_share)

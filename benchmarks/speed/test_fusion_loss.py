@@ -1,0 +1,83 @@
+"""The fusion loss and its gradient, beside the reference, eager, compiled and graphed, and another library."""
+
+import functools
+from typing import get_args
+
+import pytest
+import torch
+
+from benchmarks.speed import harness, work
+from benchmarks.speed.workloads import LOSS
+from m3er_fast import functional, reference
+from m3er_fast.operands import Variant
+
+GPU_CONTESTANTS = ("ours, graphed", "eager, graphed", "liger-kernel cross entropy")
+CONTESTANTS = ("ours", "eager", "compiled", *GPU_CONTESTANTS)
+# The variants differ only in arithmetic, so one size is enough.
+COMPARED = "65536 samples, 6 classes"
+
+
+def pytest_generate_tests(metafunc):
+    workloads = LOSS[harness.device_type(metafunc.config)]
+    cases = [
+        (name, variant, contestant)
+        for name in workloads
+        for variant in (get_args(Variant) if name == COMPARED else ("m3er",))
+        for contestant in CONTESTANTS
+    ]
+    metafunc.parametrize(("workload", "variant", "contestant"), cases, ids=["-".join(case) for case in cases])
+
+
+def loss_of(contestant, variant):
+    def ours(logits, target):
+        return functional.fusion_loss(logits, target, variant=variant)
+
+    def eager(logits, target):
+        return reference.fusion_loss(logits, target, variant=variant)
+
+    if contestant == "compiled":
+        return harness.compiled(eager)
+    if contestant.startswith("liger"):
+        # Plain cross entropy of every modality's logits: the same memory, less arithmetic. It overwrites the logits
+        # with the gradient, so the next turn of the rotation reads other numbers, but does the same work.
+        peer = harness.import_peer("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss()
+        return lambda logits, target: peer(logits.flatten(0, 1), target.repeat(logits.shape[0]))
+    return eager if contestant.startswith("eager") else ours
+
+
+def make(sizes, device, seed):
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (sizes.modalities, sizes.batch, sizes.classes)
+    logits = torch.randn(shape, device=device, generator=generator).to(sizes.dtype)
+    return logits.requires_grad_(), torch.randint(0, sizes.classes, (sizes.batch,), device=device, generator=generator)
+
+
+def gradient(loss, logits, target):
+    return torch.autograd.grad(loss(logits, target), logits)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def oracle(sizes, device, variant):
+    logits, target = make(sizes, device, 0)
+    return gradient(loss_of("eager", variant), logits.detach().double().requires_grad_(), target)
+
+
+@pytest.mark.benchmark(timer=harness.now)
+def test_loss_and_gradient(benchmark, contest, device, workload, variant, contestant):
+    if contestant in GPU_CONTESTANTS:
+        harness.needs_gpu(contestant, device)
+    sizes = LOSS[device.type][workload]
+    benchmark.group = f"fusion loss and gradient, {workload}, {variant}"
+    loss = loss_of(contestant, variant)
+    size = 2 * sizes.modalities * sizes.batch * sizes.classes * sizes.dtype.itemsize
+    inputs = harness.Rotation(functools.partial(make, sizes, device), size, device)
+
+    def error(result):
+        return harness.relative_error(result, oracle(sizes, device, variant))
+
+    contest(
+        contestant,
+        lambda: gradient(loss, *inputs()),
+        [work.fusion_loss(*sizes)],
+        error=None if contestant.startswith("liger") else error,
+    )
