@@ -17,7 +17,7 @@ from corpus_fixtures import make_corpus
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from m3er_fast import M3ERConfig, M3ERFusion, training
+from m3er_fast import M3ERConfig, M3ERFusion, plots
 from m3er_fast.config import LossConfig, NetworkConfig, TrainingConfig
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corpus.synthetic import make_synthetic
@@ -54,7 +54,7 @@ def assert_same_result(first, second):
 
 
 class Killed(BaseException):
-    """What no handler of exceptions should catch."""
+    """An exception that no handler of ``Exception`` catches, as a kill."""
 
 
 def killed_after(epoch):
@@ -110,7 +110,7 @@ def test_the_weights_of_the_best_epoch_are_kept_by_an_independent_count_of_their
     assert not result.model.training
 
     validation = corpus.subset("valid")
-    assert evaluate(result.model, validation).effective.all() != full  # the check would tell, but takes no part
+    assert evaluate(result.model, validation).effective.all() != full  # the check would object, but is off
     prediction = evaluate(result.model.ablated(check=False, proxy=False), validation)
     rows = np.arange(len(validation))
     fused = prediction.probabilities.astype(np.float64)[rows, validation.target]
@@ -124,8 +124,12 @@ def test_the_weights_of_the_best_epoch_are_kept_by_an_independent_count_of_their
 def test_training_stops_after_patience_epochs_without_a_better_validation_loss(monkeypatch, patience):
     losses = [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.5]
     expected = {1: [3.0, 2.0, 2.5], 2: [3.0, 2.0, 2.5, 1.0, 1.0, 1.5]}[patience]  # an equal loss is no better one
-    given = iter(losses)
-    monkeypatch.setattr(training, "_mean_loss", lambda model, corpus: next(given))
+    given, loss = iter(losses), M3ERFusion.loss
+
+    def scripted(model, *arguments):  # one batch holds the whole validation split
+        return loss(model, *arguments) if model.training else torch.tensor(next(given))
+
+    monkeypatch.setattr(M3ERFusion, "loss", scripted)
     records = []
     result = train(CORPUS, settings(epochs=len(losses), patience=patience), progress=records.append)
     assert result.history["valid_loss"] == expected
@@ -136,15 +140,20 @@ def test_training_stops_after_patience_epochs_without_a_better_validation_loss(m
 
 
 def test_every_epoch_sees_every_labelled_utterance_in_an_order_of_its_own(monkeypatch):
-    orders = []
+    orders, forward = [[]], M3ERFusion.forward
 
-    def record(state, model, corpus, order):
-        orders.append(order.tolist())
-        return 1.0
+    def record(model, features, *arguments, **options):
+        if model.training:
+            orders[-1] += features["text"][:, 0, 0].tolist()
+        return forward(model, features, *arguments, **options)
 
-    monkeypatch.setattr(training, "_train_epoch", record)
-    train(CORPUS, settings(epochs=3, patience=None))
-    assert [sorted(order) for order in orders] == [list(range(len(CORPUS.subset("train"))))] * 3
+    target = np.where(np.arange(len(CORPUS)) % 5 == 0, -100, CORPUS.target)
+    monkeypatch.setattr(M3ERFusion, "forward", record)
+    train(replace(CORPUS, target=target), settings(epochs=3, patience=None), progress=lambda _: orders.append([]))
+    assert orders.pop() == []
+    numbers = CORPUS.features["text"][(CORPUS.split == "train") & (target != -100), 0, 0].tolist()
+    assert len(set(numbers)) == len(numbers)  # one utterance each
+    assert [sorted(order) for order in orders] == [sorted(numbers)] * 3
     assert len(set(map(tuple, orders))) == 3
 
 
@@ -217,7 +226,7 @@ def test_killed_while_the_result_is_written_and_resumed_equals_uninterrupted(uni
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_write_plot", fail)
+        patch.setattr(plots, "plot_history", fail)
         with pytest.raises(Killed):
             train(CORPUS, RESUMED, out=tmp_path)
     assert_same_result(train(CORPUS, RESUMED, out=tmp_path), uninterrupted[0])
@@ -231,7 +240,7 @@ def test_resuming_a_finished_run_returns_it_without_fitting_or_training(uninterr
         raise AssertionError("nothing is left to do")
 
     monkeypatch.setattr(M3ERFusion, "fit", fail)
-    monkeypatch.setattr(training, "_run_epochs", fail)
+    monkeypatch.setattr(M3ERFusion, "forward", fail)
     again = train(CORPUS, RESUMED, out=out, progress=fail)
     assert_same_result(again, first)
     assert not again.model.training
@@ -597,7 +606,7 @@ def reordered(corpus):
         (reordered(CORPUS), {}, r"the corpus has the modalities \{'face'.*wanted the same, in the same order"),
         (synthetic(input_dims={**DIMS, "text": 7}), {}, r"modalities \{'text': 7"),
         (replace(CORPUS, classes=("x", "y", "z")), {}, r"the corpus has the classes \('x', 'y', 'z'\), but the model"),
-        (CORPUS, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (CORPUS, {"batch_size": 0}, "batch_size must be a positive int, got 0"),
         (CORPUS, {"effective": np.ones((101, 3), dtype=bool)}, r"shape \(100, 3\), got \(101, 3\)"),
     ],
 )

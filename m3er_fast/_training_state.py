@@ -1,0 +1,147 @@
+"""The state of a training run and its checkpoint file: everything needed to resume after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3er_fast.atomic_files import replacing
+from m3er_fast.config import M3ERConfig
+from m3er_fast.corpus.base import Corpus
+from m3er_fast.evaluation import labels_of
+from m3er_fast.fitting.statistics import ModelStatistics
+from m3er_fast.fusion import M3ERFusion
+
+
+class ResumeMismatchError(RuntimeError):
+    """A run folder holds a training that was begun with another corpus or configuration, or is damaged."""
+
+
+class TrainingState:
+    """Model, optimizer, best weights and losses of a training run.
+
+    Args:
+        model: the model in training.
+        fingerprint: identifies the run; see `run_fingerprint`.
+    """
+
+    def __init__(self, model: M3ERFusion, fingerprint: str) -> None:
+        settings = model.config.training
+        self.model = model
+        self.fingerprint = fingerprint
+        self.optimizer = torch.optim.AdamW(
+            model.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.best = _copy(model.network.state_dict())
+        self.best_epoch = 0
+        self.train_loss: list[float] = []
+        self.valid_loss: list[float] = []
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs that are done."""
+        return len(self.train_loss)
+
+    def finished(self) -> bool:
+        """Return whether all epochs are done, or patience is exhausted."""
+        settings = self.model.config.training
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= settings.epochs or (settings.patience is not None and waited >= settings.patience)
+
+    def record(self, train_loss: float, valid_loss: float) -> bool:
+        """Record the losses of an epoch, and return whether it is the best so far."""
+        best = not self.valid_loss or valid_loss < min(self.valid_loss)
+        self.train_loss.append(train_loss)
+        self.valid_loss.append(valid_loss)
+        if best:
+            self.best, self.best_epoch = _copy(self.model.network.state_dict()), self.epoch
+        return best
+
+    def history(self) -> dict[str, Any]:
+        """Return the content of ``history.json``."""
+        return {
+            "train_loss": self.train_loss,
+            "valid_loss": self.valid_loss,
+            "best_epoch": self.best_epoch,
+            "config": self.model.config.to_dict(),
+            "fingerprint": self.fingerprint,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, which replaces the last one once it is on the disk."""
+        values = {
+            "network": self.model.network.state_dict(),
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "train_loss": self.train_loss,
+            "valid_loss": self.valid_loss,
+            "fingerprint": self.fingerprint,
+        }
+        # Through memory: torch's own writer hides the error of the file system.
+        buffer = io.BytesIO()
+        torch.save(values, buffer)
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ResumeMismatchError: if it belongs to another run or is damaged.
+        """
+        with resuming_from(path):
+            values = torch.load(path, weights_only=True)
+            check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+            self.model.network.load_state_dict(values["network"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.best, self.best_epoch = values["best"], values["best_epoch"]
+            self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
+
+
+def run_fingerprint(corpus: Corpus, config: M3ERConfig, statistics: ModelStatistics | None) -> str:
+    """Return a digest of everything that decides the result of a training run."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([config.to_dict(), corpus.input_dims, corpus.classes, corpus.task]).encode())
+    digest.update("\n".join(corpus.ids).encode())
+    digest.update("\n".join([] if corpus.split is None else corpus.split).encode())
+    for values in (*corpus.features.values(), corpus.lengths, corpus.available, labels_of(corpus)):
+        digest.update(np.ascontiguousarray(values).data)
+    if statistics is not None:
+        digest.update(statistics.digest.encode())
+    return digest.hexdigest()
+
+
+def check_fingerprint(found: str, wanted: str, out: Path) -> None:
+    """Raise a ResumeMismatchError unless the run in ``out`` is the one that was asked for."""
+    if found != wanted:
+        raise ResumeMismatchError(
+            f"{out} holds a training with another corpus or configuration, or other statistics: "
+            "give another folder, or begin anew"
+        )
+
+
+@contextmanager
+def resuming_from(path: Path) -> Iterator[None]:
+    """Turn any error of reading a damaged file into a ResumeMismatchError that names the file."""
+    try:
+        yield
+    except (ResumeMismatchError, OSError):
+        raise
+    except Exception as error:  # the parsers of JSON and torch raise anything when a file is damaged
+        raise ResumeMismatchError(
+            f"{path} is damaged, or no training wrote it ({type(error).__name__}): give another folder, or begin anew"
+        ) from error
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}

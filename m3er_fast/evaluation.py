@@ -1,0 +1,122 @@
+"""Evaluation of a model on a corpus, and the batches of a corpus that training and evaluation share.
+
+Dimension legend: N utterances, M modalities, T time steps, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m3er_fast._validation import check_positive_int
+from m3er_fast.corpus.base import NO_LABEL, Corpus
+from m3er_fast.fitted_module import eval_mode
+from m3er_fast.fusion import M3ERFusion
+from m3er_fast.metrics import ClassificationReport, classification_report
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answers for a corpus."""
+
+    probabilities: NDArray[np.float32]  # (N, C)
+    modality_probabilities: NDArray[np.float32]  # (M, N, C)
+    effective: NDArray[np.bool_]  # (N, M)
+    p_value: NDArray[np.float32]  # (N, M)
+    abstained: NDArray[np.bool_]  # (N,)
+    available: NDArray[np.bool_]  # (N, M), the modalities that had a valid frame and were known from training
+    report: ClassificationReport | None
+    """None if the corpus has no labels."""
+
+
+class CorpusBatch(NamedTuple):
+    """Some utterances of a corpus as tensors, cut to the longest of them."""
+
+    rows: NDArray[np.int64]  # (B,), their positions in the corpus
+    features: dict[str, Tensor]  # modality -> (B, T, d_m)
+    lengths: Tensor  # (B,)
+    available: Tensor  # (B, M) bool
+
+
+def evaluate(
+    model: M3ERFusion, corpus: Corpus, *, batch_size: int = 512, effective: NDArray[np.bool_] | None = None
+) -> Prediction:
+    """Classify a corpus in eval mode and, if it has labels, score the answers.
+
+    Args:
+        model: fitted, if it has a check.
+        corpus: its modalities and, if it has labels, its classes must be those of the model, in the same order.
+        batch_size: utterances per step.
+        effective: (N, M) verdicts that replace those of the modality check.
+
+    Raises:
+        ValueError: if the corpus is empty or does not fit the model, or ``effective`` has another shape.
+        NotFittedError: if the model has a check that is not fitted.
+    """
+    check_modalities(model, corpus)
+    if corpus.target is not None and corpus.classes != model.classes:
+        raise ValueError(f"the corpus has the classes {corpus.classes}, but the model {model.classes}")
+    if not len(corpus):
+        raise ValueError("the corpus is empty: there is nothing to evaluate")
+    check_positive_int("batch_size", batch_size)
+    if effective is not None and effective.shape != corpus.available.shape:
+        raise ValueError(f"effective must have shape {corpus.available.shape}, got {effective.shape}")
+    parts: dict[str, list[NDArray[Any]]] = {}
+    with eval_mode(model), torch.no_grad():
+        for rows, features, lengths, available in corpus_batches(corpus, np.arange(len(corpus)), batch_size):
+            verdicts = None if effective is None else torch.from_numpy(effective[rows])
+            output = model(features, lengths, available, effective=verdicts)
+            answers = {
+                "probabilities": model.probabilities(output),
+                "modality_probabilities": model.modality_probabilities(output).transpose(0, 1),
+                "effective": output.effective,
+                "p_value": output.p_value,
+                "abstained": output.abstained,
+                "available": output.available,
+            }
+            for name, values in answers.items():
+                parts.setdefault(name, []).append(values.cpu().numpy())
+    whole = {name: np.concatenate(values) for name, values in parts.items()}
+    whole["modality_probabilities"] = whole["modality_probabilities"].swapaxes(0, 1)
+    report = None
+    if corpus.target is not None and labelled(corpus).any():
+        report = classification_report(whole["probabilities"], corpus.target, corpus.classes, task=corpus.task)
+    return Prediction(**whole, report=report)
+
+
+def check_modalities(model: M3ERFusion, corpus: Corpus) -> None:
+    """Raise a ValueError unless the corpus has the model's modalities, in the order of its (N, M) results."""
+    if list(corpus.input_dims.items()) != list(model.input_dims.items()):
+        raise ValueError(
+            f"the corpus has the modalities {corpus.input_dims}, but the model {model.input_dims}: "
+            "wanted the same, in the same order"
+        )
+
+
+def corpus_batches(corpus: Corpus, order: NDArray[np.int64], size: int) -> Iterator[CorpusBatch]:
+    """Yield the rows of a corpus in the given order, ``size`` at a time."""
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        lengths = corpus.lengths[rows]
+        steps = max(int(lengths.max()), 1)
+        features = {name: torch.from_numpy(values[rows, :steps]) for name, values in corpus.features.items()}
+        yield CorpusBatch(rows, features, torch.from_numpy(lengths), torch.from_numpy(corpus.available[rows]))
+
+
+def labels_of(corpus: Corpus) -> NDArray[Any]:
+    """Return the target of a corpus, which must have one."""
+    if corpus.target is None:
+        raise ValueError("the corpus has no labels")
+    return corpus.target
+
+
+def labelled(corpus: Corpus) -> NDArray[np.bool_]:
+    """Return (N,) bool: whether an utterance has a label."""
+    target = labels_of(corpus)
+    return target != NO_LABEL if corpus.task == "single" else np.ones(len(target), dtype=bool)
