@@ -25,22 +25,23 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags, check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from m3er_fast._validation import check_number, check_positive_int
 from m3er_fast.moments import Moments
 
-# Eigenvalues of a covariance up to this share of the largest one are taken for rounding noise. Where the exact value is
-# 0, accumulating in float64 left at most 5e-16 of the largest (up to 300 features, 10^6 rows, offsets of 10^6), and so
-# did rounding collinear columns to float32; the bound that NumPy's matrix_rank goes by, d · eps, is 7e-14 for d = 300.
-# What is kept has a standard deviation of at least 3e-7 of the largest.
+# Eigenvalues of a covariance up to this share of the largest one count as rounding noise. Where the exact value is 0,
+# accumulating in float64 left at most 5e-16 of the largest (up to 300 features, 10^6 rows, offsets of 10^6), and so did
+# rounding collinear columns to float32. The bound of NumPy's matrix_rank, d · eps, is 7e-14 for d = 300. A direction
+# that is kept has a standard deviation of at least 3e-7 of the largest.
 _RANK_CUTOFF = 1e-13
 
-# Rows turned to float64 at a time in transform, of an array and of a tensor on a GPU.
+# Rows converted to float64 at a time in transform, for an array and for a tensor on a GPU.
 _TRANSFORM_ROWS, _GPU_ROWS = 2**12, 2**16
 
 _Rows = NDArray[Any] | torch.Tensor
 
 
 class CanonicalDirections(NamedTuple):
-    """What CCA learns from a joint covariance."""
+    """The solution of CCA for a joint covariance."""
 
     x_rotations: NDArray[np.float64]  # (d_x, k)
     y_rotations: NDArray[np.float64]  # (d_y, k)
@@ -72,13 +73,13 @@ def canonical_directions(
 ) -> CanonicalDirections:
     """Solve CCA for the joint covariance of two views that lie side by side.
 
-    The sign of each pair of directions, which the problem leaves open, is the one that makes the entry of largest
-    magnitude in the x direction positive.
+    The problem leaves the sign of each pair of directions open. It is chosen to make the entry of largest magnitude in
+    the x direction positive.
 
     Args:
-        covariance: (d_x + d_y, d_x + d_y) covariance of the rows ``[x, y]``, float64, as ``Moments`` gives it.
+        covariance: (d_x + d_y, d_x + d_y) covariance of the rows ``[x, y]``, float64, such as ``Moments.covariance``.
         x_features: d_x.
-        n_components: the most components wanted; fewer come back if a view has a smaller rank.
+        n_components: upper bound of the number of components; a view of smaller rank gives fewer.
         ridge: shrinkage of each view in units of its mean variance, non-negative.
     """
     x_whitening = whiten(covariance[:x_features, :x_features], ridge)
@@ -91,43 +92,43 @@ def canonical_directions(
     x_rotations = x_whitening @ left[:, :k]
     y_rotations = y_whitening @ right[:k].T
     largest = np.abs(x_rotations).argmax(axis=0)
-    signs = np.where(x_rotations[largest, np.arange(k)] < 0, -1.0, 1.0)
+    orientation = np.where(x_rotations[largest, np.arange(k)] < 0, -1.0, 1.0)
     return CanonicalDirections(
-        x_rotations * signs, y_rotations * signs, correlations[:k].clip(0.0, 1.0), x_rank, y_rank
+        x_rotations * orientation, y_rotations * orientation, correlations[:k].clip(0.0, 1.0), x_rank, y_rank
     )
 
 
 class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sklearn is untyped
     """Regularised canonical correlation analysis, exact and streamable.
 
-    Finds the k pairs of directions in which two views of the same rows correlate most, in closed form (the formulas
-    are at the top of the module) from float64 covariances that accumulate batch by batch and merge across workers.
-    Rank-deficient views (collinear or constant columns, fewer rows than features) are ordinary input: directions
-    without variance are dropped, and a view without any gives zero components.
+    CCA finds the k pairs of directions in which two views of the same rows correlate most. It solves for them in closed
+    form (the formulas are at the top of the module), from float64 covariances that accumulate batch by batch and merge
+    across workers. Rank-deficient views (collinear or constant columns, fewer rows than features) are ordinary input:
+    directions without variance are dropped, and a view without any variance gives zero components.
 
-    Views are NumPy arrays, anything scikit-learn takes for one, or torch tensors on any device. Covariances and
-    variates of tensors that share a GPU are computed on it; others are brought to the CPU, as are the small matrices
-    that are decomposed. The covariance is the unbiased one, over n - 1. The ridge acts on the views as they are:
-    standardise features of unlike scales first.
+    Views are NumPy arrays, anything that scikit-learn accepts as an array, or torch tensors on any device. Covariances
+    and variates of tensors that share a GPU are computed on it. Other tensors are copied to the CPU, and so are the
+    small matrices to be decomposed. The covariance is the unbiased one, over n - 1. The ridge acts on the views as they
+    are: standardise features of unlike scales first.
 
     Args:
-        n_components: the most components wanted. ``n_components_`` = min(n_components, rank of X, rank of Y).
+        n_components: upper bound of the components. ``n_components_`` = min(n_components, rank of X, rank of Y).
         ridge: shrinkage of each view's covariance in units of its mean variance: ridge · tr(S)/d is added to the
             diagonal. 0 is plain CCA on the directions that carry variance.
 
     Attributes:
         x_rotations_: (d_x, k) float64, centred X times this gives the canonical variates of X.
-        y_rotations_: (d_y, k) float64, likewise for Y.
+        y_rotations_: (d_y, k) float64, the same for Y.
         correlations_: (k,) float64 in [0, 1], descending: the singular values of the whitened cross-covariance. With
-            ridge > 0 they are those of the shrunk problem, lower than the sample correlations of the variates.
+            ridge > 0 they solve the shrunk problem, and are lower than the sample correlations of the variates.
         n_components_: k.
         x_mean_: (d_x,) float64 mean of X.
         y_mean_: (d_y,) float64 mean of Y.
         x_rank_: numerical rank of the covariance of X.
         y_rank_: numerical rank of the covariance of Y.
-        n_samples_seen_: rows seen by ``fit``, or by all calls of ``partial_fit`` and ``merge`` since.
+        n_samples_seen_: rows seen by ``fit`` and by all later calls of ``partial_fit`` and ``merge``.
         n_features_in_: d_x.
-        feature_names_in_: (d_x,) names of the columns of X, if it had any.
+        feature_names_in_: (d_x,) names of the columns of X, if it had names.
 
     Example:
         >>> import numpy as np
@@ -157,12 +158,12 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         return self._solve(Moments(x.shape[1] + y.shape[1]).update(x, y))
 
     def partial_fit(self, X: Any, Y: Any) -> Self:
-        """Go on learning from further rows; any split of the rows gives what ``fit`` gives for all of them.
+        """Learn from further rows; any split of the rows gives the result of ``fit`` for all of them.
 
-        One row is enough; until a second one comes there is no variance, hence no component.
+        One row is enough. Before the second one there is no variance, and hence no component.
 
         Raises:
-            ValueError: as ``fit`` does, or if the number of features differs from what was seen before.
+            ValueError: as ``fit`` does, or if the number of features differs from earlier calls.
         """
         self._check_parameters()
         first = not hasattr(self, "_moments")
@@ -171,11 +172,11 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         return self._solve(moments.update(x, y))
 
     def merge(self, other: CCA) -> Self:
-        """Take over the rows that ``other`` was fitted to, and solve anew with this estimator's parameters.
+        """Add the rows that ``other`` was fitted to, and solve anew with this estimator's parameters.
 
         Raises:
-            NotFittedError: if either has not seen any rows.
-            ValueError: if ``other`` is no CCA, or their numbers of features differ.
+            NotFittedError: if one of the two has not seen any rows.
+            ValueError: if ``other`` is not a CCA, or their numbers of features differ.
         """
         self._check_parameters()
         if not isinstance(other, CCA):
@@ -188,15 +189,15 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         return self._solve(self._moments.merge(other._moments))
 
     def transform(self, X: Any, Y: Any = None) -> Any:
-        """Project centred views on the canonical directions.
+        """Project the centred views on the canonical directions.
 
         Args:
             X: (n, d_x) array or tensor.
             Y: (n, d_y) array or tensor, (n,) if d_y = 1, or None.
 
         Returns:
-            The (n, k) variates of X, or the pair of those of X and of Y. Computed in float64; a torch tensor gives a
-            tensor of its own floating dtype and device, anything else a float64 array.
+            The (n, k) variates of X, or a pair of the variates of X and of Y. They are computed in float64. A torch
+            tensor gives a tensor of its own floating dtype and device, anything else a float64 array.
 
         Raises:
             NotFittedError: before any fit.
@@ -204,7 +205,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         """
         check_is_fitted(self)
         if Y is None:
-            x = _checked("X", _where_computed(X)[0], functools.partial(validate_data, self, reset=False))
+            x = _checked("X", _to_compute(X)[0], functools.partial(validate_data, self, reset=False))
             return _project(x, self.x_mean_, self.x_rotations_, like=X)
         x, y = self._validate(X, Y, reset=False, min_rows=1)
         return _project(x, self.x_mean_, self.x_rotations_, like=X), _project(
@@ -214,15 +215,15 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
     def fit_transform(self, X: Any, y: Any) -> Any:
         """Fit to both views and return the variates of both, as ``fit(X, Y).transform(X, Y)`` does.
 
-        The second view is called y here and in ``score``, because scikit-learn passes it by that name.
+        The second view is named y here and in ``score``, because scikit-learn passes it by that name.
         """
         return self.fit(X, y).transform(X, y)
 
     def score(self, X: Any, y: Any) -> float:
-        """Mean over the k components of the Pearson correlation between the variates of both views, in [-1, 1].
+        """Return the mean Pearson correlation, in [-1, 1], between the variates of both views over the k components.
 
-        On held-out rows this is what the directions are worth. A component in which a view does not vary counts as 0,
-        and so does an estimator without components.
+        On held-out rows it measures how well the directions generalise. A component in which a view does not vary
+        counts as 0, and so does an estimator without components.
 
         Raises:
             NotFittedError: before any fit.
@@ -230,7 +231,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         """
         check_is_fitted(self)
         x, y = self._validate(X, y, reset=False, min_rows=2)
-        # Pearson's correlation ignores the centre; from the first row, a view that does not vary is exactly zero.
+        # Pearson's correlation ignores the centre. Centred on its first row, a view that does not vary is exactly zero.
         u = _project(x, x[0], self.x_rotations_, like=None)
         v = _project(y, y[0], self.y_rotations_, like=None)
         u -= u.mean(axis=0)
@@ -240,21 +241,22 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         return float(correlation.sum()) / max(self.n_components_, 1)
 
     def _check_parameters(self) -> None:
-        if not isinstance(self.n_components, int | np.integer) or self.n_components < 1:
-            raise ValueError(f"n_components must be a positive int, got {self.n_components!r}")
-        if not 0.0 <= self.ridge < np.inf:
-            raise ValueError(f"ridge must be a finite number of at least 0, got {self.ridge!r}")
+        n_components, ridge = (
+            value.item() if isinstance(value, np.generic) else value for value in (self.n_components, self.ridge)
+        )
+        check_positive_int("n_components", n_components)
+        check_number("ridge", ridge, 0.0)
 
     def _validate(self, X: Any, Y: Any, *, reset: bool, min_rows: int) -> tuple[_Rows, _Rows]:
-        """The two views, 2-D, in the dtype they came in; ``reset`` takes their sizes for the ones to expect.
+        """Return both views, checked, 2-D and in their own dtypes; ``reset`` makes X's size the one to expect.
 
-        They are tensors where they are to be computed on a GPU, else arrays.
+        They are tensors if they are to be computed on a GPU, else arrays.
         """
         if Y is None:
             raise ValueError("CCA requires y to be passed, but the target y is None: it needs two views, X and Y")
         if np.isscalar(Y):
             raise ValueError(f"Expected 1D or 2D array for Y, got scalar {Y!r} instead")
-        x, y = _where_computed(X, Y)
+        x, y = _to_compute(X, Y)
         x = _checked("X", x, functools.partial(validate_data, self, reset=reset, ensure_min_samples=min_rows))
         options = {"ensure_2d": False, "ensure_min_samples": min_rows, "input_name": "Y"}
         y = _checked("Y", y, functools.partial(check_array, **options))
@@ -279,7 +281,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
 
     @property
     def _n_features_out(self) -> int:
-        """What scikit-learn's ``get_feature_names_out`` counts."""
+        """The number of names that scikit-learn's ``get_feature_names_out`` gives."""
         return self.n_components_
 
     def __sklearn_tags__(self) -> Tags:
@@ -290,7 +292,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
 
 
 def _to_numpy(view: Any) -> Any:
-    """A tensor as an array of its dtype (bfloat16, which NumPy lacks, as float32); anything else as it is."""
+    """Return a tensor as an array of its dtype (float32 for bfloat16, which NumPy lacks), anything else as it is."""
     if not isinstance(view, torch.Tensor):
         return view
     view = view.detach().cpu()
@@ -298,22 +300,22 @@ def _to_numpy(view: Any) -> Any:
 
 
 def _is_on_gpu(view: Any) -> bool:
-    """Whether it is a tensor on a device that has float64, other than the CPU."""
+    """Return whether a view is a tensor on a device that has float64, other than the CPU."""
     return isinstance(view, torch.Tensor) and view.is_cuda
 
 
-def _where_computed(*views: Any) -> list[Any]:
-    """The views as tensors if they share a GPU, else as what scikit-learn takes for arrays."""
+def _to_compute(*views: Any) -> list[Any]:
+    """Return the views as tensors if they share a GPU, else as scikit-learn accepts them."""
     if all(_is_on_gpu(view) for view in views) and len({view.device for view in views}) == 1:
         return [view.detach() for view in views]
     return [_to_numpy(view) for view in views]
 
 
 def _checked(name: str, view: Any, check: Callable[..., Any]) -> Any:
-    """The view as scikit-learn's ``check`` gives it; of a tensor, the tensor itself if the check would pass it."""
+    """Return what scikit-learn's ``check`` returns for a view, or a tensor itself if it would pass the check."""
     if not isinstance(view, torch.Tensor):
         return check(view, dtype="numeric")
-    # An array of its shape and type that takes no memory tells scikit-learn all but the numbers.
+    # An array of the tensor's shape and dtype that takes no memory: the check needs everything but the numbers.
     dtype = torch.float32 if view.dtype == torch.bfloat16 else view.dtype
     stand_in = np.broadcast_to(torch.zeros((), dtype=dtype).numpy(), tuple(view.shape))
     check(stand_in, dtype="numeric", ensure_all_finite=False)
@@ -324,18 +326,18 @@ def _checked(name: str, view: Any, check: Callable[..., Any]) -> Any:
 
 
 def _project(view: _Rows, mean: _Rows, rotations: NDArray[np.float64], *, like: Any) -> Any:
-    """``(view - mean) @ rotations`` in float64, as a tensor if ``like`` is one."""
+    """Return ``(view - mean) @ rotations``, computed in float64, as a tensor like ``like`` if that is one."""
     if isinstance(view, torch.Tensor):
         center, matrix = (torch.as_tensor(part, dtype=torch.float64, device=view.device) for part in (mean, rotations))
-        found = torch.cat([(rows.double() - center) @ matrix for rows in torch.split(view, _GPU_ROWS)])
+        variates = torch.cat([(rows.double() - center) @ matrix for rows in torch.split(view, _GPU_ROWS)])
     else:
-        first = np.asarray(mean, dtype=np.float64)
-        variates = np.empty((len(view), rotations.shape[1]))
+        center = np.asarray(mean, dtype=np.float64)
+        result = np.empty((len(view), rotations.shape[1]))
         for start in range(0, len(view), _TRANSFORM_ROWS):
-            part = slice(start, start + _TRANSFORM_ROWS)
-            variates[part] = (view[part] - first) @ rotations
-        found = torch.from_numpy(variates)
+            rows = slice(start, start + _TRANSFORM_ROWS)
+            result[rows] = (view[rows] - center) @ rotations
+        variates = torch.from_numpy(result)
     if not isinstance(like, torch.Tensor):
-        return found.cpu().numpy()
+        return variates.cpu().numpy()
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return found.to(device=like.device, dtype=dtype)
+    return variates.to(device=like.device, dtype=dtype)

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from m3er_fast.operands import modality_pairs
 
-# Rows turned to float64 at a time: 2048 x 374 is 6 MB, still in cache, and within 2 % of the fastest size measured.
+# Rows converted to float64 at a time: 2048 x 374 is 6 MB, still in cache, and within 2 % of the fastest size measured.
 _CHUNK_ROWS = 2048
-# Numbers of a tensor turned to float64 at a time: 256 MiB, enough rows to keep a GPU busy for each transfer of sums.
+# Numbers of a tensor converted at a time: 256 MiB, enough rows to keep a GPU busy between two transfers of sums.
 _CHUNK_NUMBERS = 2**25
 
 
 class Moments:
     """Count, mean and scatter of the rows seen so far, accumulated in float64.
 
-    Two accumulators over disjoint rows merge into the one that saw all of them, so data may come in any number of
-    batches, in any order, from any number of workers. Means are kept as the distance from a row that was seen, so that
-    an offset, however large, costs no digits, and a constant column has a scatter of exactly zero.
+    Two accumulators over disjoint rows merge into one over all of them. Data may therefore come in any number of
+    batches, in any order, from any number of workers. Means are stored relative to one of the rows: an offset, however
+    large, costs no digits, and a constant column has a scatter of exactly zero.
 
     Args:
         n_features: number of columns d.
@@ -39,17 +39,17 @@ class Moments:
     def __init__(self, n_features: int) -> None:
         self.count = 0
         self.scatter: NDArray[np.float64] = np.zeros((n_features, n_features))
-        self._origin: NDArray[np.float64] = np.zeros(n_features)  # a row seen
+        self._origin: NDArray[np.float64] = np.zeros(n_features)  # one of the rows seen
         self._shift: NDArray[np.float64] = np.zeros(n_features)  # mean - origin
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """(d,) mean of the rows; zeros while none was seen."""
+        """(d,) mean of the rows; zeros before the first one."""
         return self._origin + self._shift
 
     @property
     def covariance(self) -> NDArray[np.float64]:
-        """(d, d) unbiased covariance, ``scatter / (count - 1)``; zeros while fewer than two rows were seen."""
+        """(d, d) unbiased covariance, ``scatter / (count - 1)``; zeros before the second row."""
         return self.scatter / max(self.count - 1, 1)
 
     def update(self, *views: NDArray[Any] | Tensor) -> Self:
@@ -57,8 +57,8 @@ class Moments:
 
         Args:
             *views: one or more real (n, d_i) arrays with Σ d_i = d, read side by side as the columns of one (n, d)
-                array; n may be 0. Or tensors of one device that has float64: their sums are made there. Rows are turned
-                to float64 a chunk at a time, never as a whole.
+                array; n may be 0. Or tensors on one device that has float64, where their sums are computed. Rows are
+                converted to float64 chunk by chunk, never as a whole.
 
         Raises:
             ValueError: if the shapes do not fit, or a value is not finite or too large to be squared in float64. The
@@ -81,11 +81,11 @@ class Moments:
         return self.merge(added)
 
     def merge(self, other: Moments) -> Self:
-        """Add the rows that ``other`` has seen; ``other`` is left as it is.
+        """Add the rows that ``other`` has seen; ``other`` stays unchanged.
 
         Raises:
-            ValueError: if ``other`` has another number of features, or the sums leave float64's range. This accumulator
-                is then unchanged.
+            ValueError: if ``other`` has another number of features, or the sums overflow float64. This accumulator is
+                then unchanged.
         """
         ours, theirs = len(self.scatter), len(other.scatter)
         if theirs != ours:
@@ -98,7 +98,7 @@ class Moments:
             difference = (other._origin - origin) + (other._shift - self._shift)
             between = np.outer(difference, difference) * (self.count * other.count / count)
             scatter = self.scatter + other.scatter + between
-        # The diagonal holds sums of squares: any entry that is not finite, or too large to square, shows in its trace.
+        # The diagonal holds sums of squares: an entry that is not finite, or too large to square, shows in the trace.
         if not np.isfinite(scatter.trace()):
             raise ValueError("the rows hold values that are not finite or too large to be squared in float64")
         self.count, self.scatter, self._origin = count, scatter, origin
@@ -111,7 +111,7 @@ class PairwiseMoments:
 
     Args:
         widths: number of columns of each view.
-        parts: moments of disjoint rows to start from; they are left as they are.
+        parts: moments of disjoint rows to start from; they stay unchanged.
 
     Attributes:
         own: moments of each view alone, over the rows that have it.
@@ -146,7 +146,7 @@ class PairwiseMoments:
 
 
 def _moments_of(rows: NDArray[np.float64]) -> Moments:
-    """The moments of a few rows; overwrites them."""
+    """Return the moments of a few rows, which are overwritten."""
     result = Moments(rows.shape[1])
     result.count = len(rows)
     result._origin = rows[0].copy()
@@ -159,7 +159,7 @@ def _moments_of(rows: NDArray[np.float64]) -> Moments:
 
 
 def _moments_of_tensor(rows: Tensor) -> Moments:
-    """The same on the tensor's device."""
+    """Return the moments of a few rows, which are overwritten, computed on their device."""
     origin = rows[0].clone()
     rows -= origin
     shift = rows.mean(dim=0)

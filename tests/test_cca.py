@@ -1,4 +1,4 @@
-"""CCA and the moments under it, against a float64 oracle that goes another way (QR of the data, no covariance)."""
+"""CCA and its moments, against a float64 oracle that computes differently (QR of the data, no covariance)."""
 
 import pickle
 import tracemalloc
@@ -13,22 +13,26 @@ from sklearn.utils.estimator_checks import check_estimator
 from m3er_fast import cca as cca_module
 from m3er_fast import moments as moments_module
 from m3er_fast.cca import CCA, canonical_directions, whiten
-from m3er_fast.moments import Moments
+from m3er_fast.moments import Moments, PairwiseMoments
+
+
+@pytest.fixture
+def gpu(device, monkeypatch):
+    """The device of tensors that are computed where they are; without a GPU the CPU stands in, with the same code."""
+    if device.type == "cpu":
+        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
+    return device
 
 
 @pytest.fixture(params=["array", "tensor on a GPU"])
-def given(request, device, monkeypatch):
-    """How a test gives its views: as arrays, or as tensors that are computed where they lie, here in several chunks.
-
-    Without a GPU that is the CPU, which runs the same code.
-    """
+def given(request, monkeypatch):
+    """How a test passes its views: as arrays, or as tensors on a GPU, whose moments take several chunks here."""
     if request.param == "array":
         return lambda view: view
+    gpu = request.getfixturevalue("gpu")
+    # A chunk of real size would be 256 MiB.
     monkeypatch.setattr(moments_module, "_CHUNK_NUMBERS", 1000)
-    monkeypatch.setattr(cca_module, "_GPU_ROWS", 64)
-    if device.type == "cpu":
-        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
-    return lambda view: torch.from_numpy(view).to(device) if isinstance(view, np.ndarray) else view
+    return lambda view: torch.from_numpy(view).to(gpu) if isinstance(view, np.ndarray) else view
 
 
 def correlated_views(n=200, d_x=7, d_y=5, shared=3, seed=0):
@@ -278,12 +282,10 @@ def test_torch_views_give_torch_variates_of_their_dtype(dtype, tolerance):
         (torch.int32, 1e-6),
     ],
 )
-def test_rows_on_a_gpu_stay_there(dtype, tolerance, device, monkeypatch):
-    if device.type == "cpu":
-        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
-    monkeypatch.setattr(cca_module, "_to_numpy", lambda view: pytest.fail("rows were brought to the CPU"))
-    monkeypatch.setattr(cca_module, "_GPU_ROWS", 64)
-    X, Y = ((10 * torch.from_numpy(view)).to(device, dtype) for view in correlated_views())
+def test_rows_on_a_gpu_stay_there(dtype, tolerance, gpu, monkeypatch):
+    monkeypatch.setattr(cca_module, "_to_numpy", lambda view: pytest.fail("rows were copied to the CPU"))
+    # More rows than transform projects at a time.
+    X, Y = ((10 * torch.from_numpy(view)).to(gpu, dtype) for view in correlated_views(n=2**16 + 200))
     cca = CCA(ridge=0.0).fit(X[:150], Y[:150])
     U, V = cca.transform(X, Y)
     score = cca.score(X[150:], Y[150:])
@@ -304,11 +306,9 @@ def test_rows_on_a_gpu_stay_there(dtype, tolerance, device, monkeypatch):
         torch.testing.assert_close(found, wanted[:150])
 
 
-def test_views_that_share_no_gpu_are_computed_on_the_cpu(device, monkeypatch):
+def test_views_that_share_no_gpu_are_computed_on_the_cpu(gpu):
     X, Y = correlated_views()
-    if device.type == "cpu":
-        monkeypatch.setattr(cca_module, "_is_on_gpu", lambda view: isinstance(view, torch.Tensor))
-    mixed = CCA().fit(torch.from_numpy(X).to(device), Y)
+    mixed = CCA().fit(torch.from_numpy(X).to(gpu), Y)
     np.testing.assert_array_equal(mixed.x_rotations_, CCA().fit(X, Y).x_rotations_)
 
 
@@ -378,15 +378,22 @@ def test_bad_views_are_refused(X, Y, message, given):
         ({"n_components": 0}, "n_components must be a positive int, got 0"),
         ({"n_components": 2.5}, "n_components must be a positive int, got 2.5"),
         ({"n_components": None}, "n_components must be a positive int, got None"),
-        ({"ridge": -1e-3}, "ridge must be a finite number of at least 0, got -0.001"),
-        ({"ridge": np.nan}, "ridge must be a finite number of at least 0, got nan"),
-        ({"ridge": np.inf}, "ridge must be a finite number of at least 0, got inf"),
+        ({"n_components": np.int64(0)}, "n_components must be a positive int, got 0"),
+        ({"n_components": True}, "n_components must be a positive int, got True"),
+        ({"ridge": -1e-3}, "ridge must be a finite number ≥ 0, got -0.001"),
+        ({"ridge": np.nan}, "ridge must be a finite number ≥ 0, got nan"),
+        ({"ridge": np.inf}, "ridge must be a finite number ≥ 0, got inf"),
     ],
 )
 @pytest.mark.parametrize("method", ["fit", "partial_fit"])
 def test_bad_parameters_are_refused_in_fit(parameters, message, method):
     with pytest.raises(ValueError, match=message):
         getattr(CCA(**parameters), method)(X0, Y0)
+
+
+def test_parameters_may_be_numpy_numbers():
+    given = CCA(n_components=np.int32(2), ridge=np.float32(0.5)).fit(X0, Y0)
+    np.testing.assert_array_equal(given.x_rotations_, CCA(n_components=2, ridge=0.5).fit(X0, Y0).x_rotations_)
 
 
 def test_refused_batch_leaves_a_streamed_fit_unchanged(given):
@@ -516,6 +523,27 @@ def test_moments_refuse_bad_rows_and_stay_unchanged(views, message, given):
         moments.update(*map(given, views))
     assert moments.count == 3
     np.testing.assert_allclose(moments.mean, np.full(3, 1 / 3))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_pairwise_moments_are_those_of_each_view_and_of_each_pair_where_both_are_there(parts):
+    rng = np.random.default_rng(0)
+    views, present = [rng.normal(size=(90, width)) for width in (4, 3, 2)], rng.random((90, 3)) < 0.7
+    summed = []
+    for rows in np.array_split(np.arange(90), parts):
+        summed.append(PairwiseMoments([4, 3, 2]))
+        summed[-1].update([view[rows] for view in views], present[rows])
+    moments = PairwiseMoments([4, 3, 2], summed)
+    own = [Moments(view.shape[1]).update(view[there]) for view, there in zip(views, present.T, strict=True)]
+    both = {pair: present[:, list(pair)].all(axis=1) for pair in [(0, 1), (0, 2), (1, 2)]}
+    joint = [
+        Moments(w).update(views[i][b], views[j][b]) for w, ((i, j), b) in zip((7, 6, 5), both.items(), strict=True)
+    ]
+    for found, wanted in zip([*moments.own, *moments.joint], [*own, *joint], strict=True):
+        assert found.count == wanted.count
+        np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found.covariance, wanted.covariance, rtol=1e-12, atol=1e-14)
+    assert summed[0].own[0].count == present[: -(-90 // parts), 0].sum()  # the parts are left as they are
 
 
 def test_moments_of_other_sizes_do_not_merge():
