@@ -1,4 +1,4 @@
-"""Files that get their name when they are whole and on the disk, so that one that is there is finished."""
+"""Atomic writing: a file gets its name only once it is complete and on the disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` for the block to write a file to; it gets its name when the block ends.
+    """Give the block a temporary path to write to, and rename that file to ``path`` when the block ends.
 
-    If the block or what follows raises, what had this name before is unharmed.
+    If the block, or the renaming, raises, the former file at ``path`` is unharmed.
 
     Raises:
         OSError: the file cannot be written.
@@ -30,12 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: str | Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk.
+    """Wait until the content of a file, or the names in a folder, are on the disk.
 
     Raises:
         OSError: they cannot be written.
     """
-    if os.name == "nt":  # where folders cannot be opened, and files that are only read not synced
+    if os.name == "nt":  # Windows can neither open folders nor sync files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What modules have in common whose state is learned by ``fit`` and kept in buffers; and the mode of modules."""
+"""Base classes of modules whose ``fit`` learns buffers, and a context in which a model is in eval mode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class PreciseModule(nn.Module):
-    """A module whose floating tensors move and widen but never get narrower than float32.
+    """A module whose floating tensors move between devices and widen, but never get narrower than float32.
 
-    ``.half()`` and ``.bfloat16()`` leave learned state as it is: they would round a mean of 1000 by more than a spread
-    of 1, and scores rounded that far no longer rank as they were learned to.
+    ``.half()`` and ``.bfloat16()`` leave learned state as it is. They would round a mean of 1000 by more than a spread
+    of 1, and scores rounded that coarsely no longer rank as the learned ones do.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -29,20 +29,20 @@ class PreciseModule(nn.Module):
 
 
 class FittedModule(PreciseModule):
-    """A module whose learned buffers take the size that a state dict brings.
+    """A module whose learned buffers take their sizes from a loaded state dict.
 
-    Buffers are registered empty, so that every instance has the same keys and a strict load still refuses a state that
-    lacks one. Following ``.to()``, ``state_dict`` and DDP comes with their being buffers.
+    Buffers are registered empty: every instance has the same keys, and a strict load still refuses a state that lacks
+    one. As buffers they follow ``.to()``, ``state_dict`` and DDP.
     """
 
     def register_learned(self, **values: Tensor) -> None:
-        """Register, or replace, learned buffers, with the device and dtype of those that are there."""
+        """Register learned buffers, or replace existing ones, whose devices and dtypes are kept."""
         for name, value in values.items():
             current = self._buffers.get(name)
             self.register_buffer(name, value.detach().clone() if current is None else value.detach().to(current))
 
     def learned(self, name: str) -> Tensor:
-        """The learned buffer of that name."""
+        """Return the learned buffer of that name."""
         value = self._buffers[name]
         if value is None:
             raise RuntimeError(f"buffer {name!r} is not registered")
@@ -58,7 +58,7 @@ class FittedModule(PreciseModule):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode, and put those of its modules that were not back into train mode."""
+    """Keep a model in eval mode; afterwards its modules are in the modes that they had before."""
     in_training = [module for module in model.modules() if module.training]
     if in_training:
         model.eval()

@@ -1,4 +1,4 @@
-"""The one place that turns what users pass as features into checked tensors.
+"""The one place that checks users' features and turns them into tensors.
 
 Dimension legend: M modalities, B batch, T time steps, d_m features of modality m.
 """
@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3er_fast._validation import check_positive_int
+
 Features = Mapping[str, Any]
-"""A mapping from modality name to a (B, T, d_m) or (B, d_m) tensor or array; a missing key or None: unavailable."""
+"""A mapping from modality name to a (B, T, d_m) or (B, d_m) tensor or array; missing or None means unavailable."""
 
 FeatureSource = Features | Iterable[Any]
 """One mapping, or a re-iterable source of batches: mappings or (mapping, lengths[, available]) tuples."""
 
 
 class FeatureBatch(NamedTuple):
-    """A checked batch: every modality has a tensor, with zeros in padding and where it is unavailable."""
+    """A checked batch: a tensor for every modality, with zeros in padding and where the modality is unavailable."""
 
     features: list[Tensor]  # M of (B, T, d_m), one floating dtype and device
     lengths: Tensor  # (B,) int64, valid leading frames of each sample
@@ -34,14 +36,17 @@ class FeatureBatch(NamedTuple):
 
 
 def check_input_dims(input_dims: Mapping[str, int]) -> dict[str, int]:
-    """Return ``input_dims`` as a plain dict of positive ints, or raise a ValueError that says what is wrong."""
+    """Return ``input_dims`` as a plain dict of positive ints.
+
+    Raises:
+        ValueError: if a name is not a non-empty string without dots, or a count is not a positive int.
+    """
     if not isinstance(input_dims, Mapping) or not input_dims:
         raise ValueError(f"input_dims must map modality names to feature counts, got {input_dims!r}")
     for name, dim in input_dims.items():
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"input_dims: a modality name must be a non-empty string without dots, got {name!r}")
-        if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
-            raise ValueError(f"input_dims[{name!r}] must be a positive int, got {dim!r}")
+        check_positive_int(f"input_dims[{name!r}]", dim.item() if isinstance(dim, np.integer) else dim)
     return {name: int(dim) for name, dim in input_dims.items()}
 
 
@@ -86,7 +91,7 @@ def prepare_batch(
             )
         dtype = torch.promote_types(dtype, value.dtype)
     length = check_lengths(lengths, batch, steps, first.device)
-    # Filled where it lies: a tensor made of a list would stop the host until the device has caught up.
+    # Filled on the device: a tensor made of a list would make the host wait for it.
     present = torch.ones((batch, len(names)), dtype=torch.bool, device=first.device)
     for m, name in enumerate(names):
         if name not in given:
@@ -101,7 +106,7 @@ def prepare_batch(
     result = FeatureBatch(tensors, length, present)
     if lengths is None and available is None:
         return result
-    # Padding and unavailable modalities may hold anything, NaN included: nothing of it may reach arithmetic.
+    # Padding and unavailable modalities may hold anything, NaN included, which must not reach any arithmetic.
     mask = result.frame_mask[:, :, None]
     return result._replace(features=[x.where(mask & present[:, m, None, None], 0.0) for m, x in enumerate(tensors)])
 
@@ -114,11 +119,11 @@ def iterate_batches(
     input_dims: Mapping[str, int],
     batch_size: int = 4096,
 ) -> Iterator[FeatureBatch]:
-    """Yield checked batches from one mapping (cut into ``batch_size`` rows) or from an iterable of batches.
+    """Yield checked batches from one mapping, cut into ``batch_size`` rows, or from an iterable of batches.
 
     Raises:
-        ValueError: if ``lengths`` or ``available`` come beside an iterable (they belong inside its batches), or if the
-            iterable is a one-shot iterator: fitting reads the data more than once.
+        ValueError: if ``lengths`` or ``available`` are given beside an iterable (they belong inside its batches), or if
+            the iterable is a one-shot iterator: fitting reads the data more than once.
     """
     if isinstance(source, Mapping):
         whole = prepare_batch(source, lengths, available, input_dims=input_dims)
@@ -146,7 +151,7 @@ def iterate_batches(
 
 
 def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
-    """The modality as a floating (B, T, dim) tensor."""
+    """Return the modality as a floating (B, T, dim) tensor."""
     tensor = _as_tensor(f"features[{name!r}]", value)
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
@@ -161,7 +166,7 @@ def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor, array or sequence of numbers as a tensor, which shares its memory where torch can."""
+    """Return a tensor, array or sequence of numbers as a tensor, which shares its memory if torch can."""
     got = type(value).__name__
     if isinstance(value, np.ndarray):
         got = f"an array of {value.dtype}"
@@ -174,7 +179,11 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
-    """Return (B,) lengths in 0..T as int64 on ``device``, all T for None, or raise a ValueError that says why not."""
+    """Return (B,) lengths in 0..T as int64 on ``device``; None stands for all T.
+
+    Raises:
+        ValueError: if they are not integers of shape (B,), or out of range (looked at on the CPU only).
+    """
     if lengths is None:
         return torch.full((batch,), steps, dtype=torch.int64, device=device)
     length = _as_tensor("lengths", lengths)
@@ -182,7 +191,7 @@ def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) ->
         raise ValueError(
             f"lengths must be integers of shape ({batch},), got {length.dtype} of shape {tuple(length.shape)}"
         )
-    # Values are looked at where that is free: on a GPU it would stop the host until the device has caught up.
+    # Values are checked where that is free: on a GPU the host would have to wait for the device.
     if length.device.type == "cpu" and batch and not torch.compiler.is_compiling():
         low, high = int(length.min()), int(length.max())
         if low < 0 or high > steps:
@@ -191,7 +200,11 @@ def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) ->
 
 
 def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return a (B, M) mask as booleans on ``device``, or raise a ValueError that names it."""
+    """Return a boolean mask of ``shape`` (B, M) on ``device``.
+
+    Raises:
+        ValueError: if it is no boolean mask of that shape; ``name`` is its name in the message.
+    """
     tensor = _as_tensor(name, mask)
     if tensor.dtype != torch.bool or tensor.shape != tuple(shape):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Step 0: standardise every feature, and keep what is not finite out of all arithmetic.
+"""Step 0: standardise every feature, and keep values that are not finite out of all arithmetic.
 
 Dimension legend: M modalities, B batch, T time steps, d_m features of modality m, D = Σ d_m.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from m3er_fast.fitted_module import PreciseModule
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 
-# Standardised values are clamped to ±1e4, so that a finite but absurd input (3e38) stays finite when later steps square
-# and sum it. No training value comes near: |z| ≤ sqrt(n - 1) for every value of a sample of n (Samuelson's inequality),
-# so it takes 10^8 frames to reach the bound.
+# Standardised values are clamped to ±1e4: a finite but absurd input (3e38) then stays finite when later steps square
+# and sum it. No training value comes near the bound: |z| ≤ sqrt(n - 1) for every value of a sample of n (Samuelson's
+# inequality), so reaching it takes 10^8 frames.
 _BOUND = 1e4
 
 _FLOAT32 = torch.finfo(torch.float32)
 
-# Samples turned to float64 at a time when fitting: 128 samples of 50 frames and 300 features are 15 MB.
+# Samples converted to float64 at a time when fitting: 128 samples of 50 frames and 300 features are 15 MB.
 _FIT_SAMPLES = 128
 
 
@@ -35,34 +35,34 @@ class StandardizedBatch(NamedTuple):
 
 
 class Standardizer(PreciseModule):
-    """Standardise features by the mean and standard deviation they have over the valid frames of the training data.
+    """Standardisation of features by their mean and standard deviation over the valid frames of the training data.
 
         z = clamp((x - mean) / scale, ±1e4)
 
-    with the population standard deviation (over n, not n - 1) as scale. Each feature has its own n: the number of
-    finite entries it has in valid frames. The rules for input that is not clean:
+    with the population standard deviation (over n, not n - 1) as scale. Each feature has its own n: the number of its
+    finite entries in valid frames. The rules for input that is not clean:
 
-    * An entry counts as finite if its magnitude is within float32's range. One that is not takes the training mean,
-      so z = 0; it never enters the statistics.
+    * An entry counts as finite if its magnitude is within float32's range. Any other entry is replaced by the training
+      mean, which gives z = 0, and never enters the statistics.
     * A frame of a modality with more than half of its entries not finite is invalid: all zeros, as padding is.
     * A modality without any valid frame in a sample is unavailable for that sample.
-    * A feature that is constant in training, to float32's resolution of its mean, gets scale 1, and one never seen
-      mean 0 and scale 1. Before any fit this holds for all of them, so that only the rules above apply.
+    * A feature that is constant in training, to float32's resolution of its mean, gets scale 1. A feature that was
+      never seen gets mean 0 and scale 1. Before any fit this holds for every feature, and only the rules above apply.
 
-    Statistics accumulate in float64 with the merging formula of Chan, Golub and LeVeque (1983), so that data may come
-    at once, in batches, or from several workers in any order.
+    Statistics accumulate in float64 with the merging formula of Chan, Golub and LeVeque (1983): data may come at once,
+    in batches, or from several workers in any order.
 
     Args:
         input_dims: feature count d_m of each modality, in the order of all results.
 
     Attributes:
         mean_0, mean_1, …: (d_m,) buffer, the mean of modality m.
-        scale_0, scale_1, …: (d_m,) buffer, its scale, positive.
+        scale_0, scale_1, …: (d_m,) buffer, the scale of modality m, positive.
         count: (M,) int64 buffer, the valid frames seen in fitting.
 
     The buffers are float32 (float64 after ``.double()``) and stay so under ``.half()`` and ``.bfloat16()``, which would
-    round a mean of 1000 by more than a spread of 1. The float64 sums are part of ``state_dict``, so a loaded module can
-    go on with ``partial_fit`` and ``merge``.
+    round a mean of 1000 by more than a spread of 1. The float64 sums are part of ``state_dict``: a loaded module can go
+    on with ``partial_fit`` and ``merge``.
 
     Example:
         >>> import torch
@@ -81,10 +81,10 @@ class Standardizer(PreciseModule):
             self.register_buffer(f"mean_{index}", torch.zeros(dim))
             self.register_buffer(f"scale_{index}", torch.ones(dim))
         self.register_buffer("count", torch.zeros(len(self.input_dims), dtype=torch.int64))
-        self._sums = self._no_sums()
+        self._sums = self._empty_sums()
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows between the parentheses."""
+        """Return the feature counts, for ``print(module)``."""
         return repr(self.input_dims)
 
     def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
@@ -97,22 +97,22 @@ class Standardizer(PreciseModule):
             available: (N, M) bool, the modalities each sample has; None means every one given. Only beside a mapping.
 
         Raises:
-            ValueError: if the features do not fit ``input_dims``. What was learned before is then unchanged.
+            ValueError: if the features do not fit ``input_dims``. The earlier statistics are then unchanged.
         """
-        return self._accumulate(self._no_sums(), torch.zeros_like(self.count), features, lengths, available)
+        return self._accumulate(self._empty_sums(), torch.zeros_like(self.count), features, lengths, available)
 
     def partial_fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
-        """Go on learning from further data; any split of the data gives what ``fit`` gives for all of it.
+        """Learn from further data; any split of the data gives the result of ``fit`` for all of it.
 
-        Takes and raises what ``fit`` does.
+        Arguments and errors are those of :meth:`fit`.
         """
         return self._accumulate(self._sums, self.count, features, lengths, available)
 
     def merge(self, other: Standardizer) -> Self:
-        """Take over the frames that ``other`` was fitted to; ``other`` is left as it is.
+        """Add the frames that ``other`` was fitted to; ``other`` stays unchanged.
 
         Raises:
-            ValueError: if ``other`` is no Standardizer, or of other modalities or feature counts.
+            ValueError: if ``other`` is not a Standardizer, or has other modalities or feature counts.
         """
         if not isinstance(other, Standardizer):
             raise ValueError(f"other must be a Standardizer, got {type(other).__name__}")
@@ -130,8 +130,8 @@ class Standardizer(PreciseModule):
             available: (B, M) bool; None means every modality given.
 
         Returns:
-            The standardised batch, on the device of the features. float64 features stay float64, others come out as
-            the buffers' dtype, float32 or wider.
+            The standardised batch, on the device of the features. float64 features stay float64; others get the
+            buffers' dtype, float32 or wider.
 
         Raises:
             ValueError: naming the modality or argument, the shape got and the shape wanted.
@@ -139,7 +139,7 @@ class Standardizer(PreciseModule):
         return self.standardize(prepare_batch(features, lengths, available, input_dims=self.input_dims))
 
     def standardize(self, batch: FeatureBatch) -> StandardizedBatch:
-        """Standardise a batch that was checked already; the same as ``forward`` in everything else."""
+        """Standardise a checked batch, as :meth:`forward` does."""
         finite, frame_valid = _find_valid(batch)
         features = []
         for index, x in enumerate(batch.features):
@@ -149,22 +149,22 @@ class Standardizer(PreciseModule):
         return StandardizedBatch(features, batch.lengths, frame_valid.any(dim=1), frame_valid)
 
     def unstandardize(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse, z · scale + mean, of M standardised (B, T, d_m) tensors."""
+        """Return z · scale + mean for M standardised (B, T, d_m) tensors."""
         return [z * getattr(self, f"scale_{m}") + getattr(self, f"mean_{m}") for m, z in enumerate(features)]
 
     def get_extra_state(self) -> Tensor:
-        """(3, D) float64 on the CPU: per feature the entries seen, their mean, and the sum of squared deviations."""
+        """Return (3, D) float64 on the CPU: entries seen, mean and sum of squared deviations of each feature."""
         return self._sums
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what ``get_extra_state`` gave.
+        """Restore the result of ``get_extra_state``.
 
         Raises:
-            ValueError: if it was given by a Standardizer of another total number of features.
+            ValueError: if it is from a Standardizer with another total number of features.
         """
         if state.shape != self._sums.shape:
             raise ValueError(
-                f"the state is of shape {tuple(state.shape)}, wanted {tuple(self._sums.shape)} "
+                f"the state has shape {tuple(state.shape)}, wanted {tuple(self._sums.shape)} "
                 f"for the features {self.input_dims}"
             )
         self._sums = state.to("cpu", torch.float64, copy=True)
@@ -182,10 +182,11 @@ class Standardizer(PreciseModule):
 
     @torch.no_grad()
     def _set(self, sums: Tensor, count: Tensor) -> Self:
-        """Take over the sums, and set the buffers to what follows from them."""
+        """Set the sums, and the buffers that follow from them."""
         entries, mean, squares = sums
         deviation = (squares / entries.clamp(min=1)).sqrt()
-        # Less than float32 resolves at the mean is rounding, not signal; below `tiny` a GPU may flush the scale to 0.
+        # A deviation below float32's resolution at the mean is rounding, not signal. A GPU may flush a scale below
+        # `tiny` to 0.
         constant = deviation <= (mean.abs() * _FLOAT32.eps).clamp(min=_FLOAT32.tiny)
         scale = deviation.where(~constant, 1.0)
         dims = list(self.input_dims.values())
@@ -196,27 +197,27 @@ class Standardizer(PreciseModule):
         self._sums = sums
         return self
 
-    def _no_sums(self) -> Tensor:
+    def _empty_sums(self) -> Tensor:
         return torch.zeros(3, sum(self.input_dims.values()), dtype=torch.float64, device="cpu")
 
 
 def clean_frames(batch: FeatureBatch) -> StandardizedBatch:
-    """Apply the rules for input that is not clean to a batch whose values are standardised already."""
+    """Apply the rules for input that is not clean to a checked batch, without standardising it."""
     finite, frame_valid = _find_valid(batch)
     features = [x.where(finite[m] & frame_valid[:, :, m, None], 0.0) for m, x in enumerate(batch.features)]
     return StandardizedBatch(features, batch.lengths, frame_valid.any(dim=1), frame_valid)
 
 
 def _find_valid(batch: FeatureBatch) -> tuple[list[Tensor], Tensor]:
-    """Per modality (B, T, d_m) bool, where entries are finite, and the (B, T, M) bool mask of valid frames."""
-    # One comparison that NaN and ±inf fail, and what float32 cannot hold; float16 would round the bound up to inf.
+    """Return (B, T, d_m) masks of finite entries, one per modality, and the (B, T, M) mask of valid frames."""
+    # One comparison that NaN, ±inf and values beyond float32 fail; float16 would round float32's maximum up to inf.
     finite = [x.abs() <= min(torch.finfo(x.dtype).max, _FLOAT32.max) for x in batch.features]
     mostly = torch.stack([2 * entries.sum(dim=-1) >= entries.shape[-1] for entries in finite], dim=-1)
     return finite, mostly & batch.frame_mask[:, :, None] & batch.available[:, None, :]
 
 
 def _sums_of(x: Tensor, valid: Tensor) -> Tensor:
-    """(3, d) float64 sums of the valid entries of x (B, T, d)."""
+    """Return the (3, d) float64 sums of the valid entries of x (B, T, d)."""
     entries = valid.sum(dim=(0, 1)).double()
     values = x.double().where(valid, 0.0)
     mean = values.sum(dim=(0, 1)) / entries.clamp(min=1)
@@ -225,7 +226,7 @@ def _sums_of(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def _merge_sums(first: Tensor, second: Tensor) -> Tensor:
-    """The (3, D) sums of two disjoint sets of entries taken together."""
+    """Return the (3, D) sums of two disjoint sets of entries together."""
     entries = first[0] + second[0]
     share = second[0] / entries.clamp(min=1)
     difference = second[1] - first[1]

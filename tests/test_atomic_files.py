@@ -1,4 +1,4 @@
-"""Files that get their name when they are whole and on the disk."""
+"""Atomic writing: a file gets its name once it is complete and on the disk."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The single entry of features: what it accepts, what it refuses and in which words, and that padding holds zeros."""
+"""The single entry of features: accepted and refused input, the messages, and the zeros in padding."""
 
 import re
 

@@ -434,7 +434,7 @@ def test_state_dict_has_readable_names():
 
 
 def test_state_of_other_features_is_refused(fitted):
-    with pytest.raises(ValueError, match=r"the state is of shape \(3, 9\), wanted \(3, 10\)"):
+    with pytest.raises(ValueError, match=r"the state has shape \(3, 9\), wanted \(3, 10\)"):
         Standardizer({**DIMS, "face": 3}).load_state_dict(fitted.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch for mean_0"):
         Standardizer({"text": 3, "audio": 4, "face": 2}).load_state_dict(fitted.state_dict())
