@@ -1,1 +1,1 @@
-"""How work is spread: over threads of this process, or over workers of Ray."""
+"""Parallel execution: in threads of this process, or in Ray workers."""

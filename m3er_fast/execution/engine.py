@@ -1,29 +1,29 @@
-"""What runs: this process, or workers of Ray."""
+"""The engine that executes a job: this process, or Ray workers."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
+
+from m3er_fast._validation import check_choice
+from m3er_fast.execution.ray_pool import check_ray
 
 Engine: TypeAlias = Literal["local", "ray"]
 
 
 def check_engine(engine: str, address: str | None, workers: int | None) -> None:
-    """Raise if what was asked for cannot run; nothing is started.
+    """Check the arguments that choose an engine; nothing is started.
 
     Args:
         engine: one of :data:`Engine`.
         address: of a Ray cluster.
-        workers: of Ray.
+        workers: number of Ray workers.
 
     Raises:
-        ImportError: Ray is wanted and missing.
-        ValueError: an argument is out of range, or is for the other engine.
+        ImportError: ``engine`` is "ray", and Ray is missing.
+        ValueError: an argument is out of range, or belongs to the other engine.
     """
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
+    check_choice("engine", engine, Engine)
     if engine == "ray":
-        from m3er_fast.scoring.ray import check_ray
-
         if not isinstance(address, str | None):
             raise ValueError(f"address must be a string such as 'HOST:PORT', or None, got {address!r}")
         check_ray(workers)

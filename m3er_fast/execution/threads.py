@@ -1,7 +1,7 @@
-"""Computing many items at a time, each in a thread that shares its work with no other.
+"""Maps over several threads, each of which computes with a single torch thread.
 
-Within one batch of utterances, two threads of torch wait for each other after every operation. With a batch each they
-do not, and the scores of a batch do not depend on how many there are.
+Within one batch of utterances, two torch threads wait for each other after every operation. With one batch each they do
+not wait, and the scores of a batch do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-_usual_number_is_changed = threading.Lock()
+_thread_count_lock = threading.Lock()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,15 +24,16 @@ Result = TypeVar("Result")
 def map_in_order(
     function: Callable[[Item, Callable[[], bool]], Result], items: Iterable[Item], threads: int | None
 ) -> Iterator[Result]:
-    """Yield what the function makes of every item, in the order of the items.
+    """Call a function with every item in several threads, and yield the results in the order of the items.
 
-    At most ``threads`` + 1 items are taken before their results are: the one that waits is there for the thread that is
-    done first. Closing the iterator, or whatever is raised in it, waits for those that are being computed.
+    At most ``threads`` + 1 items are taken before their results are: the extra one is ready for the thread that
+    finishes first. Closing the iterator, or an exception in it, waits for the calls that are running.
 
     Args:
-        function: called with an item, and with a function that says whether its result is of use no more.
-        items: taken by the thread that iterates.
-        threads: that compute, with one thread of torch each; None is the one that iterates, with all that it has.
+        function: called with an item, and with a function that returns whether the result is no longer needed.
+        items: iterated over by the calling thread.
+        threads: number of threads that compute, with one torch thread each; None computes in the calling thread, with
+            all of its torch threads.
     """
     stopped = threading.Event()
     if threads is None:
@@ -40,7 +41,7 @@ def map_in_order(
             yield function(item, stopped.is_set)
         return
     waiting: deque[Future[Result]] = deque()
-    with _lone_threads(threads) as pool:
+    with _single_threaded_pool(threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item, stopped.is_set))
@@ -52,38 +53,39 @@ def map_in_order(
             stopped.set()
 
 
-def usual_threads() -> int:
-    """How many threads torch computes with here.
+def torch_threads() -> int:
+    """Return the number of torch threads of the calling thread.
 
-    A thread that asks torch for the first time takes the number for its own, which must not be while it is changed.
+    A thread that asks torch for the first time adopts the process's number, which :func:`map_in_order` changes for a
+    moment. This function waits for that moment to pass.
     """
-    with _usual_number_is_changed:
+    with _thread_count_lock:
         return torch.get_num_threads()
 
 
 @contextmanager
-def _lone_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool in each of whose threads torch computes with that thread alone."""
-    begun = threading.Barrier(count + 1)
+def _single_threaded_pool(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Run a pool of threads in each of which torch computes with that thread alone."""
+    started = threading.Barrier(count + 1)
 
-    def begin() -> None:
-        torch.get_num_threads()  # takes the usual number, which a thread would else do when it first computes
+    def start() -> None:
+        torch.get_num_threads()  # adopts the process's number, which would otherwise happen at the first computation
         torch.set_num_threads(1)
-        begun.wait()
+        started.wait()
 
     with ThreadPoolExecutor(count, "m3er-score") as pool:
-        # What a thread sets holds for itself, but also for all that first compute later.
-        with _usual_number_is_changed:
-            usual = torch.get_num_threads()
+        # The number that a thread sets applies to itself, and to every thread that first computes later.
+        with _thread_count_lock:
+            before = torch.get_num_threads()
             try:
                 for _ in range(count):
-                    pool.submit(begin)
-                begun.wait()
-            except BaseException:  # one could not be started, or an interrupt: the others must not wait for it
-                begun.abort()
+                    pool.submit(start)
+                started.wait()
+            except BaseException:  # a thread could not be started, or an interrupt: the others must not wait
+                started.abort()
                 raise
             finally:
-                torch.set_num_threads(usual)
+                torch.set_num_threads(before)
         try:
             yield pool
         finally:

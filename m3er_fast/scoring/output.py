@@ -1,17 +1,18 @@
-"""The folder that scores are written to: what makes a killed run resumable and a finished one recognisable.
+"""The folder that scores are written to, from which a killed run can be resumed and a finished one recognised.
 
 * ``manifest.json``: version, signature of the model, settings that scores depend on, and the shards of the corpus with
-  sizes and checksums, the *fingerprint* of the run; written first;
-* one Parquet file a shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.scorer`). It gets its name
-  when it is whole and on the disk, so a file that is there is finished;
-* ``quarantine.json``, only if there is something in it: the shards that could not be read, each with the reason;
-* ``summary.json`` and ``summary.html``: what a look at the scores shows (:mod:`m3er_fast.scoring.summary`);
+  sizes and checksums: the *fingerprint* of the run. It is written first;
+* one Parquet file per shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.columns`). It gets its
+  name when it is complete and on the disk, so a file with that name is finished;
+* ``quarantine.json``, unless it would be empty: the shards that could not be read, each with the reason;
+* ``summary.json`` and ``summary.html``: the counts of the scores (:mod:`m3er_fast.scoring.summary`);
 * ``_SUCCESS``, empty, written last: every shard is either scored or in quarantine.
 
-All but the summary's times depends on the model and the corpus alone: an interrupted and resumed run leaves the same
-bytes as another.
-The folder may lie on any Arrow filesystem. On this machine's own, files are synced before they get their names; on an
-object store the name is given by a copy, which appears whole.
+Everything but the summary's times depends only on the model and the corpus: a run that was interrupted and resumed
+leaves the same bytes as one that was not.
+
+The folder may be on any Arrow filesystem. On a local filesystem, files are synced before they get their names. On an
+object store the name is given by a copy, which appears as a whole.
 """
 
 from __future__ import annotations
@@ -34,16 +35,15 @@ MANIFEST, QUARANTINE, SUCCESS = "manifest.json", "quarantine.json", "_SUCCESS"
 SUMMARY, SUMMARY_PAGE = "summary.json", "summary.html"
 INPUT_KEY = b"m3er_fast.input"
 _PARTIAL = ".partial"
-# Few rows of scores are gathered into one row group, so that a group is worth its metadata.
-_GROUP_ROWS = 2**16
+_ROW_GROUP_ROWS = 2**16  # so many that a row group outweighs its metadata
 
 
 class OutputMismatchError(RuntimeError):
-    """A folder of scores was made from another model or corpus than the one that it should be resumed with."""
+    """A folder of scores was made with another model or corpus than the one it is to be resumed with."""
 
 
 class FinishedShard(NamedTuple):
-    """What is known of scores that are there already."""
+    """Counts of a shard that has been scored already."""
 
     rows: int
     errors: int
@@ -51,13 +51,13 @@ class FinishedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder of scores; see the module for what it holds. It can be pickled.
+    """A folder of scores, with the files that the module lists. It can be pickled.
 
     Args:
-        location: of the folder, which need not exist.
+        location: path of the folder, which need not exist.
         shards: the files of the corpus.
         signature: of the model.
-        settings: what else scores depend on.
+        settings: other things that scores depend on.
     """
 
     location: Location
@@ -66,27 +66,27 @@ class OutputFolder:
     settings: dict[str, Any]
 
     def begin(self, *, resume: bool) -> None:
-        """Make the folder ready for writing. What an earlier run had in quarantine will be tried again.
+        """Prepare the folder for writing. Shards that an earlier run put in quarantine will be tried again.
 
         Raises:
             ValueError: the folder is a file, or it is not empty and ``resume`` is False.
-            OutputMismatchError: what the folder holds was made from something else.
+            OutputMismatchError: the folder holds scores of another model, corpus, setting or version.
             OSError: the folder cannot be written to.
         """
-        held = check_folder(self.location, resume=resume)
-        if held:
+        existing = check_folder(self.location, resume=resume)
+        if existing:
             self._check_fingerprint()
         self.location.filesystem.create_dir(self.location.path, recursive=True)
-        for name in held:
+        for name in existing:
             if name in (SUCCESS, QUARANTINE, SUMMARY, SUMMARY_PAGE) or name.endswith(_PARTIAL):
                 self._delete(name)
         self._write_json(MANIFEST, self._fingerprint())
 
     def finished(self, shard: Shard) -> FinishedShard | None:
-        """Rows of a shard whose scores are there already, or None.
+        """Return the counts of a shard that has been scored already, or None.
 
         Raises:
-            OutputMismatchError: they are there, but of another file of this name.
+            OutputMismatchError: the scores are those of another file of this name.
         """
         import pyarrow as pa
         import pyarrow.parquet
@@ -94,12 +94,12 @@ class OutputFolder:
         try:
             with self.location.filesystem.open_input_file(self.location.join(shard.output_name)) as file:
                 metadata = pyarrow.parquet.read_metadata(file)
-        except (OSError, pa.ArrowException):  # not there, or not whole although it has its name
+        except (OSError, pa.ArrowException):  # missing, or incomplete although it has its name
             return None
-        about = metadata.metadata or {}
-        if about.get(SIGNATURE_KEY, b"").decode() != self.signature:
+        keys = metadata.metadata or {}
+        if keys.get(SIGNATURE_KEY, b"").decode() != self.signature:
             return None
-        if about.get(INPUT_KEY, b"").decode() != _input(shard):
+        if keys.get(INPUT_KEY, b"").decode() != _input_of(shard):
             raise OutputMismatchError(
                 f"{self.location} holds scores made with another corpus: {shard.name} has changed since"
             )
@@ -107,16 +107,16 @@ class OutputFolder:
 
     @contextmanager
     def writer(self, shard: Shard, schema: pa.Schema) -> Iterator[ScoreWriter]:
-        """Write the scores of a shard; they get their name when the block ends without an exception.
+        """Open a writer for the scores of a shard; the file gets its name if the block ends without an exception.
 
         Raises:
             OSError: they cannot be written.
         """
         import pyarrow.parquet
 
-        schema = schema.with_metadata({**(schema.metadata or {}), INPUT_KEY: _input(shard)})
+        schema = schema.with_metadata({**(schema.metadata or {}), INPUT_KEY: _input_of(shard)})
         with (
-            self._written(shard.output_name) as file,
+            self._atomic_file(shard.output_name) as file,
             pyarrow.parquet.ParquetWriter(file, schema, write_page_checksum=True) as parquet,
         ):
             writer = ScoreWriter(parquet, schema)
@@ -134,15 +134,15 @@ class OutputFolder:
             OSError: it cannot be written.
         """
         self._write_json(SUMMARY, summary)
-        with self._written(SUMMARY_PAGE) as file:
+        with self._atomic_file(SUMMARY_PAGE) as file:
             file.write(page.encode())
 
     def finish(self) -> None:
-        """Say that everything is done, when what workers that were lost had half-written is removed."""
+        """Remove files that lost workers left incomplete, and mark the folder as finished."""
         for name in _list_folder(self.location):
             if name.endswith(_PARTIAL):
                 self._delete(name)
-        with self._written(SUCCESS):
+        with self._atomic_file(SUCCESS):
             pass
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class OutputFolder:
         found, wanted = read_manifest(self.location), self._fingerprint()
         if found is None:
             raise OutputMismatchError(f"{self.location} holds no scores to resume: it has no {MANIFEST}")
-        # A shard that was changed is refused where it has scores already; one that was in quarantine may be mended.
+        # Compared by name: a changed shard is refused when it has scores already, but may repair one in quarantine.
         found["shards"], wanted["shards"] = _names(found.get("shards")), _names(wanted["shards"])
         kinds = {"signature": "model", "shards": "corpus", "version": "version of m3er-fast", "settings": "setting"}
         for key, kind in kinds.items():
@@ -170,14 +170,14 @@ class OutputFolder:
                 )
 
     def _write_json(self, name: str, value: Any) -> None:
-        with self._written(name) as file:
+        with self._atomic_file(name) as file:
             file.write((json.dumps(value, indent=2) + "\n").encode())
 
     @contextmanager
-    def _written(self, name: str) -> Iterator[Any]:
-        """Write a file under a temporary name, and give it its name once it has reached the disk."""
+    def _atomic_file(self, name: str) -> Iterator[Any]:
+        """Open a file under a temporary name, and give it its name once it has reached the disk."""
         filesystem, path = self.location.filesystem, self.location.join(name)
-        # Of its own: where a worker was given up too early, two may write the same shard.
+        # Unique: if a worker was considered lost too early, two workers may write the same shard.
         partial = self.location.join(f".{name}.{uuid.uuid4().hex}{_PARTIAL}")
         try:
             with filesystem.open_output_stream(partial) as file:
@@ -200,7 +200,12 @@ class OutputFolder:
 
 
 class ScoreWriter:
-    """Writes tables of scores in row groups of equal size."""
+    """Writes tables of scores in row groups of equal size.
+
+    Attributes:
+        rows: rows added so far.
+        errors: rows among them that could not be scored.
+    """
 
     def __init__(self, parquet: Any, schema: pa.Schema) -> None:
         self._parquet, self._schema = parquet, schema
@@ -215,16 +220,16 @@ class ScoreWriter:
         self.flush()
 
     def flush(self, *, last: bool = False) -> None:
-        """Write the row groups that are full, and at the end what is left."""
+        """Write the row groups that are full, and the remaining rows if they are the last."""
         import pyarrow as pa
 
         rows = sum(table.num_rows for table in self._waiting)
-        if rows < _GROUP_ROWS and not (last and rows):
+        if rows < _ROW_GROUP_ROWS and not (last and rows):
             return
         table = pa.concat_tables(self._waiting)
-        whole = rows if last else rows - rows % _GROUP_ROWS
-        self._parquet.write_table(table.slice(0, whole), row_group_size=_GROUP_ROWS)
-        self._waiting = [table.slice(whole)] if whole < rows else []
+        complete = rows if last else rows - rows % _ROW_GROUP_ROWS
+        self._parquet.write_table(table.slice(0, complete), row_group_size=_ROW_GROUP_ROWS)
+        self._waiting = [table.slice(complete)] if complete < rows else []
 
 
 def check_folder(location: Location, *, resume: bool) -> list[str]:
@@ -240,10 +245,10 @@ def check_folder(location: Location, *, resume: bool) -> list[str]:
         raise ValueError(f"{location} is a file, wanted a folder to write scores to")
     if found.type != fs.FileType.Directory:
         return []
-    held = _list_folder(location)
-    if held and not resume:
-        raise ValueError(f"{location} is not empty: resume what it holds (--resume), or name another folder")
-    return held
+    names = _list_folder(location)
+    if names and not resume:
+        raise ValueError(f"{location} is not empty: resume the run (--resume), or name another folder")
+    return names
 
 
 def _list_folder(location: Location) -> list[str]:
@@ -253,7 +258,7 @@ def _list_folder(location: Location) -> list[str]:
 
 
 def read_manifest(location: Location) -> dict[str, Any] | None:
-    """Return what the manifest of a folder says, or None if there is none.
+    """Return the manifest of a folder, or None if there is none.
 
     Raises:
         OutputMismatchError: it is not a manifest.
@@ -276,12 +281,12 @@ def _names(shards: Any) -> Sequence[Any] | None:
     return [shard.get("name") for shard in shards]
 
 
-def _input(shard: Shard) -> str:
+def _input_of(shard: Shard) -> str:
     return f"{shard.size} {shard.checksum}"
 
 
 def _count_errors(metadata: Any) -> int:
-    """Rows with an error, by the statistics in a footer."""
+    """Return the number of rows with an error, from the statistics in a footer."""
     errors = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)

@@ -1,4 +1,4 @@
-"""Shards from input to output: what every runner does with each of them, so that all leave the same bytes."""
+"""Reading, scoring and writing shards: the part that every runner shares, so that all runners leave the same bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.execution.threads import map_in_order, usual_threads
+from m3er_fast.execution.threads import map_in_order, torch_threads
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.scoring.output import OutputFolder
 from m3er_fast.scoring.scorer import Scorer
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class ShardResult(NamedTuple):
-    """What became of a shard; small, and it can be pickled."""
+    """The outcome of a shard. It is small and can be pickled."""
 
     name: str
-    rows: int  # utterances written, those with an error among them
+    rows: int  # utterances written, including those with an error
     errors: int  # utterances that could not be scored
-    reason: str | None = None  # why the shard went to quarantine; None if it was scored
+    reason: str | None = None  # why the shard belongs in quarantine; None if it was scored
 
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Everything but the model that scoring a shard needs; it can be pickled."""
+    """Everything but the model that scoring a shard needs. It can be pickled."""
 
     plan: Plan
     output: OutputFolder
@@ -42,7 +42,7 @@ class ScoringJob:
     keep_cached: bool = True  # leave the input in the page cache
 
     def without_shards(self) -> ScoringJob:
-        """The same for workers, who are told of some shards at a time: a list of a hundred thousand is sent to none."""
+        """Return the job without its list of shards, which may be long: a worker gets its shards one by one."""
         return replace(self, plan=self.plan._replace(shards=()), output=replace(self.output, shards=()))
 
 
@@ -52,7 +52,7 @@ def read_tables(corpus: Location, shard: Shard, scorer: Scorer, *, verify: bool 
 
 
 class ScoredPart(NamedTuple):
-    """Scores of some rows of a shard; None where it ends, with the error if that is why."""
+    """The scores of some rows of a shard, or None at its end, with the error that ended it if there is one."""
 
     shard: Shard
     scores: pa.Table | None
@@ -64,46 +64,45 @@ def score_shards(
 ) -> Iterator[int | ShardResult]:
     """Read, score and write shards one after the other.
 
-    A shard may be done again: the result is the same, and replaces the former whole. Closing the iterator drops the
-    shard at hand.
+    A shard may be scored again: the result is the same, and replaces the former one as a whole. Closing the iterator
+    drops the shard that is being scored.
 
     Args:
-        job: where to read from and to write to.
-        shards: some of the plan's. They are taken, and read, before it is their turn.
+        job: where to read from and write to.
+        shards: some of the plan's. They are read before it is their turn to be scored.
         scorer: with the model.
-        threads: as :func:`scored_parts` takes it.
+        threads: as for :func:`score_parts`.
 
     Yields:
-        The number of rows after each table, and at the end of each shard what was written, or the reason why it belongs
-        in quarantine.
+        The number of rows after each table, and a :class:`ShardResult` at the end of each shard.
 
     Raises:
         OSError: the scores cannot be written.
     """
     read = partial(read_tables, job.plan.corpus, verify=job.verify)
-    with closing(scored_parts(read, shards, scorer, threads=threads)) as scored:  # type: ignore[type-var]
-        for shard, parts in itertools.groupby(scored, key=lambda part: part.shard):
-            yield from _write(job, shard, parts, scorer)
+    with closing(score_parts(read, shards, scorer, threads=threads)) as all_parts:  # type: ignore[type-var]
+        for shard, parts in itertools.groupby(all_parts, key=lambda part: part.shard):
+            yield from _write_shard(job, shard, parts, scorer)
 
 
-def scored_parts(
+def score_parts(
     read: Callable[[Shard, Scorer], Iterator[pa.Table]],
     shards: Iterable[Shard],
     scorer: Scorer,
     *,
     threads: int | None = None,
 ) -> Iterator[ScoredPart]:
-    """Yield the scores of shards in order, table by table, and after each shard a part without scores.
+    """Yield the scores of shards in order, table by table, and a part without scores after each shard.
 
-    A thread reads ahead, across the ends of shards. On the CPU several tables are scored at a time.
+    A thread reads ahead, beyond the end of a shard. On the CPU several tables are scored at the same time.
 
     Args:
-        read: the tables of a shard.
-        shards: taken by the thread that reads.
+        read: returns the tables of a shard.
+        shards: iterated over by the thread that reads.
         scorer: with the model, which is in eval mode meanwhile.
-        threads: that score on the CPU, a table each; None takes as many as torch has.
+        threads: number of threads that score on the CPU, one table each; None uses as many as torch has.
     """
-    dropped: set[Shard] = set()
+    failed: set[Shard] = set()
 
     def tables() -> Iterator[tuple[Shard, pa.Table | None, CorpusError | None]]:
         for shard in shards:
@@ -111,32 +110,34 @@ def scored_parts(
             try:
                 for table in read(shard, scorer):
                     yield shard, table, None
-                    if shard in dropped:
+                    if shard in failed:
                         break
             except CorpusError as problem:
                 error = problem
             yield shard, None, error
 
-    def score(read: tuple[Shard, pa.Table | None, CorpusError | None], is_canceled: Callable[[], bool]) -> ScoredPart:
-        shard, table, error = read
+    def score(part: tuple[Shard, pa.Table | None, CorpusError | None], is_canceled: Callable[[], bool]) -> ScoredPart:
+        shard, table, error = part
         if table is None:
             return ScoredPart(shard, None, error)
         try:
             return ScoredPart(shard, scorer.score(table, is_canceled=is_canceled))
         except CorpusError as problem:
-            dropped.add(shard)
+            failed.add(shard)
             return ScoredPart(shard, None, problem)
 
-    usual = usual_threads()
-    threads = threads or usual
-    if scorer.device.type != "cpu" or threads == usual == 1:
-        threads = None  # the one that iterates computes
-    with eval_mode(scorer.model), Prefetch(tables()) as ahead, closing(map_in_order(score, ahead, threads)) as scored:  # type: ignore[type-var]
-        yield from scored
+    available = torch_threads()
+    threads = threads or available
+    if scorer.device.type != "cpu" or threads == available == 1:
+        threads = None  # the calling thread computes
+    with eval_mode(scorer.model), Prefetch(tables()) as ahead, closing(map_in_order(score, ahead, threads)) as parts:  # type: ignore[type-var]
+        yield from parts
 
 
-def _write(job: ScoringJob, shard: Shard, parts: Iterator[ScoredPart], scorer: Scorer) -> Iterator[int | ShardResult]:
-    """Write the scores of one shard, and yield as :func:`score_shards`."""
+def _write_shard(
+    job: ScoringJob, shard: Shard, parts: Iterator[ScoredPart], scorer: Scorer
+) -> Iterator[int | ShardResult]:
+    """Write the scores of one shard, and yield what :func:`score_shards` yields."""
     try:
         with job.output.writer(shard, scorer.schema) as writer:
             for part in parts:
@@ -151,4 +152,4 @@ def _write(job: ScoringJob, shard: Shard, parts: Iterator[ScoredPart], scorer: S
         result = ShardResult(shard.name, writer.rows, writer.errors)
     if not job.keep_cached:
         drop_from_page_cache(shard)
-    yield result  # after which a worker of Ray asks for no more
+    yield result  # a Ray worker closes the iterator here

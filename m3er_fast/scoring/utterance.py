@@ -1,4 +1,4 @@
-"""The scores of one utterance, from arrays in memory: no file, no Arrow.
+"""The scores of one utterance, from arrays in memory, without files or Arrow.
 
 Dimension legend: T frames, d features of a modality.
 """
@@ -20,29 +20,28 @@ from m3er_fast.scoring.scorer import MOST_FRAMES
 
 @dataclass(frozen=True)
 class UtteranceScores:
-    """What a model says of one utterance: a row of :mod:`m3er_fast.scoring.scorer`'s columns."""
+    """The scores of one utterance: a row of :mod:`m3er_fast.scoring.columns`."""
 
-    prediction: str  # the class with the highest probability; of equal ones the first
+    prediction: str  # the class with the highest probability (the first of equal ones)
     probabilities: dict[str, float]  # by class, in the model's order
-    effective: dict[str, bool]  # by modality: whether it was judged good and used as it came
-    p_value: dict[str, float]  # by modality: behind this verdict; 0 where it is unavailable
-    reliability: dict[str, float]  # by modality: 1 where it is effective, that of its proxy if the settings ask for one
-    abstained: bool  # no modality was effective, or a proxy was refused: nothing here can be trusted
+    effective: dict[str, bool]  # by modality: whether it was judged good and used unchanged
+    p_value: dict[str, float]  # by modality: the p-value behind this verdict; 0 where it is unavailable
+    abstained: bool  # whether no modality was effective, so that nothing here can be trusted
 
 
 def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
-    """Score one utterance, as :func:`score` does with a row of a corpus.
+    """Score one utterance, as :func:`score` scores a row of a corpus.
 
-    The model is in eval mode meanwhile, whatever mode it is in.
+    The model is put in eval mode for the duration of the call.
 
     Args:
         model: with a fitted check, if it has one.
-        features: modality -> (T, d) tensor, array or nested list of real numbers, or (d,) for a single frame. T is the
-            same for all. A modality that is missing or None is unavailable; NaN and ±inf need no preparation.
+        features: modality -> (T, d) tensor, array or nested list of real numbers, or (d,) for a single frame, with the
+            same T for all. A modality that is missing or None is unavailable. NaN and ±inf are allowed.
 
     Raises:
         NotFittedError: the model's check is not fitted.
-        ValueError: naming the modality, what came and what was wanted.
+        ValueError: ``features`` hold something else.
 
     Example:
         >>> scores = predict(model, {"text": torch.randn(12, 300), "audio": torch.randn(12, 74)})
@@ -51,12 +50,12 @@ def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
     given = _frames(model.input_dims, features)
     length = next(iter(given.values())).shape[0]
     device = next(model.parameters()).device
-    # Of an utterance without frames there is one that is padding, as in a corpus.
+    # An utterance without frames gets one frame of padding, as in a corpus.
     batch = {name: (x if length else x.new_zeros(1, x.shape[1]))[None].to(device) for name, x in given.items()}
     with eval_mode(model), torch.inference_mode():
         output = model(batch, torch.tensor([length], device=device))
         probabilities = model.probabilities(output)[0].float()
-    best = int(probabilities.cpu().numpy().argmax())  # NumPy's: of equal ones the first
+    best = int(probabilities.cpu().numpy().argmax())  # NumPy returns the first of equal ones
 
     def by_modality(values: Tensor) -> dict[str, Any]:
         return dict(zip(model.input_dims, values[0].tolist(), strict=True))
@@ -66,13 +65,12 @@ def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
         probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
         effective=by_modality(output.effective),
         p_value=by_modality(output.p_value.float()),
-        reliability=by_modality(output.reliability.float()),
         abstained=bool(output.abstained[0]),
     )
 
 
 def _frames(input_dims: Mapping[str, int], features: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The modalities that are there, each as (T, d) float32, in the order of the model."""
+    """Return the available modalities, each as (T, d) float32, in the order of the model."""
     if not isinstance(features, Mapping):
         raise ValueError(f"features must map modality names to arrays, got {type(features).__name__}")
     for name in features:
@@ -103,12 +101,12 @@ def _as_frames(name: str, value: Any, dim: int) -> Tensor:
         frames = value.detach().float()
     else:
         try:
-            array = np.array(value)  # a copy: torch wants to be able to write
+            array = np.array(value)  # a copy, since torch needs writable memory
         except (TypeError, ValueError) as error:  # such as lists of unequal lengths
-            raise ValueError(f"features[{name!r}] is no array of numbers: {error}") from error
+            raise ValueError(f"features[{name!r}] is not an array of numbers: {error}") from error
         if array.dtype.kind not in "fiu":
             raise ValueError(f"features[{name!r}] must hold real numbers, got {array.dtype}")
-        with np.errstate(over="ignore"):  # infinite is what the model takes it for
+        with np.errstate(over="ignore"):  # overflow becomes infinite, which the model accepts
             frames = torch.from_numpy(array.astype(np.float32))
     shape = tuple(frames.shape)
     if frames.ndim == 1:

@@ -1,0 +1,100 @@
+"""The columns of scores: their names, types and order, declared once.
+
+Scores have one row per utterance, in the order of the input, and the columns
+
+* ``id``: string, as in the input;
+* ``prediction``: string, the class with the highest probability (the first of equal ones);
+* ``p_<class>``, one per class: float32, its probability. With activation "softmax" they sum to 1, with "sigmoid" each
+  class has a probability of its own;
+* ``effective_<modality>``, one per modality: bool, whether the modality was judged good and used unchanged;
+* ``p_value_<modality>``, one per modality: float32, the p-value behind this verdict; 0 where the modality is
+  unavailable;
+* ``abstained``: bool, whether no modality was effective, so that the prediction rests on nothing that can be trusted;
+* ``error``: string, null where there is none. It says why a row could not be scored. All other columns but ``id`` are
+  then null, and so is ``id`` if it is itself at fault.
+
+The schema's metadata name the classes and modalities in order: a class named ``value_text`` and the p-value of ``text``
+cannot be distinguished by the names of columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from m3er_fast.corpus.base import CorpusError
+from m3er_fast.fusion import M3ERFusion
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMNS_KEY = b"m3er_fast.columns"
+
+
+class ScoreColumns(NamedTuple):
+    """The classes and modalities that a table of scores has columns for."""
+
+    classes: tuple[str, ...]
+    modalities: tuple[str, ...]
+
+    @classmethod
+    def of_model(cls, model: M3ERFusion) -> ScoreColumns:
+        """Return the columns of a model's scores.
+
+        Raises:
+            ValueError: two columns would have the same name.
+        """
+        columns = cls(tuple(model.classes), tuple(model.input_dims))
+        counts = Counter(name for name, _ in columns._fields_of_schema())
+        clashing = [name for name in columns.classes if counts[columns.probability(name)] > 1]
+        if clashing:
+            raise ValueError(
+                f"classes {clashing} would share a column of the scores with a modality's p-value: rename them"
+            )
+        return columns
+
+    @classmethod
+    def of_schema(cls, schema: pa.Schema) -> ScoreColumns:
+        """Return the columns of scores that were read.
+
+        Raises:
+            CorpusError: the metadata do not name them.
+        """
+        try:
+            names = json.loads((schema.metadata or {})[COLUMNS_KEY])
+            return cls(tuple(names["classes"]), tuple(names["modalities"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorpusError(f"the metadata {COLUMNS_KEY.decode()!r} do not name classes and modalities") from error
+
+    def schema(self, metadata: Mapping[bytes, str]) -> pa.Schema:
+        """Return the schema of scores, with these metadata and the names of classes and modalities."""
+        import pyarrow as pa
+
+        return pa.schema(self._fields_of_schema(), metadata={**metadata, COLUMNS_KEY: json.dumps(self._asdict())})
+
+    def probability(self, name: str) -> str:
+        """Return the name of the column with a class's probability."""
+        return f"p_{name}"
+
+    def effective(self, name: str) -> str:
+        """Return the name of the column that says whether a modality was effective."""
+        return f"effective_{name}"
+
+    def p_value(self, name: str) -> str:
+        """Return the name of the column with a modality's p-value."""
+        return f"p_value_{name}"
+
+    def _fields_of_schema(self) -> list[tuple[str, Any]]:
+        import pyarrow as pa
+
+        return [
+            ("id", pa.string()),
+            ("prediction", pa.string()),
+            *((self.probability(name), pa.float32()) for name in self.classes),
+            *((self.effective(name), pa.bool_()) for name in self.modalities),
+            *((self.p_value(name), pa.float32()) for name in self.modalities),
+            ("abstained", pa.bool_()),
+            ("error", pa.string()),
+        ]
