@@ -1,6 +1,6 @@
-"""Scoring corpora: plan, read, score, write, with one scorer of Arrow tables and runners that share all of it.
+"""Scoring corpora of any size: plan, read, score, write.
 
-:func:`fit_statistics` learns from corpora of that size what a model learns beside its network's weights.
+:func:`fit_statistics` fits a model's standardiser, check and proxies to a corpus of that size.
 """
 
 from m3er_fast.fitting.fit import FitProgress, fit_statistics

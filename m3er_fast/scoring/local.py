@@ -1,4 +1,4 @@
-"""The local runner: the devices of this machine, each of which takes the next shard as it finishes one."""
+"""The local runner: each device of this machine takes the next shard when it has finished one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from m3er_fast.shards.plan import Shard
 
 
 def make_scorers(model: M3ERFusion, devices: Sequence[str] | None, batch_frames: int | str, dtype: str) -> list[Scorer]:
-    """Give every device a scorer with a copy of the model; None is the device where the model is, with no copy."""
+    """Return one scorer per device, each with a copy of the model; None is the model's own device, without a copy."""
     if devices is None:
         return [Scorer(model, batch_frames=batch_frames, dtype=dtype)]  # type: ignore[arg-type]
     models = [copy.deepcopy(model).to(torch.device(device)) for device in devices]
-    return [Scorer(one, batch_frames=batch_frames, dtype=dtype) for one in models]  # type: ignore[arg-type]
+    return [Scorer(model, batch_frames=batch_frames, dtype=dtype) for model in models]  # type: ignore[arg-type]
 
 
 def run_local(job: ScoringJob, shards: Sequence[Shard], scorers: Sequence[Scorer]) -> Iterator[ShardResult | int]:
-    """Score shards, and yield what became of each, and in between the number of rows after every table.
+    """Score shards, and yield the number of rows after each table and the result of each shard.
 
-    Several scorers have a thread each, and share the threads of torch. Closing the iterator drops the shards that are
-    not finished.
+    Several scorers have a thread each, and share the torch threads. Closing the iterator drops unfinished shards.
     """
     if len(scorers) == 1:
         return score_shards(job, shards, scorers[0])
@@ -38,18 +37,18 @@ def run_local(job: ScoringJob, shards: Sequence[Shard], scorers: Sequence[Scorer
 def _score_in_threads(
     job: ScoringJob, shards: Sequence[Shard], scorers: Sequence[Scorer]
 ) -> Iterator[ShardResult | int]:
-    """Score shards with several scorers at a time, in the order in which they become free."""
+    """Score shards with several scorers at the same time; a scorer that is free takes the next shard."""
     results: queue.Queue[ShardResult | int | BaseException | None] = queue.Queue()
-    shared = max(1, torch.get_num_threads() // len(scorers))
-    waiting, claim, stop = iter(shards), threading.Lock(), threading.Event()
+    threads_each = max(1, torch.get_num_threads() // len(scorers))
+    waiting, lock, stop = iter(shards), threading.Lock(), threading.Event()
 
     def next_shard() -> Shard | None:
-        with claim:
+        with lock:
             return None if stop.is_set() else next(waiting, None)
 
     def work(scorer: Scorer) -> None:
         try:
-            with closing(score_shards(job, iter(next_shard, None), scorer, threads=shared)) as scored:  # type: ignore[type-var]
+            with closing(score_shards(job, iter(next_shard, None), scorer, threads=threads_each)) as scored:  # type: ignore[type-var]
                 for result in scored:
                     results.put(result)
                     if stop.is_set():
@@ -74,5 +73,5 @@ def _score_in_threads(
     finally:
         stop.set()
         for thread in threads:
-            if thread.ident is not None:  # it was started
+            if thread.ident is not None:  # it has been started
                 thread.join()

@@ -1,4 +1,4 @@
-"""Loading a model, and what tells one from another: every score carries the signature of the model that made it."""
+"""Loading a model, and the signature of a model, which all of its scores carry."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from m3er_fast.fusion import M3ERFusion
 
 
 def load_model(path: str | Path) -> M3ERFusion:
-    """Load a model from a local folder: what training wrote, or any ``save_pretrained`` made. In eval mode.
+    """Load a model, in eval mode, from a local folder that training or ``save_pretrained`` wrote.
+
+    Nothing is looked up elsewhere.
 
     Raises:
-        ValueError: there is no such folder, or it holds no model that can be read. Nothing is looked up elsewhere.
+        ValueError: there is no such folder, or it holds no readable model.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -25,16 +27,16 @@ def load_model(path: str | Path) -> M3ERFusion:
             raise ValueError(f"{folder} holds no model: it has no {name}")
     try:
         return M3ERFusion.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the parsers of JSON and safetensors say
+    except Exception as error:  # the parsers of JSON and safetensors raise anything for a damaged file
         raise ValueError(f"{folder} holds no model that can be read: {error}") from error
 
 
 def model_signature(model: M3ERFusion) -> str:
-    """SHA-256, in hexadecimal, of everything that a model's scores depend on.
+    """Return the SHA-256, in hexadecimal, of everything that a model's scores depend on.
 
-    Hashed are the modalities in order, the class names, the configuration (canonical JSON) and, in the order of their
-    names, all parameters and buffers with dtype, shape and bytes. The device does not count, and a model that was
-    saved and loaded again has the signature that it had.
+    It covers the modalities in order, the class names, the configuration (canonical JSON) and all parameters and
+    buffers in the order of their names, each with dtype, shape and bytes. It does not depend on the device, and a model
+    keeps its signature when it is saved and loaded again.
     """
     description = {
         "input_dims": list(model.input_dims.items()),
