@@ -1,1 +1,1 @@
-"""The files of a corpus as they lie on storage: listed, read in tables of bounded size, and read ahead."""
+"""The files of a corpus on storage: listing them, reading them in tables of bounded size, and reading ahead."""

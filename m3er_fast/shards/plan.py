@@ -1,4 +1,4 @@
-"""What is to be scored: the shards of a corpus on any Arrow filesystem, each with a checksum."""
+"""The shards of a corpus on any Arrow filesystem, each with a checksum."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+from m3er_fast._validation import check_choice
 from m3er_fast.corpus.base import CorpusError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
-_SAMPLE = 64 * 2**10
-_CHUNK = 4 * 2**20
+_SAMPLE_BYTES = 64 * 2**10
+_CHUNK_BYTES = 4 * 2**20
 _THREADS = 16  # checksums wait for storage, not for a core
-_SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfs", "hdfs": "hdfs"}  # of URIs, by the type_name of a filesystem
+_URI_SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfs", "hdfs": "hdfs"}  # by the type_name of a filesystem
 
 Checksum: TypeAlias = Literal["sampled", "full"]
-"""What of a shard is hashed: its size and first and last 64 KiB, or all of it."""
+"""The part of a shard that is hashed: its size and first and last 64 KiB, or all of it."""
 
 Source: TypeAlias = str | Path | tuple[Any, str]
 """A local path, a URI such as ``s3://bucket/corpus``, or a pair of a ``pyarrow.fs.FileSystem`` and a path on it."""
 
 
 class Location(NamedTuple):
-    """A path on a filesystem; it can be pickled."""
+    """A path on a filesystem. It can be pickled."""
 
     filesystem: Any  # pyarrow.fs.FileSystem
     path: str
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on this machine's own filesystem, where files can be synced and mapped."""
+        """Whether the filesystem is a local one, where files can be synced and mapped."""
         return bool(self.filesystem.type_name == "local")
 
     def join(self, name: str) -> str:
-        """Path of a file in this folder."""
+        """Return the path of a file in this folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def __str__(self) -> str:
-        """A path, or a URI without what it may have held besides: keys and options of the filesystem."""
-        scheme = _SCHEMES.get(self.filesystem.type_name)
+        """Return a path, or a URI without the keys and options that it may have had."""
+        scheme = _URI_SCHEMES.get(self.filesystem.type_name)
         return f"{scheme}://{self.path}" if scheme else self.path
 
 
@@ -50,11 +51,11 @@ class Shard(NamedTuple):
     name: str  # of the file in its folder
     path: str  # on the corpus's filesystem
     size: int  # bytes
-    checksum: str  # BLAKE2, sampled or full: whatever writes a Parquet file anew changes its footer
+    checksum: str  # BLAKE2, sampled or full; rewriting a Parquet file changes its footer
 
     @property
     def output_name(self) -> str:
-        """Name of the file of its scores."""
+        """Name of the file with its scores."""
         return self.name if self.name.endswith(".parquet") else f"{self.name}.parquet"
 
 
@@ -66,18 +67,18 @@ class QuarantinedShard(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The shards of a corpus, sorted by name, and where they lie; it can be pickled."""
+    """The shards of a corpus, sorted by name, and its location. It can be pickled."""
 
     corpus: Location
     shards: tuple[Shard, ...]
 
 
 def locate(source: Source) -> Location:
-    """Say where a path, a URI, or a path on a filesystem is.
+    """Return the location of a path, a URI, or a path on a filesystem.
 
     Raises:
         ImportError: pyarrow is missing.
-        ValueError: no filesystem can be had for the URI. What it holds before an ``@``, keys perhaps, is not told.
+        ValueError: there is no filesystem for the URI. The part before an ``@``, which may hold keys, is not shown.
     """
     try:
         import pyarrow as pa
@@ -94,7 +95,7 @@ def locate(source: Source) -> Location:
             reason = str(error).replace(keys, "...") if keys else str(error)
             raise ValueError(f"no filesystem for this URI: {reason}") from None
     else:
-        # Absolute, for workers of Ray that run in another folder.
+        # Absolute, since Ray workers run in another folder.
         filesystem, path = fs.LocalFileSystem(), str(Path(source).absolute())
     while isinstance(filesystem, fs.SubTreeFileSystem):
         filesystem, path = filesystem.base_fs, filesystem.base_path.rstrip("/") + "/" + path.lstrip("/")
@@ -105,15 +106,14 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     """List the Parquet and Arrow IPC files of a corpus: a folder of them, or one file.
 
     Args:
-        source: where it is.
-        checksum: what of a shard is hashed; "full" reads all of the corpus.
+        source: its location.
+        checksum: the part of each shard that is hashed; "full" reads the whole corpus.
 
     Raises:
-        ValueError: ``checksum`` is neither.
-        CorpusError: there is no such file, or none in the folder, or two would have scores of one name.
+        ValueError: ``checksum`` is out of range.
+        CorpusError: there is no such file, none in the folder, or two whose scores would have the same name.
     """
-    if checksum not in get_args(Checksum):
-        raise ValueError(f"checksum must be 'sampled' or 'full', got {checksum!r}")
+    check_choice("checksum", checksum, Checksum)
     corpus = locate(source)
     try:
         files = _list_files(corpus)
@@ -130,7 +130,7 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
 
 
 def _list_files(corpus: Location) -> list[Any]:
-    """The files of a corpus, by name."""
+    """Return the files of a corpus, sorted by name."""
     from pyarrow import fs
 
     found = corpus.filesystem.get_file_info(corpus.path)
@@ -160,13 +160,13 @@ def _checksum(filesystem: Any, path: str, size: int, kind: Checksum) -> str:
     try:
         with filesystem.open_input_file(path) as file:
             if kind == "full":
-                while chunk := file.read(_CHUNK):
+                while chunk := file.read(_CHUNK_BYTES):
                     digest.update(chunk)
             else:
-                digest.update(file.read(_SAMPLE))
-                if size > _SAMPLE:
-                    file.seek(max(_SAMPLE, size - _SAMPLE))
+                digest.update(file.read(_SAMPLE_BYTES))
+                if size > _SAMPLE_BYTES:
+                    file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
                     digest.update(file.read())
-    except OSError as error:  # the run will put it in quarantine
+    except OSError as error:  # the shard will be put in quarantine when it is read
         return f"unreadable: {type(error).__name__}"
     return digest.hexdigest()

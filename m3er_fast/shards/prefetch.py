@@ -1,4 +1,4 @@
-"""Running an iterator ahead in a thread, so that reading and computing overlap."""
+"""An iterator that a thread runs ahead, so that reading and computing overlap."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Item = TypeVar("Item")
 
 
 class Prefetch(Generic[Item], Iterator[Item]):
-    """Iterates over a source that a thread of its own reads, at most ``depth`` items ahead.
+    """Iterates over a source in a separate thread, at most ``depth`` items ahead.
 
-    What the source raises is raised where its next item would have come. Close it if it is not read to its end.
+    An exception of the source is raised in place of its next item. Close the iterator if it is not read to its end.
 
     Args:
-        source: read in the thread, from the moment of construction.
-        depth: items that may wait to be taken.
+        source: iterated over by the thread as soon as this object is constructed.
+        depth: items that may wait to be consumed.
     """
 
     def __init__(self, source: Iterable[Item], depth: int = 1) -> None:
@@ -26,7 +26,7 @@ class Prefetch(Generic[Item], Iterator[Item]):
         self._thread = threading.Thread(target=self._read, args=(source,), name="m3er-prefetch", daemon=True)
         try:
             self._thread.start()
-        except BaseException:  # an interrupt while it starts: nobody could close it
+        except BaseException:  # an interrupt while it starts: the caller has no object to close
             self._stopped.set()
             raise
 
@@ -43,7 +43,7 @@ class Prefetch(Generic[Item], Iterator[Item]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop reading, and wait until the thread has noticed."""
+        """Stop reading, and wait until the thread has ended."""
         self._stopped.set()
         while self._thread.is_alive():
             try:

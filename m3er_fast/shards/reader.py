@@ -1,7 +1,7 @@
-"""The reader: a shard as a stream of tables, a bounded number of bytes at a time, however large the shard.
+"""Reading a shard of any size as a stream of tables of bounded size.
 
-Files are not trusted. What a shard claims to unpack to is compared with what its rows can hold before anything is
-decoded, page checksums are verified where there are any, and whatever is wrong is a `CorpusError`.
+Files are not trusted. The size that a shard claims to unpack to is compared with the size that its rows can have before
+anything is decoded, page checksums are verified if there are any, and every fault is a `CorpusError`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 WINDOW_BYTES = 64 * 2**20
-"""Frames that are read, batched and scored at a time, unless a device wants larger batches."""
+"""Bytes of frames that are read, batched and scored at a time, unless a device needs larger batches."""
 
-# Rows that are wider are no utterances: 16 MiB are 10,000 frames of 410 features.
+# Wider rows are not utterances: 16 MiB are 10,000 frames of 410 features.
 _MOST_ROW_BYTES = 16 * 2**20
 _MOST_ID_BYTES = 64 * 2**10
-# Floats hardly compress. Zeros and nulls do, so that a small shard of them is read whatever its ratio is.
+# Floats hardly compress. Zeros and nulls do, so a small shard is read whatever its ratio.
 _MOST_EXPANSION = 1000
 _SMALL_SHARD = 2**30
-# Of a column that is read at a time: little enough to stay in a core's cache, or worth a request to a store.
-_LOCAL_BUFFER, _REMOTE_BUFFER = 2**17, 2**22
-# Decoded at a time: Arrow takes larger buffers from the system and gives them back, so that each page of them is
-# cleared again, which slowed reading by a tenth to a half (docs/scoring.md).
+# Bytes of a column read at a time: few enough for a core's cache, or enough to be worth a request to a store.
+_LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**17, 2**22
+# Decoded at a time. Arrow returns larger buffers to the system, which clears every page again when they are next
+# allocated; this slowed reading by a tenth to a half (docs/scoring.md).
 _PIECE_BYTES = 8 * 2**20
-_GROUP_ROWS = 2**16  # of the column of groups that are read at a time
+ROWS_PER_READ = 2**16
+"""Rows of the column of groups that are read at a time."""
 
 
 def read_windows(
@@ -46,21 +47,21 @@ def read_windows(
     *,
     window_bytes: int = WINDOW_BYTES,
     verify: bool = True,
-    also: Sequence[str] = (),
+    extra_columns: Sequence[str] = (),
     check: Callable[[pa.Schema], object] = bool,
 ) -> Iterator[pa.Table]:
-    """Yield the columns of a shard that scoring looks at, some rows at a time; of no rows, one empty table.
+    """Yield the columns of a shard that scoring needs, some rows at a time; one empty table if there are no rows.
 
     Args:
-        corpus: whose filesystem the shard is on.
+        corpus: location on the shard's filesystem.
         shard: a Parquet or Arrow IPC file.
-        window_bytes: about how much decoded frames a table may hold.
-        verify: compare pages of Parquet with their checksums, where there are any.
-        also: other columns to be read, where there are such.
-        check: called with the schema before anything is decoded; may raise a CorpusError.
+        window_bytes: approximate size of the decoded frames in a table.
+        verify: compare pages of Parquet with their checksums, if they have any.
+        extra_columns: other columns to read if they exist.
+        check: called with the schema before anything is decoded; it may raise a CorpusError.
 
     Raises:
-        CorpusError: the shard cannot be read, is damaged, or claims more than its rows can hold.
+        CorpusError: the shard cannot be read, is damaged, or claims a larger size than its rows can have.
     """
     import pyarrow as pa
 
@@ -69,9 +70,9 @@ def read_windows(
             with corpus.filesystem.open_input_file(shard.path) as file:
                 magic = file.read(6)
             if magic == b"ARROW1":
-                yield from _read_ipc(corpus, shard, window_bytes, also, check)
+                yield from _read_ipc(corpus, shard, window_bytes, extra_columns, check)
             else:
-                yield from _read_parquet(corpus, shard, window_bytes, verify, also, check)
+                yield from _read_parquet(corpus, shard, window_bytes, verify, extra_columns, check)
         except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
             raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
 
@@ -81,29 +82,28 @@ def _read_parquet(
     shard: Shard,
     window_bytes: int,
     verify: bool,
-    also: Sequence[str],
+    extra_columns: Sequence[str],
     check: Callable[[pa.Schema], object],
 ) -> Iterator[pa.Table]:
     import pyarrow as pa
     from pyarrow import parquet
 
     with (
-        # Not mapped: a damaged disk, or a file cut short while it is read, would be SIGBUS instead of an error.
+        # Not mapped: a damaged disk, or a file truncated while it is read, would cause SIGBUS instead of an error.
         corpus.filesystem.open_input_file(shard.path) as source,
         parquet.ParquetFile(
             source,
             metadata=(metadata := parquet.read_metadata(source)),
-            buffer_size=_buffer_bytes(corpus),  # without one, a column of a row group is read as a whole
+            buffer_size=_buffer_bytes(corpus),  # by default, a column of a row group is read as a whole
             pre_buffer=False,
             page_checksum_verification=verify,
-            read_dictionary=["id"]
-            if "id" in metadata.schema.names
-            else None,  # so that one huge id, repeated, is seen before it is unpacked
+            # So that one huge id, repeated, is noticed before it is unpacked.
+            read_dictionary=["id"] if "id" in metadata.schema.names else None,
         ) as file,
     ):
         schema = file.schema_arrow
         check(schema)
-        columns = _wanted(schema, also)
+        columns = _columns_to_read(schema, extra_columns)
         row_bytes = _check_claims(file.metadata, schema, columns, shard.size)
         rows = max(1, window_bytes // row_bytes)
         pieces = max(1, window_bytes // max(_PIECE_BYTES, row_bytes))
@@ -117,17 +117,17 @@ def _read_parquet(
 
 
 def _buffer_bytes(corpus: Location) -> int:
-    return _LOCAL_BUFFER if corpus.is_local else _REMOTE_BUFFER
+    return _LOCAL_BUFFER_BYTES if corpus.is_local else _REMOTE_BUFFER_BYTES
 
 
-def _wanted(schema: pa.Schema, also: Sequence[str]) -> list[str]:
-    wanted = ("id", "length", *also, *modality_columns(schema))
+def _columns_to_read(schema: pa.Schema, extra_columns: Sequence[str]) -> list[str]:
+    wanted = ("id", "length", *extra_columns, *modality_columns(schema))
     refuse_repeated(schema, wanted)
     return [name for name in schema.names if name in wanted]
 
 
 def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
-    """Bound what decoding will take by the footer alone; returns the bytes of a row, on average of the widest group."""
+    """Check the sizes in a footer, and return the bytes per row, averaged over the row group with the widest rows."""
     import pyarrow as pa
 
     total, row_bytes = 0, 1
@@ -150,10 +150,10 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
                 most = rows * 1024 + _MOST_ID_BYTES
             else:
                 most = chunk.num_values * 8
-            # Levels, page headers and a dictionary beside the values; a page that unpacks to more is a bomb. A header
-            # may have the least and the largest value of a page, of 4 KiB at most, and a page may be of one row.
-            beside = 64 + 2 * min(widths.get(name, 8), 2**12)
-            if chunk.total_uncompressed_size > 1.1 * most + beside * rows + 2**16:
+            # In addition to the values there are levels, page headers and a dictionary. A page that unpacks to more is a
+            # bomb. A header may hold the least and the largest value of a page, 4 KiB at most, and a page one row.
+            overhead = 64 + 2 * min(widths.get(name, 8), 2**12)
+            if chunk.total_uncompressed_size > 1.1 * most + overhead * rows + 2**16:
                 raise CorpusError(
                     f"column {name!r} would unpack to {chunk.total_uncompressed_size} bytes, "
                     f"but its {rows} rows hold at most {most}"
@@ -185,16 +185,20 @@ def _with_checked_ids(table: pa.Table) -> pa.Table:
 
 
 def _read_ipc(
-    corpus: Location, shard: Shard, window_bytes: int, also: Sequence[str], check: Callable[[pa.Schema], object]
+    corpus: Location,
+    shard: Shard,
+    window_bytes: int,
+    extra_columns: Sequence[str],
+    check: Callable[[pa.Schema], object],
 ) -> Iterator[pa.Table]:
     import pyarrow as pa
     from pyarrow import ipc
 
-    with _mapped(corpus, shard) as (source, forget):
+    with _mapped(corpus, shard) as (source, release):
         _refuse_compressed(source)
         with ipc.open_file(source) as reader:
             check(reader.schema)
-            columns = _wanted(reader.schema, also)
+            columns = _columns_to_read(reader.schema, extra_columns)
             yielded = False
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index).select(columns)
@@ -203,14 +207,14 @@ def _read_ipc(
                 for start in range(0, batch.num_rows, rows):
                     yielded = True
                     yield _with_checked_ids(pa.Table.from_batches([batch.slice(start, rows)]))
-                    forget()
+                    release()
             if not yielded:
                 yield reader.schema.empty_table().select(columns)
 
 
 @contextmanager
 def _mapped(corpus: Location, shard: Shard) -> Iterator[tuple[Any, Any]]:
-    """Give the file, mapped to memory where it is local, and how to let go of the pages that were read."""
+    """Open a file, mapped to memory if it is local, together with a function that releases the pages that were read."""
     import pyarrow as pa
 
     if not corpus.is_local or not shard.size:
@@ -223,30 +227,32 @@ def _mapped(corpus: Location, shard: Shard) -> Iterator[tuple[Any, Any]]:
     finally:
         os.close(descriptor)
 
-    def forget() -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):  # they stay in the page cache, but count as memory of this process no more
+    def release() -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # they stay in the page cache, but no longer count as this process's memory
             mapping.madvise(mmap.MADV_DONTNEED)
 
-    yield pa.BufferReader(pa.py_buffer(mapping)), forget  # unmapped with the last table that refers to it
+    yield pa.BufferReader(pa.py_buffer(mapping)), release  # unmapped with the last table that refers to it
 
 
 def _refuse_compressed(source: Any) -> None:
-    """Raise if a batch is compressed: only its own data say what it would unpack to."""
+    """Refuse compressed batches: only their own data say what they unpack to."""
     from pyarrow import ipc
 
     source.seek(8)
     for message in ipc.MessageReader.open_stream(source):
         if message.type in ("record batch", "dictionary") and _has_compression(message):
-            raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
+            raise CorpusError(
+                "it is compressed Arrow IPC: write it uncompressed, so that it can be mapped, or as Parquet"
+            )
     source.seek(0)
 
 
 def _has_compression(message: Any) -> bool:
-    """Whether the flatbuffer of a batch of records or of a dictionary has ``compression``, of format/Message.fbs."""
+    """Return whether the flatbuffer of a record or dictionary batch has a ``compression`` (Arrow's Message.fbs)."""
     content = bytes(message.metadata)
 
     def field(table: int, number: int) -> int:
-        """Position of a field of a table, or 0."""
+        """Return the position of a field of a table, or 0."""
         vtable = table - struct.unpack_from("<i", content, table)[0]
         if 4 + 2 * number >= struct.unpack_from("<H", content, vtable)[0]:
             return 0
@@ -257,7 +263,7 @@ def _has_compression(message: Any) -> bool:
         return int(position + struct.unpack_from("<I", content, position)[0])
 
     try:
-        path = (2, 1) if message.type == "dictionary" else (2,)  # the message's header, and of a dictionary its data
+        path = (2, 1) if message.type == "dictionary" else (2,)  # the message's header, and a dictionary's data in it
         batch = target(0)
         for number in path:
             position = field(batch, number)
@@ -266,7 +272,7 @@ def _has_compression(message: Any) -> bool:
             batch = target(position)
         return bool(field(batch, 3))
     except struct.error as error:
-        raise CorpusError("not readable: a message of it is damaged") from error
+        raise CorpusError("not readable: one of its messages is damaged") from error
 
 
 def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
@@ -286,17 +292,17 @@ def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
 def read_groups(
     corpus: Location, shard: Shard, *, verify: bool = True
 ) -> Generator[tuple[list[str | None], np.ndarray], None, None]:
-    """Yield the column ``group`` of a shard, some rows at a time; nothing if it has none.
+    """Yield the column ``group`` of a shard, some rows at a time; nothing if there is no such column.
 
-    It comes as names, and for each row the index of its name, or -1 for null.
+    Each item holds names, and for each row the index of its name, or -1 for null.
 
     Args:
-        corpus: whose filesystem the shard is on.
+        corpus: location on the shard's filesystem.
         shard: a Parquet or Arrow IPC file.
-        verify: as :func:`read_windows` takes it.
+        verify: as for :func:`read_windows`.
 
     Raises:
-        CorpusError: the column cannot be read, holds no strings, or claims more than its rows can hold.
+        CorpusError: the column cannot be read, holds no strings, or claims a larger size than its rows can have.
     """
     import pyarrow as pa
 
@@ -333,14 +339,14 @@ def _parquet_groups(corpus: Location, source: Any, verify: bool) -> Iterator[Any
         pre_buffer=False,
         page_checksum_verification=verify,
     ) as file:
-        for batch in file.iter_batches(_GROUP_ROWS, columns=["group"], use_threads=False):
+        for batch in file.iter_batches(ROWS_PER_READ, columns=["group"], use_threads=False):
             yield batch.column(0)
 
 
 def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
     from pyarrow import ipc
 
-    with _mapped(corpus, shard) as (source, forget):
+    with _mapped(corpus, shard) as (source, release):
         _refuse_compressed(source)
         with ipc.open_file(source) as reader:
             if not _has_groups(reader.schema):
@@ -348,9 +354,9 @@ def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
             for index in range(reader.num_record_batches):
                 column = reader.get_batch(index).column("group")
                 column.validate(full=True)
-                for start in range(0, len(column), _GROUP_ROWS):
-                    yield column.slice(start, _GROUP_ROWS)
-                    forget()
+                for start in range(0, len(column), ROWS_PER_READ):
+                    yield column.slice(start, ROWS_PER_READ)
+                    release()
 
 
 def _has_groups(schema: pa.Schema) -> bool:
