@@ -1,69 +1,28 @@
 """The memory scan's CPU path against the reference's step-by-step loop under autograd."""
 
 import itertools
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from scan_problems import ODD_LENGTHS, detached, leaves, problem
 
-from m3er_fast import cpu_loop, cpu_scan, reference
-from m3er_fast.functional import MemoryScanWeights, memory_scan
-
-# Length 0, a negative one, one above T, and ties.
-ODD_LENGTHS = torch.tensor([9, 1, 12, 0, 9, 2, -3])
+from m3er_fast import reference
+from m3er_fast.cpu import memory_scan as cpu
+from m3er_fast.functional import MemoryScanWeights, _dispatch, memory_scan, unchecked
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, and several pieces a block, of tensors of any length."""
-    monkeypatch.setattr(cpu_scan, "_BLOCK", 3)
-    monkeypatch.setattr(cpu_scan, "_ROWS", 7)
-    monkeypatch.setattr(cpu_scan, "_MANY", 20)
-    monkeypatch.setattr(cpu_scan, "_FEWEST_STEPS", 0)
-    monkeypatch.setattr(cpu_scan, "_FEWEST_SCORED", 0)
+    """Every scan on the CPU takes this implementation, in several blocks, and each block in several pieces."""
+    monkeypatch.setattr(cpu, "BLOCK_SAMPLES", 3)
+    monkeypatch.setattr(cpu, "PIECE_ROWS", 7)
+    monkeypatch.setattr(cpu, "MANY_NUMBERS", 20)
+    monkeypatch.setattr(_dispatch, "FEWEST_TRAINED_STEPS", 0)
+    monkeypatch.setattr(_dispatch, "FEWEST_SCORED_STEPS", 0)
 
 
-def problem(dims=(3, 5, 2), batch=7, steps=9, *, feedback=True, dtype=torch.float64, sizes=(3, 4, 5, 6, 7), seed=0):
-    """Features and weights, all of which need gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    h, u, a, b, g = sizes
-    modalities, cells = len(dims), 2 * h * len(dims)
-
-    def draw(*shape, scale=0.4):
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-        return value.to(dtype).requires_grad_()
-
-    def layers(size, inner, out):
-        return draw(inner, size), draw(inner), draw(out, inner), draw(out)
-
-    weights = MemoryScanWeights(
-        input=[draw(4 * h, d) for d in dims],
-        recurrent=draw(modalities, 4 * h, h),
-        bias=draw(modalities, 4 * h),
-        feedback=draw(modalities, 4 * h, 2 * h, scale=2.0) if feedback else None,
-        attention=layers(cells, a, cells),
-        candidate=layers(cells, b, u),
-        retain=layers(cells + u, g, u),
-        update=layers(cells + u, g, u),
-    )
-    return [draw(batch, steps, d, scale=1.0) for d in dims], weights
-
-
-def leaves(features, weights):
-    given = [weights.feedback] if weights.feedback is not None else []
-    layers = [*weights.attention, *weights.candidate, *weights.retain, *weights.update]
-    return [*features, *weights.input, weights.recurrent, weights.bias, *given, *layers]
-
-
-def detached(weights):
-    def one(value):
-        return None if value is None else value.detach() if torch.is_tensor(value) else type(value)(map(one, value))
-
-    return MemoryScanWeights(*map(one, weights))
-
-
-def assert_equal(features, lengths, weights, *, dropout=0.0, forward=1e-12, gradient=1e-9, ours=cpu_scan.memory_scan):
+def assert_equal(features, lengths, weights, *, dropout=0.0, forward=1e-12, gradient=1e-9, ours=unchecked.memory_scan):
     """Results, with and without a graph, and every gradient; ``gradient`` relative to the largest of a tensor."""
     runs = []
     for scan in (ours, reference.memory_scan):
@@ -114,7 +73,7 @@ def test_gradcheck_of_every_argument(feedback, dropout):
 
     def scan(*_):
         torch.manual_seed(2)  # the same units dropped in every call
-        return cpu_scan.memory_scan(features, torch.tensor([3, 1, 2]), weights, dropout=dropout)
+        return unchecked.memory_scan(features, torch.tensor([3, 1, 2]), weights, dropout=dropout)
 
     assert torch.autograd.gradcheck(scan, arguments, check_batched_grad=False)
 
@@ -124,7 +83,7 @@ def test_second_derivatives_are_the_references(dropout):
     features, weights = problem((2, 1), 3, 4, sizes=(2, 2, 3, 2, 2))
     arguments, lengths = leaves(features, weights), torch.tensor([4, 1, 2])
     second = []
-    for scan in (cpu_scan.memory_scan, reference.memory_scan):
+    for scan in (unchecked.memory_scan, reference.memory_scan):
         torch.manual_seed(3)
         hidden, memory = scan(features, lengths, weights, dropout=dropout)
         first = torch.autograd.grad(hidden.square().sum() + memory.sum(), arguments, create_graph=True)
@@ -144,12 +103,12 @@ def test_gradients_of_one_result_alone_and_of_none():
             else torch.autograd.grad(
                 scan(features, ODD_LENGTHS, weights)[which].sum(), [*features, weights.recurrent, weights.bias]
             )
-            for scan in (cpu_scan.memory_scan, reference.memory_scan)
+            for scan in (unchecked.memory_scan, reference.memory_scan)
         )
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     lengths = torch.zeros(7, dtype=torch.int64)
-    results = cpu_scan.memory_scan(features, lengths, weights)
+    results = unchecked.memory_scan(features, lengths, weights)
     assert not any(x.any() for x in results)
     gradients = torch.autograd.grad(sum(x.sum() for x in results), leaves(features, weights))
     assert not any(g.any() for g in gradients)
@@ -157,7 +116,7 @@ def test_gradients_of_one_result_alone_and_of_none():
 
 def test_a_backward_pass_can_run_twice():
     features, weights = problem()
-    total = sum(x.sum() for x in cpu_scan.memory_scan(features, ODD_LENGTHS, weights))
+    total = sum(x.sum() for x in unchecked.memory_scan(features, ODD_LENGTHS, weights))
     first = torch.autograd.grad(total, leaves(features, weights), retain_graph=True)
     second = torch.autograd.grad(total, leaves(features, weights))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -170,8 +129,8 @@ def test_arguments_stay_as_they_were():
         before = [x.detach().clone() for x in leaves(features, weights)]
         lengths = torch.full((batch,), steps)
         with torch.no_grad():
-            cpu_scan.memory_scan(features, lengths, weights)
-        sum(x.sum() for x in cpu_scan.memory_scan(features, lengths, weights)).backward()
+            unchecked.memory_scan(features, lengths, weights)
+        sum(x.sum() for x in unchecked.memory_scan(features, lengths, weights)).backward()
         assert all(torch.equal(x, y) for x, y in zip(before, leaves(features, weights), strict=True))
 
 
@@ -191,9 +150,9 @@ def test_memory_orders():
 def test_what_padding_holds_never_matters():
     features, weights = problem()
     padding = (torch.arange(9) >= ODD_LENGTHS[:, None])[:, :, None]
-    wanted = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    wanted = unchecked.memory_scan(features, ODD_LENGTHS, weights)
     held = [x.detach().masked_fill(padding, float("nan")) for x in features]
-    got = cpu_scan.memory_scan(held, ODD_LENGTHS, weights)
+    got = unchecked.memory_scan(held, ODD_LENGTHS, weights)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     gradients = torch.autograd.grad(sum(x.sum() for x in got), leaves([], weights))
     assert all(g.isfinite().all() for g in gradients)
@@ -202,9 +161,9 @@ def test_what_padding_holds_never_matters():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_what_one_sample_holds_stays_with_it(value):
     features, weights = problem()
-    wanted = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    wanted = unchecked.memory_scan(features, ODD_LENGTHS, weights)
     features[0].data[4, 2] = value
-    got = cpu_scan.memory_scan(features, ODD_LENGTHS, weights)
+    got = unchecked.memory_scan(features, ODD_LENGTHS, weights)
     same = reference.memory_scan(features, ODD_LENGTHS, weights)
     others = torch.arange(7) != 4
     torch.testing.assert_close(got[0][:, others], wanted[0][:, others], rtol=0, atol=1e-12)
@@ -213,44 +172,28 @@ def test_what_one_sample_holds_stays_with_it(value):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12, equal_nan=True)
 
 
-def test_every_scan_that_it_does_not_take_is_the_references():
+def test_scans_that_it_refuses_are_the_references():
     features, weights = problem((2, 3), 3, 4, dtype=torch.float32)
     plain, fixed = [x.detach() for x in features], detached(weights)
-    assert cpu_scan.takes(plain, fixed)
-    # float16 weights, γ layers of two sizes, few steps: a result all the same.
-    other = problem((2, 3), 3, 4, dtype=torch.float32, sizes=(3, 4, 5, 6, 9))[1]
-    uneven = detached(weights._replace(update=other.update))
+    # γ layers of two sizes, and bfloat16 features and weights: a result all the same.
+    uneven = fixed._replace(
+        update=detached(problem((2, 3), 3, 4, dtype=torch.float32, sizes=(3, 4, 5, 6, 9))[1]).update
+    )
     half = [x.bfloat16() for x in plain]
-    low = MemoryScanWeights(*(
-        [w.bfloat16() for w in part] if isinstance(part, list)
-        else tuple(w.bfloat16() for w in part) if isinstance(part, tuple) else part.bfloat16()
-        for part in fixed
-    ))  # fmt: skip
+    low = MemoryScanWeights.of(2, [x.bfloat16() for x in fixed.tensors()])
     for x, w in ((plain, uneven), (half, low)):
-        assert not cpu_scan.takes(x, w)
         got, want = memory_scan(x, torch.full((3,), 4), w), reference.memory_scan(x, torch.full((3,), 4), w)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     empty = [x[:, :0] for x in plain]
     assert not any(x.any() for x in memory_scan(empty, torch.zeros(3, dtype=torch.int64), fixed))
-    assert not any(x.any() for x in cpu_scan.memory_scan(empty, torch.zeros(3), fixed))
 
 
 def test_autocast_leaves_the_precision_alone():
     features, weights = problem((2, 3), 3, 4, dtype=torch.float32)
-    wanted = cpu_scan.memory_scan(features, torch.full((3,), 4), weights)
+    wanted = unchecked.memory_scan(features, torch.full((3,), 4), weights)
     with torch.autocast("cpu", torch.bfloat16):
-        got = cpu_scan.memory_scan(features, torch.full((3,), 4), weights)
+        got = unchecked.memory_scan(features, torch.full((3,), 4), weights)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-def test_functional_takes_it(monkeypatch):
-    features, weights = problem()
-    monkeypatch.setattr(reference, "memory_scan", None)
-    hidden, memory = memory_scan(features, ODD_LENGTHS, weights)
-    assert hidden.shape == (3, 7, 3)
-    assert memory.shape == (7, 4)
-    with pytest.raises(TypeError):
-        memory_scan(features, ODD_LENGTHS, weights, backend="torch")
 
 
 def test_transforms_and_forward_mode_are_the_references():
@@ -275,23 +218,20 @@ def test_transforms_and_forward_mode_are_the_references():
         assert torch.autograd.forward_ad.unpack_dual(memory).tangent.any()
 
 
-def test_working_memory_is_held_up_to_a_bound_and_results_are_not_in_it(monkeypatch):
+def test_results_are_never_in_the_working_memory_that_the_next_call_overwrites(monkeypatch):
     features, weights = problem((2, 3), 3, 9)
     plain, fixed, lengths = [x.detach() for x in features], detached(weights), torch.full((3,), 9)
     wanted = reference.memory_scan(plain, lengths, fixed)
-    first = cpu_scan.memory_scan(plain, lengths, fixed)
-    cpu_scan.memory_scan([-x for x in plain], lengths, fixed)
-    sum(x.sum() for x in cpu_scan.memory_scan(features, lengths, weights)).backward()
+    first = unchecked.memory_scan(plain, lengths, fixed)
+    unchecked.memory_scan([-x for x in plain], lengths, fixed)
+    sum(x.sum() for x in unchecked.memory_scan(features, lengths, weights)).backward()
     single = [x.float() for x in plain], detached(problem((2, 3), 3, 9, dtype=torch.float32)[1])
-    cpu_scan.memory_scan(single[0], lengths, single[1])
-    assert cpu_scan._held.memory[1].dtype == torch.float32
+    unchecked.memory_scan(single[0], lengths, single[1])
     for got, want in zip(first, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    monkeypatch.setattr(cpu_scan, "_MOST_HELD", 0)
-    monkeypatch.setattr(cpu_scan, "_held", threading.local())
-    for got, want in zip(cpu_scan.memory_scan(plain, lengths, fixed), wanted, strict=True):
+    monkeypatch.setattr(cpu, "MOST_WORKSPACE_BYTES", 0)
+    for got, want in zip(unchecked.memory_scan(plain, lengths, fixed), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    assert not hasattr(cpu_scan._held, "memory")
 
 
 def test_threads_scan_at_the_same_time():
@@ -300,7 +240,7 @@ def test_threads_scan_at_the_same_time():
     cases = [[x.detach() * scale for x in features] for scale in (1.0, -1.0, 0.5, 2.0)]
     wanted = [reference.memory_scan(x, lengths, weights) for x in cases]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda i: cpu_scan.memory_scan(cases[i % 4], lengths, detached(weights)), range(40)))
+        got = list(pool.map(lambda i: unchecked.memory_scan(cases[i % 4], lengths, detached(weights)), range(40)))
     for i, results in enumerate(got):
         for ours, want in zip(results, wanted[i % 4], strict=True):
             torch.testing.assert_close(ours, want, rtol=0, atol=1e-12)
@@ -308,7 +248,7 @@ def test_threads_scan_at_the_same_time():
 
 @pytest.mark.parametrize("steps", [2, 9])
 def test_what_no_gradient_was_asked_of_can_be_used_where_one_is(steps, monkeypatch):
-    monkeypatch.setattr(cpu_scan, "_FEWEST_SCORED", 5)
+    monkeypatch.setattr(_dispatch, "FEWEST_SCORED_STEPS", 5)
     features, weights = problem((2, 3), 3, steps)
     lengths = torch.tensor([steps, 1, 0])
     with torch.no_grad():
@@ -318,20 +258,3 @@ def test_what_no_gradient_was_asked_of_can_be_used_where_one_is(steps, monkeypat
         scale = torch.ones_like(got, requires_grad=True)
         (gradient,) = torch.autograd.grad((scale * got).sum(), scale)
         torch.testing.assert_close(gradient, got)
-
-
-def test_many_samples_of_few_frames_are_trained_by_the_loop(monkeypatch):
-    calls = []
-    looped = cpu_loop.memory_scan
-    monkeypatch.setattr(cpu_loop, "memory_scan", lambda *args, **more: calls.append(1) or looped(*args, **more))
-    features, weights = problem(batch=cpu_scan._MOST_TRAINED + 1, sizes=(2, 2, 2, 2, 2))
-    longer, fewer = [x.repeat(1, 8, 1) for x in features], [x[:-1] for x in features]
-    for x, w, by_loop in (
-        (features, weights, True),
-        ([x.detach() for x in features], detached(weights), False),
-        (fewer, weights, False),
-        (longer, weights, False),
-    ):
-        calls.clear()
-        memory_scan(x, torch.full((len(x[0]),), 9), w)
-        assert bool(calls) == by_loop
