@@ -1,4 +1,4 @@
-"""The fusion loss where every class takes part: targets over classes, a margin, and the class costs.
+"""The fusion loss in which every class takes part: targets over classes, a margin, and the class costs.
 
 Dimension legend: M modalities, B samples, C classes, ROWS samples and COLUMNS classes of a tile, PARTS partial sums.
 """
@@ -17,7 +17,8 @@ from m3er_fast.kernels._loss_inputs import (
     offsets_of,
     presence,
 )
-from m3er_fast.kernels._loss_math import BOUND, bounded, cost_and_slopes, exp, one_against_rest, zero_where_held
+from m3er_fast.kernels._loss_math import BOUND, bounded, cost_and_slopes, one_against_rest, zero_where_clamped
+from m3er_fast.kernels._math import exp
 
 
 @triton.jit
@@ -43,13 +44,14 @@ def _class_block(
     HAS_AVAILABLE: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """Costs of a block of classes; and for each modality their slopes, the raw logits and the sums a class leaves over.
+    """Return the costs of a block of classes and, per modality, their slopes, raw logits and remaining sums.
 
-    A class other than the likeliest leaves Σ_{j≠y} exp(x_j - top) = total - exp(x_y - top) ≥ 1: nothing cancels.
+    For a class y other than the likeliest the remaining sum is Σ_{j≠y} exp(x_j - top) = total - exp(x_y - top) ≥ 1:
+    nothing cancels.
     """
     log_p, log_not_p, p, not_p = (), (), (), ()
-    raws, lefts = (), ()
-    here, factors = (), ()
+    raws, remaining = (), ()
+    is_present, factors = (), ()
     for m in tl.static_range(M):
         offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
         raw = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
@@ -59,17 +61,17 @@ def _class_block(
         is_top = c[None, :] == top_classes[m][:, None]
         shifted = tl.where(mask, x - tops[m][:, None], 0.0)
         total = 1.0 + rests[m] * exp(seconds[m] - tops[m])
-        # 1 where it is not used, so that nothing is divided by the 0 that it would be.
+        # For the likeliest class, which does not use it, 1: it would be 0, and is divided by.
         left = tl.where(is_top | ~mask, 1.0, total[:, None] - exp(shifted))
         lead = tl.where(is_top, (tops[m] - seconds[m])[:, None], shifted)
-        of_m = one_against_rest(lead, tl.where(is_top, rests[m][:, None], left))
-        log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
-        p, not_p = p + (of_m[2],), not_p + (of_m[3],)
-        raws, lefts = raws + (raw,), lefts + (left,)
-        here = here + (tl.broadcast_to(present[m][:, None], mask.shape),)
+        chances = one_against_rest(lead, tl.where(is_top, rests[m][:, None], left))
+        log_p, log_not_p = log_p + (chances[0],), log_not_p + (chances[1],)
+        p, not_p = p + (chances[2],), not_p + (chances[3],)
+        raws, remaining = raws + (raw,), remaining + (left,)
+        is_present = is_present + (tl.broadcast_to(present[m][:, None], mask.shape),)
         factors = factors + (factor[m],)
-    cost, slopes = cost_and_slopes(log_p, log_not_p, p, not_p, here, factors, gamma[:, None], M, VARIANT, DETACH)
-    return cost, slopes, raws, lefts
+    cost, slopes = cost_and_slopes(log_p, log_not_p, p, not_p, is_present, factors, gamma[:, None], M, VARIANT, DETACH)
+    return cost, slopes, raws, remaining
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _target_block(
     TARGET: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
 ):
-    """What each class's cost counts for in the loss (ROWS, COLUMNS), before a mean."""
+    """Return the weights (ROWS, COLUMNS) of the classes' costs in the loss, before the division of a mean."""
     if TARGET == "share":
         share = tl.load(share_ptr + (b[:, None] * C + c[None, :]), mask=mask, other=0.0).to(tl.float32)
         if HAS_CLASS_WEIGHT:
@@ -132,7 +134,7 @@ def fusion_loss_classes_fwd_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss and gradient where every class takes part, or the class costs alone."""
+    """Compute loss and gradient, or the class costs alone, when every class takes part."""
     scale = 1.0
     if REDUCTION == "mean":
         if TARGET == "share":
@@ -151,10 +153,10 @@ def fusion_loss_classes_fwd_kernel(
             available_ptr, b, inside, available_stride_b, available_stride_m, beta, M, HAS_AVAILABLE
         )
         label = tl.zeros([ROWS], tl.int32)
-        kept = inside
+        valid = inside
         weight = tl.full([ROWS], 1.0, tl.float32)
         if TARGET == "label":
-            label, kept, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
+            label, valid, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
         elif TARGET == "share" and HAS_MARGIN:
             largest = tl.full([ROWS], -float("inf"), tl.float32)
             for start in range(0, C, COLUMNS):
@@ -171,7 +173,7 @@ def fusion_loss_classes_fwd_kernel(
             top_class = tl.zeros([ROWS], tl.int32)
             second = tl.full([ROWS], -BOUND, tl.float32)
             rest = tl.zeros([ROWS], tl.float32)
-            broken = tl.zeros([ROWS], tl.int32)  # by a NaN, which a maximum with its place may or may not pass on
+            has_nan = tl.zeros([ROWS], tl.int32)  # has a NaN, which a maximum with its index may or may not propagate
             for start in range(0, C, COLUMNS):
                 c = start + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (c < C)[None, :]
@@ -179,7 +181,7 @@ def fusion_loss_classes_fwd_kernel(
                 x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0))
                 if HAS_AVAILABLE:
                     x = tl.where(present[m][:, None], x, 0.0)
-                broken = tl.maximum(broken, tl.max((x != x).to(tl.int32), axis=1))
+                has_nan = tl.maximum(has_nan, tl.max((x != x).to(tl.int32), axis=1))
                 high, at = tl.max(tl.where((c < C)[None, :], x, -float("inf")), axis=1, return_indices=True)
                 others = (c < C)[None, :] & (tl.arange(0, COLUMNS)[None, :] != at[:, None])
                 loser = tl.minimum(top, high)
@@ -189,34 +191,34 @@ def fusion_loss_classes_fwd_kernel(
                 top_class = tl.where(high > top, start + at, top_class).to(tl.int32)
                 top = tl.maximum(top, high)
                 second = higher
-            if C == 1:  # nothing to be told from: certain, but finite
+            if C == 1:  # the only class is certain, but its logarithms must be finite
                 rest += 1e-37
-            rest = tl.where(broken > 0, float("nan"), rest)
+            rest = tl.where(has_nan > 0, float("nan"), rest)
             tops, top_classes = tops + (top,), top_classes + (top_class,)
             seconds, rests = seconds + (second,), rests + (rest,)
 
         loss = tl.zeros([ROWS], tl.float32)
         own = tl.zeros([ROWS], tl.float32)
         best_other = tl.full([ROWS], float("inf"), tl.float32)
-        of_top = ()  # M of (ROWS,): what the loss gains with z of the likeliest class
-        of_rest = ()  # and of each other class, over the sum that class leaves
+        top_gain = ()  # M of (ROWS,): derivative of the loss by z of the likeliest class
+        rest_gain = ()  # M of (ROWS,): Σ over the other classes of that derivative / the class's remaining sum
         for _ in tl.static_range(M):
-            of_top = of_top + (tl.zeros([ROWS], tl.float32),)
-            of_rest = of_rest + (tl.zeros([ROWS], tl.float32),)
+            top_gain = top_gain + (tl.zeros([ROWS], tl.float32),)
+            rest_gain = rest_gain + (tl.zeros([ROWS], tl.float32),)
         for start in range(0, C, COLUMNS):
             c = start + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (c < C)[None, :]
-            cost, slopes, raws, lefts = _class_block(
+            cost, slopes, raws, remaining = _class_block(
                 logits_ptr, b, c, mask, stride_m, stride_b, stride_c, tops, top_classes, seconds, rests, present,
                 factor, gamma, M, C, VARIANT, DETACH, HAS_AVAILABLE, DENSE,
             )  # fmt: skip
             if TARGET == "none":
                 tl.store(cost_ptr + (b[:, None] * C + c[None, :]), cost, mask=mask)
             else:
-                counts = _target_block(
+                share = _target_block(
                     target_ptr, class_weight_ptr, b, c, mask, label, weight, C, TARGET, HAS_CLASS_WEIGHT
                 )
-                loss += tl.sum(tl.where(mask & (counts != 0), counts * cost, 0.0), axis=1)
+                loss += tl.sum(tl.where(mask & (share != 0), share * cost, 0.0), axis=1)
                 if HAS_MARGIN:
                     is_label = c[None, :] == label[:, None]
                     own += tl.sum(tl.where(is_label & mask, cost, 0.0), axis=1)
@@ -226,15 +228,17 @@ def fusion_loss_classes_fwd_kernel(
                 if GRADIENT:
                     next_top, next_rest = (), ()
                     for m in tl.static_range(M):
-                        gain = tl.where(mask & (counts != 0), counts * slopes[m], 0.0)
+                        gain = tl.where(mask & (share != 0), share * slopes[m], 0.0)
                         is_top = c[None, :] == top_classes[m][:, None]
-                        next_top = next_top + (of_top[m] + tl.sum(tl.where(is_top, gain, 0.0), axis=1),)
-                        next_rest = next_rest + (of_rest[m] + tl.sum(tl.where(is_top, 0.0, gain / lefts[m]), axis=1),)
-                    of_top, of_rest = next_top, next_rest
+                        next_top = next_top + (top_gain[m] + tl.sum(tl.where(is_top, gain, 0.0), axis=1),)
+                        next_rest = next_rest + (
+                            rest_gain[m] + tl.sum(tl.where(is_top, 0.0, gain / remaining[m]), axis=1),
+                        )
+                    top_gain, rest_gain = next_top, next_rest
         if TARGET != "none":
-            rate = tl.where(kept, scale, 0.0)
+            rate = tl.where(valid, scale, 0.0)
             if HAS_MARGIN:
-                # A label out of range, whose weight is NaN, must show under a margin too.
+                # A margin must not hide a label out of range, whose weight is NaN.
                 rate = tl.where((own + margin < best_other) & (weight == weight), 0.0, rate)
             loss = tl.where(rate != 0, loss * rate, 0.0)
             if REDUCTION == "none":
@@ -245,23 +249,23 @@ def fusion_loss_classes_fwd_kernel(
                 for start in range(0, C, COLUMNS):
                     c = start + tl.arange(0, COLUMNS)
                     mask = inside[:, None] & (c < C)[None, :]
-                    counts = _target_block(
+                    share = _target_block(
                         target_ptr, class_weight_ptr, b, c, mask, label, weight, C, TARGET, HAS_CLASS_WEIGHT
                     )
-                    cost, slopes, raws, lefts = _class_block(
+                    cost, slopes, raws, remaining = _class_block(
                         logits_ptr, b, c, mask, stride_m, stride_b, stride_c, tops, top_classes, seconds, rests,
                         present, factor, gamma, M, C, VARIANT, DETACH, HAS_AVAILABLE, DENSE,
                     )  # fmt: skip
                     for m in tl.static_range(M):
-                        gain = tl.where(counts != 0, counts * slopes[m], 0.0)
+                        gain = tl.where(share != 0, share * slopes[m], 0.0)
                         x = bounded(raws[m])
                         if HAS_AVAILABLE:
                             x = tl.where(present[m][:, None], x, 0.0)
-                        from_rest = exp(x - tops[m][:, None]) * (of_rest[m][:, None] - gain / lefts[m])
-                        from_top = exp(x - seconds[m][:, None]) * (of_top[m] / rests[m])[:, None]
+                        from_rest = exp(x - tops[m][:, None]) * (rest_gain[m][:, None] - gain / remaining[m])
+                        from_top = exp(x - seconds[m][:, None]) * (top_gain[m] / rests[m])[:, None]
                         is_top = c[None, :] == top_classes[m][:, None]
-                        tile = tl.where(is_top, gain - of_rest[m][:, None], gain - from_rest - from_top)
-                        tile = zero_where_held(tl.where(rate[:, None] != 0, tile * rate[:, None], 0.0), raws[m])
+                        tile = tl.where(is_top, gain - rest_gain[m][:, None], gain - from_rest - from_top)
+                        tile = zero_where_clamped(tl.where(rate[:, None] != 0, tile * rate[:, None], 0.0), raws[m])
                         offsets = tl.full([], m, tl.int64) * B * C + (b[:, None] * C + c[None, :])
                         tl.store(gradient_ptr + offsets, tile.to(gradient_ptr.dtype.element_ty), mask=mask)
     if TARGET != "none" and REDUCTION != "none":

@@ -1,4 +1,4 @@
-"""What the kernels of the fusion loss read beside logits: labels, weights and modalities; and where logits lie.
+"""Inputs of the fusion loss's kernels beside the logits (labels, weights, modalities), and the logits' offsets.
 
 Dimension legend: M modalities, B samples, C classes, ROWS samples and COLUMNS classes of a tile.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Nothing is compiled anew for a batch size, and a batch of one is not a constant.
+# Batch sizes cause no recompilation, and a batch of one is not a constant.
 RUNTIME = ["B", "N", "blocks", "ignore_index"]
 
 
@@ -22,16 +22,19 @@ def labels_of(
     C: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
 ):
-    """Labels (int32), whether each counts, and its weight. A label out of range weighs NaN: the loss must show it."""
+    """Return the labels (int32), which of them are not ignored, and their weights.
+
+    The weight of a label out of range is NaN, and so is its loss.
+    """
     target = tl.load(target_ptr + b, mask=inside, other=0)
-    kept = inside & (target != ignore_index)
+    valid = inside & (target != ignore_index)
     known = (target >= 0) & (target < C)
     label = tl.where(known, target, 0).to(tl.int32)
     if HAS_CLASS_WEIGHT:
-        weight = tl.load(class_weight_ptr + label, mask=kept, other=0.0)
+        weight = tl.load(class_weight_ptr + label, mask=valid, other=0.0)
     else:
         weight = tl.full(b.shape, 1.0, tl.float32)
-    return label, kept, tl.where(kept, tl.where(known, weight, float("nan")), 0.0)
+    return label, valid, tl.where(valid, tl.where(known, weight, float("nan")), 0.0)
 
 
 @triton.jit
@@ -45,7 +48,7 @@ def label_weight(
     HAS_CLASS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Weights of this program's labels, added up: blocks pid, pid + programs, ... of ROWS labels."""
+    """Add up the weights of this program's labels: blocks pid, pid + programs, ... of ROWS labels."""
     total = tl.zeros([ROWS], tl.float32)
     for i in range(blocks):
         block = tl.program_id(0) + i * tl.num_programs(0)
@@ -57,7 +60,7 @@ def label_weight(
 
 @triton.jit
 def mean_factor(total):
-    """1 / total, and 1 where nothing counts: an empty mean is 0, not 0 / 0."""
+    """Return 1 / total, and 1 for a total of 0: an empty mean is 0, not 0 / 0."""
     return 1.0 / tl.where(total > 0, total, 1.0)
 
 
@@ -75,7 +78,10 @@ def label_mean_factor(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """1 / the weights of all labels: a program that is alone adds them up, else a kernel before it has, in parts."""
+    """Return 1 / the sum of all labels' weights.
+
+    A program that is alone (SOLO) adds them up. Otherwise an earlier kernel has added them up, in parts.
+    """
     if SOLO:
         total = label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
     else:
@@ -94,23 +100,23 @@ def presence(
     M: tl.constexpr,
     HAS_AVAILABLE: tl.constexpr,
 ):
-    """Which modalities each sample has, and γ = β / (their number - 1)."""
+    """Return the tuple of each modality's availability in the samples, and γ = β / (number of modalities - 1)."""
     present = ()
     count = tl.zeros(b.shape, tl.float32)
     for m in tl.static_range(M):
         if HAS_AVAILABLE:
-            here = tl.load(available_ptr + b * available_stride_b + m * available_stride_m, mask=inside, other=0).to(
-                tl.int1
-            )
+            pointers = available_ptr + b * available_stride_b + m * available_stride_m
+            is_present = tl.load(pointers, mask=inside, other=0).to(tl.int1)
         else:
-            here = tl.full(b.shape, 1, tl.int1)
-        present = present + (here,)
-        count += here.to(tl.float32)
+            is_present = tl.full(b.shape, 1, tl.int1)
+        present = present + (is_present,)
+        count += is_present.to(tl.float32)
     return present, tl.where(count > 1, beta / tl.maximum(count - 1, 1.0), 0.0)
 
 
 @triton.jit
 def modality_factors(modality_weight_ptr, M: tl.constexpr, HAS_MODALITY_WEIGHT: tl.constexpr):  # (M,) float32
+    """Return the tuple of the modalities' factors v_m."""
     factor = ()
     for m in tl.static_range(M):
         if HAS_MODALITY_WEIGHT:
@@ -122,8 +128,8 @@ def modality_factors(modality_weight_ptr, M: tl.constexpr, HAS_MODALITY_WEIGHT: 
 
 @triton.jit
 def offsets_of(m: tl.constexpr, b, c, stride_m, stride_b, stride_c, C: tl.constexpr, DENSE: tl.constexpr):
-    """Offsets (ROWS, COLUMNS) of samples b and classes c of modality m: int64, for a tensor may pass 2^31 elements."""
+    """Return the offsets (ROWS, COLUMNS) of modality m's logits: int64, since a tensor may pass 2^31 elements."""
     first = tl.full([], m, tl.int64) * stride_m
-    if DENSE:  # a compile-time row length shows the compiler how wide a load may be
+    if DENSE:  # from a row length known at compile time the compiler sees how wide a load may be
         return first + (b[:, None] * C + c[None, :])
     return first + (b[:, None] * stride_b + c.to(tl.int64)[None, :] * stride_c)

@@ -1,7 +1,7 @@
 """The fusion loss of labels under softmax: one class of each sample against all others.
 
-``narrow`` keeps a sample's few classes in the registers of one thread, hundreds of samples a program; ``wide`` walks
-over blocks of classes with an online softmax, and over them again for the gradient.
+``narrow`` keeps a sample's few classes in the registers of one thread, with hundreds of samples per program. ``wide``
+passes over blocks of classes with an online softmax, and over them again for the gradient.
 
 Dimension legend: M modalities, B samples, C classes, ROWS samples and COLUMNS classes of a tile, PARTS partial sums.
 """
@@ -19,24 +19,18 @@ from m3er_fast.kernels._loss_inputs import (
     offsets_of,
     presence,
 )
-from m3er_fast.kernels._loss_math import (
-    BOUND,
-    bounded,
-    columns_of,
-    cost_and_slopes,
-    exp,
-    one_against_rest,
-    tile_of,
-)
+from m3er_fast.kernels._loss_math import BOUND, bounded, columns_of, cost_and_slopes, one_against_rest, tile_of
+from m3er_fast.kernels._math import exp
 
 
 @triton.jit
-def _slopes(slope, rate, kept, own, top, rest):
-    """Slope at the label's logit, and at another class's per power exp(x_j - top); zero where the logit is held.
+def _slopes(slope, rate, valid, own, top, rest):
+    """Return the slope at the label's logit, and the slope per exp(x_j - top) at the logits of the other classes.
 
-    Among the others only the largest can have a power and be held.
+    A slope is zero where its logit is clamped. Among the other classes only the largest logit can be clamped and have a
+    power that is not zero.
     """
-    slope = tl.where(kept, slope * rate, 0.0)
+    slope = tl.where(valid, slope * rate, 0.0)
     return tl.where(tl.abs(own) == BOUND, 0.0, slope), tl.where(tl.abs(top) == BOUND, 0.0, slope / rest)
 
 
@@ -75,7 +69,7 @@ def fusion_loss_narrow_fwd_kernel(
     COLUMNS: tl.constexpr,
     LOG_COLUMNS: tl.constexpr,
 ):
-    """Loss and gradient of labels over few classes, a sample a thread."""
+    """Compute loss and gradient of labels over few classes, one sample per thread."""
     scale = 1.0
     if REDUCTION == "mean":
         scale = label_mean_factor(
@@ -93,7 +87,7 @@ def fusion_loss_narrow_fwd_kernel(
         for m in tl.static_range(M):
             offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
             tiles = tiles + (tl.load(logits_ptr + offsets, mask=mask, other=0.0),)
-        label, kept, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
+        label, valid, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
         present, gamma = presence(
             available_ptr, b, inside, available_stride_b, available_stride_m, beta, M, HAS_AVAILABLE
         )
@@ -120,27 +114,27 @@ def fusion_loss_narrow_fwd_kernel(
                 e = exp(others[j] - top)
                 rest += e
                 power = power + (e,)
-            if C == 1:  # nothing to be told from: certain, but finite
+            if C == 1:  # the only class is certain, but its logarithms must be finite
                 rest += 1e-37
-            of_m = one_against_rest(own - top, rest)
-            log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
-            p, not_p = p + (of_m[2],), not_p + (of_m[3],)
+            chances = one_against_rest(own - top, rest)
+            log_p, log_not_p = log_p + (chances[0],), log_not_p + (chances[1],)
+            p, not_p = p + (chances[2],), not_p + (chances[3],)
             powers, rests = powers + (power,), rests + (rest,)
             owns, tops = owns + (own,), tops + (top,)
         cost, slopes = cost_and_slopes(log_p, log_not_p, p, not_p, present, factor, gamma, M, VARIANT, DETACH)
         rate = weight * scale
-        loss = tl.where(kept, cost * rate, 0.0)
+        loss = tl.where(valid, cost * rate, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + b, loss, mask=inside)
         else:
             sums += loss
         if GRADIENT:
             for m in tl.static_range(M):
-                own_slope, other_slope = _slopes(slopes[m], rate, kept, owns[m], tops[m], rests[m])
+                own_slope, other_slope = _slopes(slopes[m], rate, valid, owns[m], tops[m], rests[m])
                 gradient = ()
                 for j in tl.static_range(C):
                     slope = tl.where(label == j, own_slope, -other_slope * powers[m][j])
-                    gradient = gradient + (tl.where(kept, slope, 0.0),)  # an ignored sample's powers may be NaN
+                    gradient = gradient + (tl.where(valid, slope, 0.0),)  # an ignored sample's powers may be NaN
                 for _ in tl.static_range(COLUMNS - C):
                     gradient = gradient + (own_slope,)  # masked
                 tile = tile_of(gradient, ROWS, COLUMNS, LOG_COLUMNS)
@@ -196,7 +190,7 @@ def fusion_loss_wide_fwd_kernel(
         block = tl.program_id(0) + i * tl.num_programs(0)
         b = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = b < B
-        label, kept, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
+        label, valid, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, HAS_CLASS_WEIGHT)
         present, gamma = presence(
             available_ptr, b, inside, available_stride_b, available_stride_m, beta, M, HAS_AVAILABLE
         )
@@ -210,7 +204,7 @@ def fusion_loss_wide_fwd_kernel(
                 c = start + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (c < C)[None, :]
                 offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
-                # Read again for the gradient: worth keeping.
+                # The gradient's pass reads them again.
                 x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_last"))
                 if HAS_AVAILABLE:
                     x = tl.where(present[m][:, None], x, 0.0)
@@ -221,20 +215,20 @@ def fusion_loss_wide_fwd_kernel(
                 power = tl.where(other, exp(x - higher[:, None]), 0.0)
                 rest = rest * exp(top - higher) + tl.sum(power, axis=1)
                 top = higher
-            of_m = one_against_rest(own - top, rest)
-            log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
-            p, not_p = p + (of_m[2],), not_p + (of_m[3],)
+            chances = one_against_rest(own - top, rest)
+            log_p, log_not_p = log_p + (chances[0],), log_not_p + (chances[1],)
+            p, not_p = p + (chances[2],), not_p + (chances[3],)
             owns, tops, rests = owns + (own,), tops + (top,), rests + (rest,)
         cost, slopes = cost_and_slopes(log_p, log_not_p, p, not_p, present, factor, gamma, M, VARIANT, DETACH)
         rate = weight * scale
-        loss = tl.where(kept, cost * rate, 0.0)
+        loss = tl.where(valid, cost * rate, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + b, loss, mask=inside)
         else:
             sums += loss
         if GRADIENT:
             for m in tl.static_range(M):
-                own_slope, other_slope = _slopes(slopes[m], rate, kept, owns[m], tops[m], rests[m])
+                own_slope, other_slope = _slopes(slopes[m], rate, valid, owns[m], tops[m], rests[m])
                 for start in range(0, C, COLUMNS):
                     c = start + tl.arange(0, COLUMNS)
                     mask = inside[:, None] & (c < C)[None, :]
@@ -242,11 +236,11 @@ def fusion_loss_wide_fwd_kernel(
                     x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"))
                     if HAS_AVAILABLE:
                         x = tl.where(present[m][:, None], x, 0.0)
-                    # The label's own power may be infinite; it is not used.
+                    # The label's own power may be infinite, but is not used.
                     power = exp(x - tops[m][:, None])
                     is_own = c[None, :] == label[:, None]
                     tile = tl.where(is_own, own_slope[:, None], -other_slope[:, None] * power)
-                    tile = tl.where(kept[:, None], tile, 0.0)
+                    tile = tl.where(valid[:, None], tile, 0.0)
                     offsets = tl.full([], m, tl.int64) * B * C + (b[:, None] * C + c[None, :])
                     tl.store(gradient_ptr + offsets, tile.to(gradient_ptr.dtype.element_ty), mask=mask)
     if REDUCTION != "none":

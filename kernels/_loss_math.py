@@ -1,11 +1,11 @@
 """The arithmetic of the multiplicative fusion loss inside a kernel, for one class against all others.
 
-A class y under softmax is a yes/no question of its own: with z = x_y - log Σ_{j≠y} exp(x_j),
+Under softmax, whether the class is y is a yes/no question: with z = x_y - log Σ_{j≠y} exp(x_j),
 
-    log p = -log(1 + exp(-z)),  log(1 - p) = -log(1 + exp(z)),  dz/dx_y = 1,  dz/dx_j = -exp(x_j) / Σ_{i≠y} exp(x_i),
+    log p = -log(1 + exp(-z)),  log(1 - p) = -log(1 + exp(z)),  dz/dx_y = 1,  dz/dx_j = -exp(x_j) / Σ_{i≠y} exp(x_i).
 
-so that softmax and sigmoid (z = x) share everything from z on, and one slope dc/dz per modality is all that the
-gradient of a sample's cost needs. Functions here work on tensors of any one shape; tuples hold one per modality.
+Softmax and sigmoid (z = x) therefore share everything from z on. The gradient of a sample's cost needs only one slope
+dc/dz per modality. The arguments of a function have one shape, which may be any; tuples hold one tensor per modality.
 """
 
 from __future__ import annotations
@@ -13,52 +13,49 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from m3er_fast.kernels._math import LARGEST, exp
+
 # Costs of up to eight modalities, of differences of up to twice this, must still add up to a finite float32.
-BOUND = tl.constexpr(3.4028234663852886e38 / 32)
+BOUND = tl.constexpr(LARGEST.value / 32)
 
 
 @triton.jit
 def _smaller(x, y):
-    """Minimum that is NaN where one of them is, which the hardware's is not by itself."""
+    """Return the minimum, and NaN where x or y is NaN, which the hardware's minimum is not by default."""
     return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _larger(x, y):
+    """Return the maximum, and NaN where x or y is NaN."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def bounded(x):
-    """``x`` in float32, held to ±BOUND; NaN stays NaN."""
+    """Return ``x`` in float32, clamped to ±BOUND; NaN stays NaN."""
     return _smaller(_larger(x.to(tl.float32), -BOUND), BOUND)
 
 
 @triton.jit
-def zero_where_held(gradient, x):
-    """A logit beyond the bound is held there: it has no gradient."""
+def zero_where_clamped(gradient, x):
+    """Return the gradient, and zero where the logit lies beyond the bound that clamps it."""
     return tl.where(tl.abs(x.to(tl.float32)) > BOUND, 0.0, gradient)
 
 
 @triton.jit
-def exp(x):
-    """e^x by the hardware's 2^x: tl.exp spends three instructions on subnormal results, which are nothing here."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
 def one_against_rest(lead, rest):
-    """Log p, log(1 - p), p and 1 - p, each to full relative precision as p tends to 0 or to 1.
+    """Return log p, log(1 - p), p and 1 - p, each to full relative precision as p tends to 0 or to 1.
 
-    ``lead`` is x_y - max_{j≠y} x_j, ``rest`` is Σ_{j≠y} exp(x_j - max) ≥ 1; for a sigmoid they are x and 1.
+    ``lead`` is x_y - max_{j≠y} x_j and ``rest`` is Σ_{j≠y} exp(x_j - max) ≥ 1. For a sigmoid they are x and 1.
     """
     small = exp(-tl.abs(lead))
     own = tl.where(lead >= 0, 1.0, small)
     others = tl.where(lead >= 0, small, 1.0) * rest
-    # Where log p or log(1 - p) takes z, it is beyond log 2: the absolute error of a logarithm will do.
+    # Where log p or log(1 - p) contains z, it is beyond log 2: an absolute error of the logarithm is harmless.
     z = lead - 0.6931471805599453 * tl.log2(rest)
-    # log(1 + exp(-|z|)) = 2 artanh(s), to the last bits however small s is: it is at most 1/3, and the first term left
-    # out of the series is below 1e-8 of the sum.
+    # log(1 + exp(-|z|)) = 2 artanh(s), to the last bits however small s is: s is at most 1/3, and the first omitted
+    # term of the series is below 1e-8 of the sum.
     less = _smaller(own, others)
     s = less / (2.0 * _larger(own, others) + less)
     s2 = s * s
@@ -86,7 +83,7 @@ def cost_and_slopes(
     VARIANT: tl.constexpr,
     DETACH: tl.constexpr,
 ):
-    """Cost c = -Σ_m v_m w_m log p_m of a class, and the tuple of its slopes dc/dz_m."""
+    """Return the cost c = -Σ_m v_m w_m log p_m of a class, and the tuple of its slopes dc/dz_m."""
     weighted = ()  # v_m w_m
     terms = ()  # v_m w_m log p_m
     cost = tl.zeros_like(log_p[0])
@@ -94,7 +91,7 @@ def cost_and_slopes(
         if VARIANT == "m3er":
             evidence = log_p[m]
         else:
-            # Summed anew for each modality: total minus own would cancel where one of them dominates.
+            # Summed anew for each modality: the total minus its own would cancel where that dominates.
             evidence = tl.zeros_like(log_p[m])
             for j in tl.static_range(M):
                 if j != m:
@@ -114,7 +111,7 @@ def cost_and_slopes(
             if VARIANT == "m3er":
                 slope -= gamma * terms[m] * not_p[m]
             else:
-                total = tl.zeros_like(log_p[m])  # what modality m's evidence does to the others' terms
+                total = tl.zeros_like(log_p[m])  # the terms that modality m's evidence weights
                 for j in tl.static_range(M):
                     if j != m:
                         total += terms[j]
@@ -128,7 +125,7 @@ def cost_and_slopes(
 
 @triton.jit
 def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_COLUMNS: tl.constexpr):
-    """The columns of a (ROWS, COLUMNS) tile, as a tuple of (ROWS,) in which a thread owns whole rows."""
+    """Return the columns of a (ROWS, COLUMNS) tile as a tuple of (ROWS,), of which each thread owns whole rows."""
     parts = (tile,)
     for level in tl.static_range(LOG_COLUMNS):
         halves = ()
@@ -144,7 +141,7 @@ def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_COLUMNS: tl.
 
 @triton.jit
 def tile_of(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_COLUMNS: tl.constexpr):
-    """The (ROWS, COLUMNS) tile of a tuple of columns: the reverse of ``columns_of``."""
+    """Return the (ROWS, COLUMNS) tile of a tuple of columns: the inverse of ``columns_of``."""
     parts = ()
     for i in tl.static_range(COLUMNS):
         parts = parts + (tl.reshape(columns[i], [ROWS, 1]),)

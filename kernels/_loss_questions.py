@@ -1,4 +1,4 @@
-"""The fusion loss of yes/no questions, which are independent of each other: one flat pass.
+"""The fusion loss of yes/no questions, which do not depend on each other: one flat pass.
 
 Dimension legend: M modalities, B samples, C classes, ROWS questions of a block, PARTS partial sums.
 """
@@ -16,7 +16,7 @@ from m3er_fast.kernels._loss_inputs import (
     modality_factors,
     presence,
 )
-from m3er_fast.kernels._loss_math import bounded, cost_and_slopes, one_against_rest, zero_where_held
+from m3er_fast.kernels._loss_math import bounded, cost_and_slopes, one_against_rest, zero_where_clamped
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -26,7 +26,7 @@ def fusion_loss_questions_fwd_kernel(
     class_weight_ptr,  # (C,) float32
     modality_weight_ptr,  # (M,) float32
     available_ptr,  # (B, M) bool
-    part_ptr,  # (PARTS,) float32, numbers of answers that count
+    part_ptr,  # (PARTS,) float32, numbers of answers that are not ignored
     loss_ptr,  # (B, C) for "none", else (programs,) partial sums, float32
     gradient_ptr,  # (M, B, C) contiguous
     B,
@@ -56,9 +56,9 @@ def fusion_loss_questions_fwd_kernel(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Loss and gradient of B·C questions side by side, ROWS at a time; each is a class against its absence."""
+    """Compute loss and gradient of B·C questions, ROWS at a time: is the class present or absent?"""
     number = B.to(tl.int64) * C
-    if EVEN:  # lets the compiler read across questions: no vector is cut by the end
+    if EVEN:  # the compiler may then load vectors: none reaches past the end
         number = tl.multiple_of(number, 16)
     scale = 1.0
     if REDUCTION == "mean":
@@ -79,7 +79,7 @@ def fusion_loss_questions_fwd_kernel(
         block = tl.program_id(0) + i * tl.num_programs(0)
         first = block.to(tl.int64) * ROWS
         q = first + tl.arange(0, ROWS)
-        # 64-bit division once a program, 32-bit division once a question.
+        # One 64-bit division per block, and one 32-bit division per question.
         ahead = (first % C).to(tl.int32) + tl.arange(0, ROWS)
         b = first // C + ahead // C
         c = ahead % C
@@ -100,25 +100,25 @@ def fusion_loss_questions_fwd_kernel(
             x = bounded(raw)
             if HAS_AVAILABLE:
                 x = tl.where(present[m], x, 0.0)
-            of_m = one_against_rest(x, one)
-            log_p, log_not_p = log_p + (of_m[0],), log_not_p + (of_m[1],)
-            p, not_p = p + (of_m[2],), not_p + (of_m[3],)
+            chances = one_against_rest(x, one)
+            log_p, log_not_p = log_p + (chances[0],), log_not_p + (chances[1],)
+            p, not_p = p + (chances[2],), not_p + (chances[3],)
             raws = raws + (raw,)
         if TARGET == "label":
-            label, kept, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, False)
+            label, valid, weight = labels_of(target_ptr, class_weight_ptr, b, inside, ignore_index, C, False)
             answer = tl.where(label == c, 1.0, 0.0)
         elif TARGET == "answer":
-            # Out of range is anything but 0 and 1, as if there were two labels.
-            label, kept, weight = labels_of(target_ptr, class_weight_ptr, q, inside, ignore_index, 2, False)
+            # As with labels of two classes, all but 0 and 1 is out of range.
+            label, valid, weight = labels_of(target_ptr, class_weight_ptr, q, inside, ignore_index, 2, False)
             answer = label.to(tl.float32)
         else:
             answer = tl.load(target_ptr + q, mask=inside, other=0.0).to(tl.float32)
-            kept, weight = inside, one
+            valid, weight = inside, one
         if HAS_CLASS_WEIGHT:
             weight *= tl.load(class_weight_ptr + c, mask=inside, other=0.0)
         yes, yes_slopes = cost_and_slopes(log_p, log_not_p, p, not_p, present, factor, gamma, M, VARIANT, DETACH)
         no, no_slopes = cost_and_slopes(log_not_p, log_p, not_p, p, present, factor, gamma, M, VARIANT, DETACH)
-        rate = tl.where(kept, weight * scale, 0.0)
+        rate = tl.where(valid, weight * scale, 0.0)
         if HAS_MARGIN:
             right = tl.where(answer >= 0.5, yes, no)
             wrong = tl.where(answer >= 0.5, no, yes)
@@ -131,7 +131,7 @@ def fusion_loss_questions_fwd_kernel(
         if GRADIENT:
             for m in tl.static_range(M):
                 slope = answer * yes_slopes[m] - (1.0 - answer) * no_slopes[m]
-                gradient = zero_where_held(tl.where(rate != 0, slope * rate, 0.0), raws[m])
+                gradient = zero_where_clamped(tl.where(rate != 0, slope * rate, 0.0), raws[m])
                 offsets = tl.full([], m, tl.int64) * B * C + q
                 tl.store(gradient_ptr + offsets, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
     if REDUCTION != "none":

@@ -1,22 +1,22 @@
 """Multiplicative fusion loss and class costs: value and gradient in one pass over the logits.
 
-Four kernels share the work, by what a cost needs of a sample:
+Four kernels share the work. Which one runs depends on how many classes the cost of a sample needs:
 
-* one class against the others, of few classes or of many: ``narrow`` and ``wide`` in ``_fusion_labels``;
-* every class, for targets over classes, a margin and the class costs: ``_fusion_classes``;
-* nothing of the other classes, for yes/no questions: ``_fusion_questions``.
+* one class against the rest, of few classes or of many: ``narrow`` and ``wide`` in ``_loss_labels``;
+* every class, for targets over classes, a margin and the class costs: ``_loss_classes``;
+* no other class, for yes/no questions: ``_loss_questions``.
 
-Sums are taken program by program and then in a fixed order, never by atomics, so that equal inputs give equal bits. A
-mean must know its divisor before it writes a gradient: for labels a first kernel adds up their weights, or the one
-program that a small batch needs does.
+Each program adds up its own samples, and the partial sums are added in a fixed order, never by atomics: equal inputs
+give equal bits. A mean needs its divisor before a gradient is written. For labels a first kernel adds up their weights;
+a small batch needs only one program, which adds them up itself.
 
-Dimension legend: M modalities, B samples, C classes, ROWS numbers that a program takes at a time, PARTS partial sums.
+Dimension legend: M modalities, B samples, C classes, ROWS numbers that a program handles at a time, PARTS partial sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,14 +28,18 @@ from m3er_fast.kernels._loss_classes import fusion_loss_classes_fwd_kernel
 from m3er_fast.kernels._loss_inputs import RUNTIME, label_weight
 from m3er_fast.kernels._loss_labels import fusion_loss_narrow_fwd_kernel, fusion_loss_wide_fwd_kernel
 from m3er_fast.kernels._loss_questions import fusion_loss_questions_fwd_kernel
-from m3er_fast.kernels._target import TRITON_TYPE, Specialization, Work
+from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
+from m3er_fast.operands import LossFactors, LossOptions
 
-# Programs of the kernel that adds up label weights; their sums are read by every program of the main kernel.
+# Programs of the kernel that adds up label weights. Every program of the main kernel reads their sums.
 _PARTS = 128
-# Up to this many logits and samples one program does everything, in one launch: a second would take longer than that.
-_SOLO_LOGITS = 2**18
-_SOLO_SAMPLES = 8192
-# Each program of the main kernel starts by reading those sums: more programs than this share blocks instead.
+# A batch with at most this many logits and samples gets one program and one launch: a second launch would take longer
+# than all of its work.
+SOLO_LOGITS = 2**18
+SOLO_SAMPLES = 8192
+# Each program of the main kernel starts by reading the sums of the label weights: beyond this number, programs take
+# several blocks each.
 _MOST_PROGRAMS = 4096
 
 
@@ -54,7 +58,7 @@ def fusion_loss_weight_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Weights of the labels that count, added up in PARTS parts."""
+    """Add up the weights of the labels that are not ignored, in PARTS parts."""
     total = label_weight(target_ptr, class_weight_ptr, N, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
     tl.store(part_ptr + tl.program_id(0), total)
 
@@ -67,7 +71,7 @@ def fusion_loss_bwd_kernel(
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient times the incoming gradient, in place; where that is 1, as it is for the last loss, nothing is moved."""
+    """Multiply the gradient by the incoming one, in place; an incoming 1, as of a model's last loss, moves nothing."""
     incoming = tl.load(incoming_ptr).to(tl.float32)
     if incoming != 1.0:
         number = N.to(tl.int64)
@@ -81,22 +85,10 @@ def fusion_loss_bwd_kernel(
 # --- Launching ---
 
 
-class Options(NamedTuple):
-    """The settings of :func:`m3er_fast.functional.fusion_loss`."""
-
-    variant: str
-    beta: float
-    detach_weight: bool
-    activation: str
-    margin: float | None
-    ignore_index: int
-    reduction: str
-
-
 class Tile(NamedTuple):
-    """Samples (or questions) and classes that a program holds at once, its warps, and registers a thread may take.
+    """Samples (or questions) and classes that a program holds at once, its warps, and the most registers per thread.
 
-    Without a ceiling of its own choice the assembler spills a few registers to fit more programs on a multiprocessor.
+    Without this ceiling the assembler spills a few registers to fit more programs on a multiprocessor.
     """
 
     rows: int
@@ -105,8 +97,9 @@ class Tile(NamedTuple):
     registers: int
 
 
-# Label weights that a program adds up at a time, and numbers of a gradient that one scales.
+# For the kernels that run over a flat array: label weights to add up, and gradients to scale.
 _FLAT = Tile(2048, 1, 4, 64)
+TargetMode = Literal["label", "answer", "share", "none"]  # "none": class costs only
 Kind = Literal["narrow", "wide", "classes", "questions"]
 _KERNELS: dict[Kind, Any] = {
     "narrow": fusion_loss_narrow_fwd_kernel,
@@ -117,7 +110,7 @@ _KERNELS: dict[Kind, Any] = {
 
 
 def kind_of(modalities: int, classes: int, *, activation: str, every_class: bool) -> Kind:
-    """Which kernel serves: every class takes part under a margin and with targets over classes."""
+    """Return which kernel computes: every class takes part under a margin and with targets over classes."""
     if activation == "sigmoid":
         return "questions"
     if every_class:
@@ -127,22 +120,22 @@ def kind_of(modalities: int, classes: int, *, activation: str, every_class: bool
 
 
 def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -> Tile:
-    """The table of tile sizes, by feature sizes only; ``solo`` where one program does all of a batch."""
+    """Return the tile for these sizes; ``solo`` if one program computes the whole batch."""
     columns = triton.next_power_of_2(classes)
-    held = modalities * columns
-    if kind == "narrow":  # a sample a thread
+    logits = modalities * columns  # of one sample
+    if kind == "narrow":  # one thread per sample
         if not solo:
-            return Tile(128, columns, 4, 104 if held <= 24 and classes % 2 == 0 else 128 if held <= 32 else 255)
-        return Tile(512, columns, 16, 128) if held <= 32 else Tile(256, columns, 8, 255)
+            return Tile(128, columns, 4, 104 if logits <= 24 and classes % 2 == 0 else 128 if logits <= 32 else 255)
+        return Tile(512, columns, 16, 128) if logits <= 32 else Tile(256, columns, 8, 255)
     if kind == "questions":
         return Tile(512, 1, 4, 168) if modalities <= 4 else Tile(256, 1, 4, 255)
     if kind == "wide":
         size, warps, registers = (1024, 4, 128) if modalities <= 4 else (512, 4, 168)
-        if columns <= 128:  # several samples a program, whose own numbers are many beside a row's
+        if columns <= 128:  # several samples per program, each with many numbers beside its row of logits
             size, registers = size // 2, 168 if modalities <= 4 else 255
         if classes > 1024:
             size, warps, registers = (2048, 8, 128) if modalities <= 4 else (1024, 4, 168)
-    else:  # "classes": four numbers for every logit of the tile are alive at once
+    else:  # "classes": four numbers per logit of the tile are alive at once
         size, warps, registers = (
             (1024, 4, 255) if modalities <= 2 else (512, 8, 255) if modalities <= 4 else (256, 8, 255)
         )
@@ -151,113 +144,108 @@ def tile_for(kind: Kind, modalities: int, classes: int, *, solo: bool = False) -
 
 
 def _forward(
-    logits: Tensor,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    options: Options,
-    *,
-    with_gradient: bool,
+    logits: Tensor, target: Tensor | None, factors: LossFactors, options: LossOptions, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and the gradient of the logits (empty if not wanted); without a target the class costs instead."""
+    """Return the loss and the gradient of the logits (empty if not wanted); without a target, the class costs."""
     modalities, batch, classes = logits.shape
     mode = _target_mode(target)
-    result = logits.new_empty(_result_shape(logits, target, options), dtype=torch.float32)
-    gradient = logits.new_empty(logits.shape if with_gradient else (0,), dtype=_gradient_dtype(logits))
+    result, gradient = _outputs(logits, target, options, with_gradient=with_gradient)
     if not batch:
         return result.zero_(), gradient
-    sigmoid = options.activation == "sigmoid"
     every_class = mode in ("none", "share") or options.margin is not None
     kind = kind_of(modalities, classes, activation=options.activation, every_class=every_class)
     summed = mode != "none" and options.reduction != "none"
-    solo = summed and batch <= _SOLO_SAMPLES and logits.numel() <= _SOLO_LOGITS
+    solo = summed and batch <= SOLO_SAMPLES and logits.numel() <= SOLO_LOGITS
     tile = tile_for(kind, modalities, classes, solo=solo and batch > 128)
-    blocks = triton.cdiv(batch * classes if sigmoid else batch, tile.rows)
+    blocks = triton.cdiv(batch * classes if kind == "questions" else batch, tile.rows)
     programs = 1 if solo else min(blocks, _MOST_PROGRAMS)
     losses = result if not summed or solo else result.new_empty(programs)
-    parts = result.new_empty(_PARTS if options.reduction == "mean" and not solo and mode in ("label", "answer") else 0)
-    # What a kernel does not read it is given all the same: any tensor will do.
+    needs_weights = options.reduction == "mean" and not solo and mode in ("label", "answer")
+    parts = result.new_empty(_PARTS if needs_weights else 0)
+    given = {name: factor is not None for name, factor in factors._asdict().items()}
+    # Every argument of a kernel needs a tensor. The logits stand in for what it does not read.
     labels = logits if target is None else target.contiguous()
-    weights = logits if class_weight is None else class_weight.to(torch.float32).contiguous()
-    factors = logits if modality_weight is None else modality_weight.to(torch.float32).contiguous()
-    mask = logits if available is None else available
-    constants = _constants(
-        kind,
-        tile,
-        options,
-        modalities,
-        classes,
-        mode=mode,
-        has_class_weight=class_weight is not None,
-        has_modality_weight=modality_weight is not None,
-        has_available=available is not None,
-        dense=logits.stride()[1:] == (classes, 1),
-        even=batch * classes % 16 == 0,
-        solo=solo,
-        gradient=with_gradient,
+    class_weight, modality_weight = (
+        logits if factor is None else factor.to(torch.float32).contiguous()
+        for factor in (factors.class_weight, factors.modality_weight)
     )
+    available = logits if factors.available is None else factors.available
     outputs = [losses, result, gradient] if kind == "classes" else [losses, gradient]
-    numbers: list[float] = [
-        batch,
-        triton.cdiv(blocks, programs),
-        *logits.stride(),
-        *mask.stride()[:2],
-        float(options.beta),
-    ]
+    numbers = [batch, triton.cdiv(blocks, programs), *logits.stride(), *available.stride()[:2], float(options.beta)]
     if kind in ("classes", "questions"):
         numbers.append(float(options.margin or 0.0))
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which need not be the tensors' device.
     with torch.cuda.device_of(logits):
-        if parts.numel():
+        if needs_weights:
             fusion_loss_weight_kernel[(_PARTS,)](
                 labels,
-                weights,
+                class_weight,
                 parts,
                 labels.numel(),
                 triton.cdiv(labels.numel(), _PARTS * _FLAT.rows),
                 options.ignore_index,
-                **_weight_constants(classes, mode, has_class_weight=class_weight is not None and not sigmoid),
+                **_weight_constants(
+                    classes, mode, has_class_weight=given["class_weight"] and options.activation == "softmax"
+                ),
                 **_compile_options(_FLAT),
             )
         _KERNELS[kind][(programs,)](
             logits,
             labels,
-            weights,
-            factors,
-            mask,
+            class_weight,
+            modality_weight,
+            available,
             parts,
             *outputs,
             *numbers,
             options.ignore_index,
-            **constants,
+            **_constants(
+                kind,
+                tile,
+                options,
+                given,
+                modalities,
+                classes,
+                mode=mode,
+                dense=logits.stride()[1:] == (classes, 1),
+                even=batch * classes % 16 == 0,
+                solo=solo,
+                gradient=with_gradient,
+            ),
             **_compile_options(tile),
         )
     return losses.sum() if losses is not result else result, gradient
 
 
-def _target_mode(target: Tensor | None) -> str:
+def _target_mode(target: Tensor | None) -> TargetMode:
     if target is None:
         return "none"
     return "share" if target.is_floating_point() else "label" if target.ndim == 1 else "answer"
 
 
-def _result_shape(logits: Tensor, target: Tensor | None, options: Options) -> tuple[int, ...]:
+def _outputs(
+    logits: Tensor, target: Tensor | None, options: LossOptions, *, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return empty tensors for the loss and the gradient.
+
+    The gradient of float16 logits is float32: that of a mean is too small for float16 before a loss scale is applied.
+    """
     _, batch, classes = logits.shape
     if target is None:
-        return (batch, classes)
-    if options.reduction != "none":
-        return ()
-    return (batch, classes) if options.activation == "sigmoid" else (batch,)
+        shape: tuple[int, ...] = (batch, classes)
+    elif options.reduction != "none":
+        shape = ()
+    else:
+        shape = (batch, classes) if options.activation == "sigmoid" else (batch,)
+    dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(logits.shape if with_gradient else (0,), dtype=dtype),
+    )
 
 
-def _gradient_dtype(logits: Tensor) -> torch.dtype:
-    """The logits' own, but for float16: a mean's gradient is too small for it before the loss scale is applied."""
-    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
-
-
-def _weight_constants(classes: int, mode: str, *, has_class_weight: bool) -> dict[str, Any]:
-    # Answers are counted, whatever they are: the main kernel judges them.
+def _weight_constants(classes: int, mode: TargetMode, *, has_class_weight: bool) -> dict[str, Any]:
+    # Answers are counted, whatever their value: the main kernel looks at the value.
     return {
         "C": 2**31 - 1 if mode == "answer" else classes,
         "HAS_CLASS_WEIGHT": has_class_weight,
@@ -268,29 +256,25 @@ def _weight_constants(classes: int, mode: str, *, has_class_weight: bool) -> dic
 def _constants(
     kind: Kind,
     tile: Tile,
-    options: Options,
+    options: LossOptions,
+    given: Mapping[str, bool],
     modalities: int,
     classes: int,
     *,
-    mode: str,
-    has_class_weight: bool,
-    has_modality_weight: bool,
-    has_available: bool,
+    mode: TargetMode,
     dense: bool,
     even: bool,
     solo: bool,
     gradient: bool,
 ) -> dict[str, Any]:
-    """Compile-time arguments of a kernel."""
+    """Return the compile-time arguments of a kernel; ``given`` names the factors that there are."""
     constants: dict[str, Any] = {
         "M": modalities,
         "C": classes,
         "VARIANT": options.variant,
         "DETACH": options.detach_weight,
         "REDUCTION": options.reduction,
-        "HAS_CLASS_WEIGHT": has_class_weight,
-        "HAS_MODALITY_WEIGHT": has_modality_weight,
-        "HAS_AVAILABLE": has_available,
+        **{f"HAS_{name.upper()}": is_given for name, is_given in given.items()},
         "DENSE": dense,
         "SOLO": solo,
         "GRADIENT": gradient,
@@ -309,97 +293,75 @@ def _constants(
 
 
 def _compile_options(tile: Tile) -> dict[str, Any]:
-    # One stage: loads are issued together as it is, and staging them through shared memory costs a barrier each.
+    # One stage: loads are issued together anyway, and staging each through shared memory would cost a barrier.
     return {"num_warps": tile.warps, "maxnreg": tile.registers, "num_stages": 1, "enable_fp_fusion": True}
 
 
-# --- The ops and their gradients ---
+# --- The operators and their gradients ---
 
 
-@torch.library.custom_op("m3er_fast::fusion_loss", mutates_args=())
-def fusion_loss_op(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    variant: str,
-    beta: float,
-    detach_weight: bool,
-    activation: str,
-    margin: float | None,
-    ignore_index: int,
-    reduction: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient. Autocast changes nothing: logits of any type are computed in float32."""
-    options = Options(variant, beta, detach_weight, activation, margin, ignore_index, reduction)
-    return _forward(logits, target, class_weight, modality_weight, available, options, with_gradient=with_gradient)
+def _fusion_loss(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *records, with_gradient = arguments
+    return _forward(logits, target, *_records(records), with_gradient=with_gradient)
 
 
-@fusion_loss_op.register_fake
-def _fusion_loss_fake(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    variant: str,
-    beta: float,
-    detach_weight: bool,
-    activation: str,
-    margin: float | None,
-    ignore_index: int,
-    reduction: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    options = Options(variant, beta, detach_weight, activation, margin, ignore_index, reduction)
-    return (
-        logits.new_empty(_result_shape(logits, target, options), dtype=torch.float32),
-        logits.new_empty(logits.shape if with_gradient else (0,), dtype=_gradient_dtype(logits)),
-    )
+def _fusion_loss_fake(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *records, with_gradient = arguments
+    return _outputs(logits, target, _records(records)[1], with_gradient=with_gradient)
+
+
+def _records(arguments: Sequence[Any]) -> tuple[LossFactors, LossOptions]:
+    factors = len(LossFactors._fields)
+    return LossFactors(*arguments[:factors]), LossOptions(*arguments[factors:])
+
+
+# Autocast changes nothing: logits of any type are computed in float32.
+fusion_loss_op = torch.library.custom_op(
+    "m3er_fast::fusion_loss",
+    _fusion_loss,
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, {schema_of(LossFactors)}, {schema_of(LossOptions)}, bool with_gradient)"
+    " -> (Tensor, Tensor)",
+)
+fusion_loss_op.register_fake(_fusion_loss_fake)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    logits, *others = inputs
+    _, gradient = output
+    ctx.save_for_backward(gradient)
+    ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)
-    ctx.logits_dtype = inputs[0].dtype
+    ctx.logits_dtype = logits.dtype
+    ctx.without_gradient = [None] * len(others)
 
 
 def _fusion_loss_backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if incoming is None:
-        return (None,) * 13
+        return None, *ctx.without_gradient
     if torch.is_grad_enabled():
         raise RuntimeError("the operator m3er_fast::fusion_loss has no second derivative: use backend 'torch'")
     (gradient,) = ctx.saved_tensors  # (M, B, C), while the loss is (), (B,) or (B, C)
     scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
-    return (scaled.to(ctx.logits_dtype), *[None] * 12)
+    return scaled.to(ctx.logits_dtype), *ctx.without_gradient
 
 
 fusion_loss_op.register_autograd(_fusion_loss_backward, setup_context=_save_gradient)
 
 
 def loss_and_gradient(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    settings: Mapping[str, Any],
-    *,
-    with_gradient: bool,
+    logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The op without the dispatcher, which takes longer than the kernel on a small batch: loss, and gradient or (0,).
+    """Return the loss of checked arguments and the gradient of the logits, which is empty if not wanted.
 
-    Arguments are checked, and those of :func:`m3er_fast.functional.fusion_loss`; logits float16, bfloat16 or float32.
+    The logits are float16, bfloat16 or float32. The operator computes the same, but its dispatcher takes longer than
+    the kernel on a small batch.
     """
-    options = Options(**settings)
-    return _forward(logits, target, class_weight, modality_weight, available, options, with_gradient=with_gradient)
+    return _forward(logits, target, factors, options, with_gradient=with_gradient)
 
 
 def scale_(gradient: Tensor, incoming: Tensor) -> Tensor:
-    """The gradient times a number (), in place; where that is 1, as it is for the last loss, nothing is moved."""
+    """Multiply the gradient by a number (), in place; an incoming 1, as of a model's last loss, moves nothing."""
     number = gradient.numel()
     if number:
         with torch.cuda.device_of(gradient):
@@ -409,30 +371,22 @@ def scale_(gradient: Tensor, incoming: Tensor) -> Tensor:
     return gradient
 
 
-def fusion_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    class_weight: Tensor | None,
-    modality_weight: Tensor | None,
-    available: Tensor | None,
-    **settings: Any,
-) -> Tensor:
-    """The same by the op, for the compiler's graph."""
+def fusion_loss(logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions) -> Tensor:
+    """Return the loss by the operator, for the compiler's graph."""
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
-    options = Options(**settings)
-    loss: Tensor = fusion_loss_op(logits, target, class_weight, modality_weight, available, *options, with_gradient)[0]
+    loss: Tensor = fusion_loss_op(logits, target, *factors, *options, with_gradient)[0]
     return loss
 
 
 @torch.library.custom_op("m3er_fast::class_costs", mutates_args=())
 def class_costs_op(logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float) -> Tensor:
-    """Class costs (B, C)."""
-    return _forward(logits, None, None, modality_weight, available, _cost_options(beta), with_gradient=False)[0]
+    """Return the class costs (B, C)."""
+    factors = LossFactors(None, modality_weight, available)
+    return _forward(logits, None, factors, _cost_options(beta), with_gradient=False)[0]
 
 
 @class_costs_op.register_fake
-def _class_costs_fake(logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float) -> Tensor:
+def _class_costs_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[1:], dtype=torch.float32)
 
 
@@ -440,60 +394,47 @@ def _class_costs_fake(logits: Tensor, modality_weight: Tensor | None, available:
 def class_costs_backward_op(
     incoming: Tensor, logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float
 ) -> Tensor:
-    """Gradient of Σ_y incoming(y) c(y): that of a loss whose target is the incoming gradient."""
-    gradient = _forward(logits, incoming, None, modality_weight, available, _cost_options(beta), with_gradient=True)[1]
-    return gradient.to(logits.dtype)
+    """Return the gradient of Σ_y incoming(y) c(y), which is the gradient of a loss with the target ``incoming``."""
+    factors = LossFactors(None, modality_weight, available)
+    return _forward(logits, incoming, factors, _cost_options(beta), with_gradient=True)[1].to(logits.dtype)
 
 
 @class_costs_backward_op.register_fake
-def _class_costs_backward_fake(
-    incoming: Tensor, logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float
-) -> Tensor:
+def _class_costs_backward_fake(_: Tensor, logits: Tensor, *__: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _cost_options(beta: float) -> Options:
-    return Options("original", beta, False, "softmax", None, -100, "sum")
+def _cost_options(beta: float) -> LossOptions:
+    return LossOptions(variant="original", beta=beta, detach_weight=False, reduction="sum")
 
 
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, modality_weight, available, beta = inputs
-    ctx.save_for_backward(logits, modality_weight, available)
-    ctx.beta = beta
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.beta = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _class_costs_backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    logits, modality_weight, available = ctx.saved_tensors
-    return class_costs_backward_op(incoming, logits, modality_weight, available, ctx.beta), None, None, None
+    return class_costs_backward_op(incoming, *ctx.saved_tensors, ctx.beta), None, None, None
 
 
-class_costs_op.register_autograd(_class_costs_backward, setup_context=_save_logits)
+class_costs_op.register_autograd(_class_costs_backward, setup_context=_save_inputs)
 
 
 def class_costs(logits: Tensor, *, beta: float, modality_weight: Tensor | None, available: Tensor | None) -> Tensor:
-    """:func:`m3er_fast.functional.class_costs` of checked arguments, float16, bfloat16 or float32 logits."""
+    """Return Liu's cost of every class; :func:`m3er_fast.functional.class_costs` documents it.
+
+    The arguments are checked, and the logits float16, bfloat16 or float32.
+    """
     costs: Tensor = class_costs_op(logits, modality_weight, available, beta)
     return costs
 
 
-# --- What the ops must move and how their kernels are compiled ---
-
-
-def work(modalities: int, batch: int, classes: int, dtype: torch.dtype, *, with_gradient: bool = True) -> Work:
-    """The least that loss and gradient of labels must do: read logits and labels once, write the gradient once.
-
-    About 30 operations a logit: two comparisons, an exponential, a sum, a product, and its share of the sample's own.
-    """
-    logits = modalities * batch * classes
-    moved = logits * dtype.itemsize + batch * 8
-    if with_gradient:
-        moved += logits * torch.promote_types(dtype, torch.bfloat16).itemsize
-    return Work(moved, 30 * logits)
+# --- How the kernels are compiled ---
 
 
 def specializations() -> Iterator[Specialization]:
-    """Every tile of the table, with the options that need most registers, and the plainest ones."""
-    plain = Options("m3er", 1.0, True, "softmax", None, -100, "mean")
+    """Yield every tile of the table, with the options that need most registers, and with the plainest ones."""
+    plain = LossOptions()
     heavy = plain._replace(variant="original", detach_weight=False)
     both = (torch.float32, torch.bfloat16)
     for modalities, classes in ((1, 1), (3, 6), (3, 7), (3, 16), (4, 16), (8, 8)):
@@ -515,7 +456,8 @@ def specializations() -> Iterator[Specialization]:
     for modalities in (3, 4):
         yield _specialization("classes", modalities, 1024, torch.bfloat16, margin, "share", full=True)
     questions = margin._replace(activation="sigmoid")
-    for mode in ("label", "answer", "share"):
+    modes: tuple[TargetMode, ...] = ("label", "answer", "share")
+    for mode in modes:
         yield _specialization("questions", 3, 6, torch.float32, questions, mode, full=True)
     yield _specialization("questions", 8, 6, torch.float32, questions, "answer", full=True)
     yield _specialization("questions", 3, 6, torch.bfloat16, questions, "share")
@@ -544,13 +486,13 @@ def _specialization(
     modalities: int,
     classes: int,
     dtype: torch.dtype,
-    options: Options,
-    mode: str,
+    options: LossOptions,
+    mode: TargetMode,
     *,
     full: bool = False,
     solo: bool = False,
 ) -> Specialization:
-    """A dense problem; ``full`` has every optional argument."""
+    """Return how a kernel is compiled for dense logits; ``full`` if every factor is given."""
     tile = tile_for(kind, modalities, classes, solo=solo)
     logits = TRITON_TYPE[dtype]
     pointers = {
@@ -578,12 +520,10 @@ def _specialization(
             kind,
             tile,
             options,
+            dict.fromkeys(LossFactors._fields, full),
             modalities,
             classes,
             mode=mode,
-            has_class_weight=full,
-            has_modality_weight=full,
-            has_available=full,
             dense=True,
             even=True,
             solo=solo,
@@ -591,7 +531,7 @@ def _specialization(
         ),
         frozenset({*pointers, "stride_m"}),
         _compile_options(tile),
-        # Rows of an odd number of classes start at any multiple of one element; and of many modalities, with every
-        # class, a thread holds one logit each, for lack of registers.
+        # Rows with an odd number of classes start at any multiple of one element. With many modalities and every class,
+        # a thread holds one logit of each, because registers are short.
         vectorized=kind == "questions" or (classes % 2 == 0 and not (kind == "classes" and modalities > 4)),
     )

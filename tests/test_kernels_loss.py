@@ -1,4 +1,4 @@
-"""The fast paths of the fusion loss, kernels and CPU alike, against the reference in float64 under autograd."""
+"""The fast paths of the fusion loss, on the GPU and on the CPU, against the reference in float64 under autograd."""
 
 import itertools
 import subprocess
@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from loss_problems import problem
 
-from m3er_fast import M3ERConfig, M3ERFusion, MultiplicativeFusionLoss, functional, reference
+from m3er_fast import M3ERConfig, M3ERFusion, MultiplicativeFusionLoss, reference
 from m3er_fast.functional import BackendUnavailableError, class_costs, fusion_loss
+from m3er_fast.operands import LossFactors, LossOptions
 
 pytest.importorskip("triton")
 hypothesis = pytest.importorskip("hypothesis")
@@ -23,31 +25,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def backend(request):
     """The kernel, and on the CPU also the path that "auto" takes there."""
     return request.param
-
-
-def problem(seed, modalities, batch, classes, activation, target_kind, *, weighted, masked, scale=3.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    logits = (torch.randn(modalities, batch, classes, generator=generator) * scale).double()
-    if target_kind == "share":
-        target = draw(batch, classes)
-        if activation == "softmax":
-            target = target / target.sum(dim=1, keepdim=True)
-    elif target_kind == "answer":
-        target = torch.randint(0, 3, (batch, classes), generator=generator)
-        target[target == 2] = -100
-    else:
-        target = torch.randint(0, classes, (batch,), generator=generator)
-        target[draw(batch) < 0.2] = -100
-    options = {"activation": activation}
-    if weighted:
-        options |= {"class_weight": draw(classes) + 0.2, "modality_weight": draw(modalities) + 0.2}
-    if masked:
-        options["available"] = draw(batch, modalities) < 0.7
-    return logits, target, options
 
 
 def on(device, value, dtype=torch.float32):
@@ -79,7 +56,7 @@ def assert_equals_reference(device, logits, target, dtype=torch.float32, backend
 
 @pytest.mark.parametrize(
     "kind",
-    [("softmax", "label"), ("softmax", "share"), ("sigmoid", "label"), ("sigmoid", "share"), ("sigmoid", "answer")],
+    [("softmax", "hard"), ("softmax", "soft"), ("sigmoid", "hard"), ("sigmoid", "soft"), ("sigmoid", "answer")],
 )
 @hypothesis.settings(max_examples=16, deadline=None, derandomize=True)
 @hypothesis.given(
@@ -102,19 +79,20 @@ def assert_equals_reference(device, logits, target, dtype=torch.float32, backend
     ),
 )
 def test_every_option_and_shape(device, seed, modalities, batch, classes, kind, dtype, weighted, masked, solo, options):
-    from m3er_fast.kernels import fusion_loss as kernels
+    from m3er_fast.kernels import loss as kernels
 
-    logits, target, more = problem(seed, modalities, batch, classes, *kind, weighted=weighted, masked=masked)
-    limit = kernels._SOLO_SAMPLES
-    kernels._SOLO_SAMPLES = limit if solo else 0  # one program, or several and a first kernel for the weights
-    try:
+    logits, target, factors = problem(
+        seed, modalities, batch, classes, *kind, weighted=weighted, masked=masked, scale=3.0
+    )
+    options |= {"activation": kind[0], **factors}
+    with pytest.MonkeyPatch.context() as patch:
+        if not solo:  # several programs, and a first kernel for the weights
+            patch.setattr(kernels, "SOLO_SAMPLES", 0)
         for backend in ("triton", "auto"):
-            assert_equals_reference(device, logits, target, dtype, backend, **options, **more)
-    finally:
-        kernels._SOLO_SAMPLES = limit
+            assert_equals_reference(device, logits, target, dtype, backend, **options)
 
 
-@pytest.mark.parametrize("target_kind", ["label", "share"])
+@pytest.mark.parametrize("target_kind", ["hard", "soft"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_blocks_of_many_classes(device, variant, target_kind):
     logits, target, options = problem(1, 2, 3, 5000, "softmax", target_kind, weighted=True, masked=True)
@@ -122,7 +100,7 @@ def test_blocks_of_many_classes(device, variant, target_kind):
 
 
 def test_memory_orders_need_no_copy(device, backend):
-    logits, target, options = problem(2, 3, 40, 6, "softmax", "label", weighted=False, masked=True)
+    logits, target, options = problem(2, 3, 40, 6, "softmax", "hard", weighted=False, masked=True)
     for order in itertools.permutations(range(3)):
         back = [order.index(d) for d in range(3)]
         strided = logits.permute(order).contiguous().permute(back)
@@ -154,9 +132,9 @@ def test_finite_and_equal_at_extreme_logits(device, backend, variant, activation
 
 
 def test_nan_stays_with_its_sample(device, backend):
-    for activation, target_kind in (("softmax", "label"), ("softmax", "share"), ("sigmoid", "share")):
+    for activation, target_kind in (("softmax", "hard"), ("softmax", "soft"), ("sigmoid", "soft")):
         logits, target, _ = problem(3, 3, 6, 20, activation, target_kind, weighted=False, masked=False)
-        target = target.abs() if target_kind == "share" else target.clamp(min=0)
+        target = target.abs() if target_kind == "soft" else target.clamp(min=0)
         clean = fusion_loss(
             on(device, logits), on(device, target), backend=backend, activation=activation, reduction="none"
         )
@@ -172,7 +150,7 @@ def test_nan_stays_with_its_sample(device, backend):
 @pytest.mark.parametrize("place", [0, 3, 6, 599])
 def test_one_nan_is_enough(device, place):
     """In any block of classes, and whether or not the target has a share of its class."""
-    logits, target, _ = problem(15, 2, 3, 600, "softmax", "share", weighted=False, masked=False)
+    logits, target, _ = problem(15, 2, 3, 600, "softmax", "soft", weighted=False, masked=False)
     target[:, place] = 0.0
     logits[1, 2, place] = torch.nan
     x = on(device, logits)
@@ -187,7 +165,7 @@ def test_one_nan_is_enough(device, place):
 
 
 def test_what_an_ignored_sample_holds_changes_nothing(device, backend):
-    logits, _, _ = problem(16, 3, 5, 6, "softmax", "label", weighted=False, masked=False)
+    logits, _, _ = problem(16, 3, 5, 6, "softmax", "hard", weighted=False, masked=False)
     target = torch.tensor([1, 2, -100, 3, -100], device=device)
     logits[:, 2], logits[0, 4, 1] = torch.nan, torch.inf
     for activation, margin in itertools.product(("softmax", "sigmoid"), (None, 0.1)):
@@ -201,7 +179,7 @@ def test_what_an_ignored_sample_holds_changes_nothing(device, backend):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_infinite_logits_are_held_at_the_bound(device, backend, dtype):
-    logits, _, _ = problem(17, 2, 6, 5, "softmax", "label", weighted=False, masked=False)
+    logits, _, _ = problem(17, 2, 6, 5, "softmax", "hard", weighted=False, masked=False)
     logits[0, 1, 2], logits[0, 2, 1], logits[1, 3, 4] = torch.inf, -torch.inf, -torch.inf
     target = torch.tensor([0, 1, 1, 4, 2, 3])
     for activation, reduction in itertools.product(("softmax", "sigmoid"), ("none", "mean")):
@@ -215,8 +193,9 @@ def test_infinite_logits_are_held_at_the_bound(device, backend, dtype):
 
 
 def test_what_an_unavailable_modality_holds_changes_nothing(device, backend):
-    for activation, target_kind in (("softmax", "label"), ("softmax", "share"), ("sigmoid", "share")):
+    for activation, target_kind in (("softmax", "hard"), ("softmax", "soft"), ("sigmoid", "soft")):
         logits, target, options = problem(4, 3, 9, 6, activation, target_kind, weighted=False, masked=True)
+        options["activation"] = activation
         results = []
         for held in (0.0, torch.nan, torch.inf, 3e38):
             x = on(device, logits.masked_fill(~options["available"].T[:, :, None], held)).requires_grad_()
@@ -230,17 +209,17 @@ def test_what_an_unavailable_modality_holds_changes_nothing(device, backend):
 
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_every_element_of_the_outputs_is_written(device):
-    for kind, classes in (("label", 6), ("label", 40), ("share", 6)):
+    for kind, classes in (("hard", 6), ("hard", 40), ("soft", 6)):
         for activation in ("softmax", "sigmoid"):
             logits, target, options = problem(5, 3, 131, classes, activation, kind, weighted=True, masked=True)
             for reduction in ("none", "mean"):
-                assert_equals_reference(device, logits, target, reduction=reduction, **options)
+                assert_equals_reference(device, logits, target, activation=activation, reduction=reduction, **options)
     assert class_costs(on(device, logits), backend="triton").isfinite().all()
 
 
 def test_class_costs_and_their_gradient(device):
     for seed, (modalities, batch, classes) in enumerate([(3, 20, 6), (1, 4, 1), (8, 5, 40), (2, 0, 5), (2, 3, 700)]):
-        logits, _, options = problem(seed, modalities, batch, classes, "softmax", "label", weighted=True, masked=True)
+        logits, _, options = problem(seed, modalities, batch, classes, "softmax", "hard", weighted=True, masked=True)
         options = {"modality_weight": options["modality_weight"], "available": options["available"], "beta": 1.4}
         x = on(device, logits).requires_grad_()
         exact = x.detach().double().cpu().requires_grad_()
@@ -254,7 +233,7 @@ def test_class_costs_and_their_gradient(device):
 
 
 def test_backward_twice_and_what_it_returned_before(device, backend):
-    logits, target, _ = problem(6, 3, 9, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(6, 3, 9, 6, "softmax", "hard", weighted=False, masked=False)
     x = on(device, logits).requires_grad_()
     loss = fusion_loss(x, on(device, target), backend=backend)
     (first,) = torch.autograd.grad(loss, x, torch.tensor(3.0, device=device), retain_graph=True)
@@ -269,7 +248,7 @@ def test_backward_twice_and_what_it_returned_before(device, backend):
 
 def test_second_derivative(device, backend):
     """A penalty on the gradient: the gradient itself is differentiated."""
-    logits, target, options = problem(13, 3, 9, 6, "softmax", "label", weighted=True, masked=True)
+    logits, target, options = problem(13, 3, 9, 6, "softmax", "hard", weighted=True, masked=True)
     found = []
     for x, where, chosen in ((on(device, logits), device, backend), (logits.clone(), "cpu", "torch")):
         x.requires_grad_()
@@ -282,7 +261,7 @@ def test_second_derivative(device, backend):
 
 
 def test_no_gradient_is_made_for_logits_that_want_none(device, backend):
-    logits, target, _ = problem(6, 3, 9, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(6, 3, 9, 6, "softmax", "hard", weighted=False, masked=False)
     loss = fusion_loss(on(device, logits), on(device, target), backend=backend)
     assert not loss.requires_grad
     with torch.no_grad():
@@ -293,7 +272,7 @@ def test_no_gradient_is_made_for_logits_that_want_none(device, backend):
 
 def test_transforms_are_the_references(device):
     """Gradients and Hessians of samples one by one, by torch.func, and forward-mode derivatives."""
-    logits, target, _ = problem(7, 3, 5, 4, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(7, 3, 5, 4, "softmax", "hard", weighted=False, masked=False)
     x, y, exact = on(device, logits), on(device, target.clamp(min=0)), logits
 
     def loss(x, y, ignored=-100):
@@ -320,7 +299,7 @@ def test_transforms_are_the_references(device):
 
 
 def test_batched_gradients(device, backend):
-    logits, target, _ = problem(7, 3, 5, 4, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(7, 3, 5, 4, "softmax", "hard", weighted=False, masked=False)
     x = on(device, logits).requires_grad_()
     loss = fusion_loss(x, on(device, target), backend=backend)
     factors = torch.tensor([1.0, -2.0], device=device)
@@ -330,7 +309,7 @@ def test_batched_gradients(device, backend):
 
 
 def test_gradients_of_weights_and_shares_are_the_references(device):
-    logits, target, options = problem(14, 3, 9, 6, "softmax", "share", weighted=True, masked=True)
+    logits, target, options = problem(14, 3, 9, 6, "softmax", "soft", weighted=True, masked=True)
     given = {"target": target, **{name: options[name] for name in ("class_weight", "modality_weight")}}
     found = []
     for where, chosen, dtype in ((device, "auto", torch.float32), ("cpu", "torch", torch.float64)):
@@ -347,23 +326,24 @@ def test_gradients_of_weights_and_shares_are_the_references(device):
 
 
 def test_opcheck(device):
-    from m3er_fast.kernels import fusion_loss as kernels
+    from m3er_fast.kernels import loss as kernels
 
-    settings = ("original", 1.0, False, "softmax", None, -100)
     for reduction, dtype in (("mean", torch.float32), ("none", torch.float16)):
-        logits, target, options = problem(8, 3, 6, 5, "softmax", "label", weighted=True, masked=True)
+        logits, target, given = problem(8, 3, 6, 5, "softmax", "hard", weighted=True, masked=True)
         x = logits.to(device, dtype).requires_grad_()
-        tensors = [on(device, options[name]) for name in ("class_weight", "modality_weight", "available")]
-        torch.library.opcheck(kernels.fusion_loss_op, (x, on(device, target), *tensors, *settings, reduction, True))
-        torch.library.opcheck(kernels.class_costs_op, (x, *tensors[1:], 1.0))
+        factors = LossFactors(**{name: on(device, value) for name, value in given.items()})
+        options = LossOptions(variant="original", detach_weight=False, reduction=reduction)
+        torch.library.opcheck(kernels.fusion_loss_op, (x, on(device, target), *factors, *options, True))
+        costs = (factors.modality_weight, factors.available, 1.0)
+        torch.library.opcheck(kernels.class_costs_op, (x, *costs))
         incoming = torch.rand(6, 5, device=device)
-        torch.library.opcheck(kernels.class_costs_backward_op, (incoming, x.detach(), *tensors[1:], 1.0))
+        torch.library.opcheck(kernels.class_costs_backward_op, (incoming, x.detach(), *costs))
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_whole_models_compile_in_one_graph(device, backend):
     """With the kernel, and on the CPU with the reference that the compiler fuses itself."""
-    logits, target, _ = problem(9, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(9, 3, 8, 6, "softmax", "hard", weighted=False, masked=False)
     target = on(device, target)
     layer = torch.nn.Linear(6, 6).to(device)
     loss = MultiplicativeFusionLoss(backend=backend, variant="original")
@@ -384,7 +364,7 @@ def test_export(device):
         def forward(self, x, target):
             return fusion_loss(x, target, backend="triton")
 
-    logits, target, _ = problem(10, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(10, 3, 8, 6, "softmax", "hard", weighted=False, masked=False)
     inputs = (on(device, logits), on(device, target))
     program = torch.export.export(Model(), inputs)
     assert "m3er_fast.fusion_loss" in str(program.graph)
@@ -393,7 +373,7 @@ def test_export(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(device, dtype):
-    logits, target, _ = problem(11, 3, 8, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(11, 3, 8, 6, "softmax", "hard", weighted=False, masked=False)
     x, y = on(device, logits), on(device, target)
     plain = fusion_loss(x, y, backend="triton")
     with torch.autocast(device.type, dtype=dtype):
@@ -401,7 +381,7 @@ def test_autocast_changes_nothing(device, dtype):
 
 
 def test_equal_inputs_give_equal_bits(device, backend):
-    logits, target, _ = problem(12, 3, 300, 6, "softmax", "label", weighted=False, masked=False)
+    logits, target, _ = problem(12, 3, 300, 6, "softmax", "hard", weighted=False, masked=False)
     x, y = on(device, logits).requires_grad_(), on(device, target)
     runs = []
     for _ in range(2):
@@ -461,45 +441,35 @@ def test_tensors_on_another_device_are_named():
 
 
 def test_labels_are_looked_at_where_asked_for(monkeypatch):
-    """A device that would have to be waited for is asked under M3ER_DEBUG only."""
-    looked = []
-    monkeypatch.setattr(functional, "_on_cpu", lambda tensor: False)
-    labels = torch.tensor([0, 7, 1])
+    """Reading labels from another device would wait for it: that is done with M3ER_DEBUG=1 only."""
+    monkeypatch.delenv("M3ER_DEBUG", raising=False)
+    logits, labels = torch.zeros(2, 3, 4), torch.tensor([0, 7, 1])
 
     class Elsewhere(torch.Tensor):
         @property
         def device(self):
-            looked.append(True)
             return torch.device("cuda")
 
-    elsewhere = labels.as_subclass(Elsewhere)
-    assert functional._checked_target(elsewhere, 3, 4, "softmax", -100) is not None
+    assert fusion_loss(logits.to("meta"), labels.to("meta")).is_meta  # which has no values
     monkeypatch.setenv("M3ER_DEBUG", "1")
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.3 or -100, got values from 0 to 7"):
-        functional._checked_target(elsewhere, 3, 4, "softmax", -100)
-    assert looked
+        fusion_loss(logits.as_subclass(Elsewhere), labels.as_subclass(Elsewhere))
 
 
 def test_an_unseen_label_out_of_range_shows(device):
-    from m3er_fast.kernels import fusion_loss as kernels
+    from m3er_fast.kernels import loss as kernels
 
-    settings = {"variant": "m3er", "beta": 1.0, "detach_weight": True, "margin": None, "ignore_index": -100}
-    weights = {"class_weight": torch.ones(4, device=device), "modality_weight": None, "available": None}
+    factors = LossFactors(class_weight=torch.ones(4, device=device))
     logits, target = torch.zeros(2, 3, 4, device=device), torch.tensor([0, 7, -3], device=device)
     for activation in ("softmax", "sigmoid"):
-        loss = kernels.fusion_loss(logits, target, **settings, **weights, activation=activation, reduction="none")
+        options = LossOptions(activation=activation, reduction="none")
+        loss = kernels.fusion_loss(logits, target, factors, options)
         assert loss[0].isfinite().all()
         assert loss[1:].isnan().all()
     ahead = torch.tensor([90.0, 0.0, 0.0, 0.0], device=device).expand(2, 3, 4)
     for activation in ("softmax", "sigmoid"):  # a margin forgives no such label
-        margin = settings | {"margin": 0.0}
-        loss = kernels.loss_and_gradient(
-            ahead,
-            target,
-            *weights.values(),
-            margin | {"activation": activation, "reduction": "none"},
-            with_gradient=False,
-        )[0]
+        options = LossOptions(activation=activation, reduction="none", margin=0.0)
+        loss, _ = kernels.loss_and_gradient(ahead, target, factors, options, with_gradient=False)
         assert loss[1:].isnan().all()
 
 
