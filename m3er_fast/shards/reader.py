@@ -150,8 +150,8 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
                 most = rows * 1024 + _MOST_ID_BYTES
             else:
                 most = chunk.num_values * 8
-            # In addition to the values there are levels, page headers and a dictionary. A page that unpacks to more is a
-            # bomb. A header may hold the least and the largest value of a page, 4 KiB at most, and a page one row.
+            # Levels, page headers and a dictionary add to the values. A page that unpacks to more is a bomb. A header
+            # may hold the least and the largest value of a page, 4 KiB at most, and a page may hold a single row.
             overhead = 64 + 2 * min(widths.get(name, 8), 2**12)
             if chunk.total_uncompressed_size > 1.1 * most + overhead * rows + 2**16:
                 raise CorpusError(
@@ -241,9 +241,7 @@ def _refuse_compressed(source: Any) -> None:
     source.seek(8)
     for message in ipc.MessageReader.open_stream(source):
         if message.type in ("record batch", "dictionary") and _has_compression(message):
-            raise CorpusError(
-                "it is compressed Arrow IPC: write it uncompressed, so that it can be mapped, or as Parquet"
-            )
+            raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
     source.seek(0)
 
 
