@@ -1,1 +1,1 @@
-"""Fitting at scale: what a model learns beside its network, from corpora that do not fit into memory."""
+"""Fitting at scale: a model's standardiser, check and proxies, from corpora that do not fit into memory."""

@@ -1,7 +1,7 @@
-"""What a model learns from a corpus beside its network's weights, as a value of its own that can be kept in a file.
+"""The statistics that a model learns from a corpus in addition to its network's weights, as a value and as a file.
 
-The file is safetensors: the buffers of standardiser, check and proxies, named as in the model's ``state_dict``, and in
-the metadata what they were learned with and from.
+The file is safetensors. It holds the buffers of standardiser, check and proxies, named as in the model's
+``state_dict``, and in the metadata the settings and the size of the corpus that they were fitted with.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ _KEY = "m3er_fast.statistics"
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What :func:`fit_statistics` learned: a model's standardiser, modality check and proxies."""
+    """The result of :func:`fit_statistics`: the state of a model's standardiser, modality check and proxies."""
 
     input_dims: dict[str, int]
-    check: CheckConfig | None  # the settings that they were learned with
+    check: CheckConfig | None  # settings that they were fitted with
     proxy: ProxyConfig | None
-    state: dict[str, Tensor]  # as those parts have it in the model's state_dict
-    rows: int  # utterances learned from
-    frames: int  # of them, frames with two valid modalities or more, which the bank was chosen from
-    errors: int = 0  # utterances that were left out because they cannot be read
-    quarantined: tuple[QuarantinedShard, ...] = ()  # shards that were left out because they cannot be read
+    state: dict[str, Tensor]  # entries of the model's state_dict
+    rows: int  # utterances that they were fitted to
+    frames: int  # frames with two valid modalities or more, from which the bank was chosen
+    errors: int = 0  # utterances left out because they cannot be read
+    quarantined: tuple[QuarantinedShard, ...] = ()  # shards left out because they cannot be read
 
     def apply(self, model: M3ERFusion) -> M3ERFusion:
-        """Put them in place of what the model's ``fit`` learned, and return the model; its network stays as it is.
+        """Set the model's standardiser, check and proxies to this state, and return the model.
 
-        Do so before the network is trained: it learns what standardised features look like.
+        The network is not changed. Apply the statistics before it is trained, since it is trained on standardised
+        features.
 
         Raises:
             ValueError: the model has other modalities, or other settings of check or proxies.
@@ -65,25 +66,25 @@ class ModelStatistics:
 
     @property
     def digest(self) -> str:
-        """BLAKE2 of everything that a model takes from them."""
-        about = [list(self.input_dims.items()), *map(_plain, (self.check, self.proxy))]
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+        """BLAKE2 of everything that :meth:`apply` uses."""
+        settings = [list(self.input_dims.items()), *map(_plain, (self.check, self.proxy))]
+        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
         for name, value in sorted(self.state.items()):
             digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write them to a file, which gets its name when it is whole and on the disk.
+        """Write the statistics to a file, which gets its name when it is complete and on the disk.
 
         Raises:
-            OSError: it cannot be written. What had this name before is then unharmed.
+            OSError: it cannot be written. An earlier file of this name is then unchanged.
         """
         from safetensors.torch import save
 
         from m3er_fast import __version__
 
-        about = {
+        metadata = {
             "version": __version__,
             "input_dims": self.input_dims,
             "check": _plain(self.check),
@@ -95,14 +96,14 @@ class ModelStatistics:
         }
         state = {name: value.detach().cpu().contiguous() for name, value in self.state.items()}
         with replacing(Path(path)) as partial:
-            partial.write_bytes(save(state, metadata={_KEY: json.dumps(about)}))
+            partial.write_bytes(save(state, metadata={_KEY: json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> ModelStatistics:
-        """Read what :meth:`save` wrote.
+        """Read the file that :meth:`save` wrote.
 
         Raises:
-            ValueError: there is no such file, or it holds nothing of the kind.
+            ValueError: there is no such file, or it holds no statistics.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -110,18 +111,18 @@ class ModelStatistics:
             raise ValueError(f"{path}: no such file, wanted one that fit-stats wrote")
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_KEY])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            config = M3ERConfig.from_dict({"check": about["check"], "proxy": about["proxy"]})
+                metadata = json.loads((file.metadata() or {})[_KEY])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (file is not a mapping)
+            config = M3ERConfig.from_dict({"check": metadata["check"], "proxy": metadata["proxy"]})
             return cls(
-                input_dims=check_input_dims(about["input_dims"]),
+                input_dims=check_input_dims(metadata["input_dims"]),
                 check=config.check,
                 proxy=config.proxy,
                 state=state,
-                rows=int(about["rows"]),
-                frames=int(about["frames"]),
-                errors=int(about["errors"]),
-                quarantined=tuple(QuarantinedShard(**entry) for entry in about["quarantined"]),
+                rows=int(metadata["rows"]),
+                frames=int(metadata["frames"]),
+                errors=int(metadata["errors"]),
+                quarantined=tuple(QuarantinedShard(**entry) for entry in metadata["quarantined"]),
             )
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no statistics that can be read: {error}") from error

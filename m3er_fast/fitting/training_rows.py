@@ -1,4 +1,4 @@
-"""The training utterances of a corpus, shard by shard: what fitting at scale reads.
+"""Reading the training utterances of a corpus, shard by shard.
 
 Dimension legend: B utterances of a batch, M modalities, T time steps, d features.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_FRAMES = 2**13
-"""Frames of a batch, padding included: 13 MB of 410 features. Twice as many took longer, half as many no less."""
+"""Frames of a batch, padding included: 13 MB with 410 features. Twice as many took longer, half as many as long."""
 
-_FIRST_BYTES = 2**20  # are read of a shard whose schema does not tell how wide frames are
+_FIRST_BYTES = 2**20  # read of a shard whose schema does not say how many features a frame has
 _THREADS = 16  # reading schemas waits for storage, not for a core
 
 
 class RowBatch(NamedTuple):
-    """Some utterances that follow each other, as a model takes them."""
+    """Consecutive utterances in the form that a model accepts."""
 
     features: dict[str, np.ndarray]  # modality -> (B, T, d) float32
     lengths: np.ndarray  # (B,) int64
@@ -40,15 +40,15 @@ class RowBatch(NamedTuple):
 
 
 class TrainingReader(NamedTuple):
-    """Reads the training utterances of shards; it can be pickled."""
+    """Reads the training utterances of shards. It can be pickled."""
 
     corpus: Location
     input_dims: dict[str, int]
     has_splits: bool
-    keep_cached: bool = True  # leave what was read in the page cache
+    keep_cached: bool = True  # leave the files that were read in the page cache
 
     def read(self, shard: Shard) -> Iterator[DecodedRows]:
-        """Yield the training utterances of a shard, some at a time.
+        """Yield the training utterances of a shard, some rows at a time.
 
         Raises:
             CorpusError: the shard cannot be read.
@@ -56,8 +56,9 @@ class TrainingReader(NamedTuple):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        also = ["split"] if self.has_splits else []
-        with Prefetch(read_windows(self.corpus, shard, also=also, check=self._check_schema)) as tables:
+        extra = ["split"] if self.has_splits else []
+        windows = read_windows(self.corpus, shard, extra_columns=extra, check=self._check_schema)
+        with Prefetch(windows) as tables:
             for table in tables:
                 try:
                     if self.has_splits:
@@ -78,13 +79,13 @@ class TrainingReader(NamedTuple):
 
 
 def cut_batches(rows: DecodedRows) -> Iterator[RowBatch]:
-    """Cut the rows that can be read into batches of neighbours, each padded to its longest row."""
-    good = np.setdiff1d(np.arange(len(rows.lengths)), list(rows.problems))
+    """Yield the readable rows in batches of consecutive rows, each padded to its longest row."""
+    readable = np.setdiff1d(np.arange(len(rows.lengths)), list(rows.problems))
     start, longest = 0, 1
-    for stop, length in enumerate((*rows.lengths[good].tolist(), None)):
+    for stop, length in enumerate((*rows.lengths[readable].tolist(), None)):
         if length is None or max(longest, length) * (stop + 1 - start) > BATCH_FRAMES:
             if stop > start:
-                chosen = good[start:stop]
+                chosen = readable[start:stop]
                 features = {name: column.padded(chosen, longest) for name, column in rows.columns.items()}
                 yield RowBatch(features, rows.lengths[chosen], rows.available[chosen])
             start, longest = stop, 1
@@ -92,28 +93,28 @@ def cut_batches(rows: DecodedRows) -> Iterator[RowBatch]:
 
 
 def make_reader(plan: Plan, input_dims: Mapping[str, int] | None) -> TrainingReader:
-    """Find out which modalities a corpus has, and whether it has splits.
+    """Return a reader for a corpus, after determining its modalities and whether it has splits.
 
     Raises:
-        CorpusError: no shard can be read, they do not go together, or there is one modality only.
+        CorpusError: no shard can be read, only some shards have splits, or there is only one modality.
         ValueError: ``input_dims`` are out of range.
     """
     input_dims = None if input_dims is None else check_input_dims(input_dims)
     with ThreadPoolExecutor(_THREADS) as pool:
-        looked_at = list(pool.map(partial(_look_at, plan.corpus, known=input_dims), plan.shards))
-    found = [about for about in looked_at if isinstance(about, _ShardSchema)]
-    if not found:
-        raise CorpusError(f"{plan.corpus}: none of its {len(plan.shards)} shards can be read; {looked_at[0]}")
-    if len({about.has_splits for about in found}) > 1:
+        schemas = list(pool.map(partial(_read_shard_schema, plan.corpus, known=input_dims), plan.shards))
+    readable = [schema for schema in schemas if isinstance(schema, _ShardSchema)]
+    if not readable:
+        raise CorpusError(f"{plan.corpus}: none of its {len(plan.shards)} shards can be read; {schemas[0]}")
+    if len({schema.has_splits for schema in readable}) > 1:
         raise CorpusError(f"{plan.corpus}: only some of the shards have splits")
-    dims = input_dims or _agree_on_dims([about.input_dims for about in found])
+    dims = input_dims or _agree_on_dims([schema.input_dims for schema in readable])
     if len(dims) < 2:
         raise CorpusError(f"{plan.corpus}: fusion needs two modalities or more, got {dims}")
-    return TrainingReader(plan.corpus, dims, found[0].has_splits, keep_cached=not outgrows_page_cache(plan))
+    return TrainingReader(plan.corpus, dims, readable[0].has_splits, keep_cached=not outgrows_page_cache(plan))
 
 
 def _agree_on_dims(shards: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """All modalities, each with the feature count that most shards have: those with another one cannot be read."""
+    """Return all modalities, each with the feature count of most shards; shards with another one cannot be read."""
     votes: dict[str, Counter[int]] = {}
     for dims in shards:
         for name, dim in dims.items():
@@ -125,13 +126,13 @@ def _agree_on_dims(shards: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 class _ShardSchema(NamedTuple):
-    """What the schema of a shard says."""
+    """The modalities of a shard, and whether it has splits."""
 
     input_dims: dict[str, int]
     has_splits: bool
 
 
-def _look_at(corpus: Location, shard: Shard, known: Mapping[str, int] | None) -> _ShardSchema | CorpusError:
+def _read_shard_schema(corpus: Location, shard: Shard, known: Mapping[str, int] | None) -> _ShardSchema | CorpusError:
     schema = read_schema(corpus, shard)
     if schema is None:
         return CorpusError(f"{shard.name}: not readable")
@@ -139,7 +140,7 @@ def _look_at(corpus: Location, shard: Shard, known: Mapping[str, int] | None) ->
         with naming(shard.name):
             try:
                 rows = decode_rows(schema.empty_table(), known)
-            except CorpusError:  # lists of lists tell their width by their rows
+            except CorpusError:  # the width of lists of lists is known from their rows only
                 rows = decode_rows(next(read_windows(corpus, shard, window_bytes=_FIRST_BYTES)), known)
     except CorpusError as error:
         return error
