@@ -331,11 +331,10 @@ def _project(view: _Rows, mean: _Rows, rotations: NDArray[np.float64], *, like: 
         center, matrix = (torch.as_tensor(part, dtype=torch.float64, device=view.device) for part in (mean, rotations))
         variates = torch.cat([(rows.double() - center) @ matrix for rows in torch.split(view, _GPU_ROWS)])
     else:
-        center = np.asarray(mean, dtype=np.float64)
-        result = np.empty((len(view), rotations.shape[1]))
+        result, offset = np.empty((len(view), rotations.shape[1])), np.asarray(mean, dtype=np.float64)
         for start in range(0, len(view), _TRANSFORM_ROWS):
             rows = slice(start, start + _TRANSFORM_ROWS)
-            result[rows] = (view[rows] - center) @ rotations
+            result[rows] = (view[rows] - offset) @ rotations
         variates = torch.from_numpy(result)
     if not isinstance(like, torch.Tensor):
         return variates.cpu().numpy()

@@ -46,7 +46,8 @@ def check_input_dims(input_dims: Mapping[str, int]) -> dict[str, int]:
     for name, dim in input_dims.items():
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"input_dims: a modality name must be a non-empty string without dots, got {name!r}")
-        check_positive_int(f"input_dims[{name!r}]", dim.item() if isinstance(dim, np.integer) else dim)
+        size: Any = dim
+        check_positive_int(f"input_dims[{name!r}]", size.item() if isinstance(size, np.integer) else size)
     return {name: int(dim) for name, dim in input_dims.items()}
 
 

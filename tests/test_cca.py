@@ -240,7 +240,7 @@ def test_merge_leaves_the_other_estimator_alone():
     np.testing.assert_array_equal(CCA().fit(X[90:], Y[90:]).x_rotations_, before)
 
 
-def test_fit_forgets_what_was_seen_before():
+def test_fit_forgets_earlier_rows():
     X, Y = correlated_views()
     again = CCA().fit(X[:50, :3] + 9.0, Y[:50, :2]).fit(X, Y)
     np.testing.assert_array_equal(again.x_rotations_, CCA().fit(X, Y).x_rotations_)
@@ -434,7 +434,7 @@ def test_bad_input_after_fit_is_refused(call, message):
         lambda: CCA().fit(X0, Y0).merge(CCA()),
     ],
 )
-def test_unfitted_estimator_says_so(call):
+def test_unfitted_estimator_raises(call):
     with pytest.raises(NotFittedError):
         call()
 

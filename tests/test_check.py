@@ -1,4 +1,4 @@
-"""The modality check against float64 oracles written from the method, and its promises on data it has not seen."""
+"""The modality check: float64 oracles written from the method, and its error rates on data that it has not seen."""
 
 import functools
 import inspect
@@ -103,7 +103,7 @@ def oracle_statistics(train, vectors, there=None, *, ridge=1e-3, weighted=True, 
 
 
 def oracle_calibration(train, there=None):
-    """ρ (n, P) and energy (n, M) of every training sample, by what the nine folds without it teach."""
+    """ρ (n, P) and energy (n, M) of every training sample, from the nine folds without it."""
     n = len(train[0])
     fold = fold_of(n)
     rho, energy = np.empty((n, math.comb(len(train), 2))), np.empty((n, len(train)))
@@ -131,7 +131,7 @@ def test_correlation_and_energy_equal_the_closed_form(weights, n_components):
     np.testing.assert_allclose(single.energy.numpy(), energy, rtol=2e-5)
 
 
-def test_ridge_is_taken_as_given():
+def test_ridge_equals_the_closed_form():
     train, fresh = shared_latent(900), shared_latent(50, seed=1)
     result = ModalityCheck(DIMS, ridge=0.5).double().fit(train).check(fresh)
     rho, energy = oracle_statistics(list(train.values()), list(fresh.values()), ridge=0.5)
@@ -229,7 +229,7 @@ def oracle_correlation_p_value(own, own_there, rho, m, others, rule):
     return np.mean(scores <= scores[-1])
 
 
-def oracle_p_values(calibration, calibration_there, rho, energy, available, *, rule, statistic, telling, alpha=0.05):
+def oracle_p_values(calibration, calibration_there, rho, energy, available, *, rule, statistic, powerful, alpha=0.05):
     """(B, M) p-values by counting, one sample at a time."""
     own_rho, own_energy = calibration
     result = np.zeros(available.shape)
@@ -244,13 +244,13 @@ def oracle_p_values(calibration, calibration_there, rho, energy, available, *, r
             result[b, m] = {
                 "correlation": by_correlation,
                 "energy": by_energy[m],
-                "combined": min(1.0, by_correlation / 0.9, by_energy[m] / 0.1) if telling[m] else by_energy[m],
+                "combined": min(1.0, by_correlation / 0.9, by_energy[m] / 0.1) if powerful[m] else by_energy[m],
             }[statistic]
     return result
 
 
 def oracle_power(train, there, rule, alpha=0.05):
-    """(M,) share of samples in which the correlation condemns what comes from the sample half a fold away."""
+    """(M,) share of samples in which the correlation rejects a modality that comes from the sample half a fold away."""
     own, _ = oracle_calibration(train, there)
     fold = fold_of(len(there))
     found = [[] for _ in train]
@@ -299,14 +299,14 @@ def test_p_values_are_counts_over_the_calibration_samples(rule, statistic, missi
     fresh["face"][20:40] = train["face"].mean(axis=0) + 0.05 * np.random.default_rng(1).normal(size=(20, 5))
     there = random_mask(300, 3, 5) if missing_in_training else np.ones((300, 3), dtype=bool)
     check = ModalityCheck(DIMS, rule=rule, statistic=statistic).double().fit(train, available=there)
-    telling = (check.correlation_power_ >= 0.5).tolist()
-    assert telling == [False, True, True]
+    powerful = (check.correlation_power_ >= 0.5).tolist()
+    assert powerful == [False, True, True]
     calibration = oracle_calibration(list(train.values()), there)
     rho, energy = oracle_statistics(list(train.values()), list(fresh.values()), there)
     for available in (np.ones((60, 3), dtype=bool), random_mask(60, 3, 6)):
         result = check.check(fresh, available=available)
         wanted = oracle_p_values(
-            calibration, there, rho, energy, available, rule=rule, statistic=statistic, telling=telling
+            calibration, there, rho, energy, available, rule=rule, statistic=statistic, powerful=powerful
         )
         np.testing.assert_allclose(result.p_value.numpy(), wanted, rtol=1e-6)
         assert np.array_equal(result.effective.numpy(), available & (wanted >= 0.05))
@@ -314,7 +314,7 @@ def test_p_values_are_counts_over_the_calibration_samples(rule, statistic, missi
 
 
 @pytest.mark.parametrize("rule", ["all", "any"])
-def test_a_correlation_that_cannot_tell_is_not_asked(rule):
+def test_a_correlation_without_power_is_not_used(rule):
     rng = np.random.default_rng(0)
     train, fresh = ({name: rng.normal(size=(n, d)) for name, d in DIMS.items()} for n in (1000, 400))
     combined, by_energy = (ModalityCheck(DIMS, statistic=s, rule=rule).fit(train) for s in ("combined", "energy"))
@@ -326,7 +326,7 @@ def test_a_correlation_that_cannot_tell_is_not_asked(rule):
         assert torch.equal(first, second)
 
 
-def test_a_correlation_that_can_tell_finds_what_has_the_energy_of_any_other():
+def test_a_correlation_with_power_finds_a_mismatch_of_ordinary_energy():
     train, fresh = (float32(shared_latent(n, seed=seed, noise=0.1)) for seed, n in enumerate((2000, 1000)))
     mismatched = {**fresh, "audio": fresh["audio"].roll(1, 0)}
     combined, by_energy = (ModalityCheck(DIMS, statistic=s).fit(train) for s in ("combined", "energy"))
@@ -375,7 +375,7 @@ def test_a_calibration_sample_of_exactly_half_or_twice_the_energy_counts_as_no_l
     assert check.check(fresh).p_value.tolist() == [[1.0] * 3]
 
 
-# --- what it promises on clean and on bad data ---
+# --- error rates on clean and on bad data ---
 
 
 def false_alarm_interval(calibration, samples, share):
@@ -436,7 +436,7 @@ def recordings(count, size, *, seed):
 
 @pytest.mark.parametrize("statistic", ["correlation", "combined"])
 def test_new_recordings_raise_no_more_than_alpha_false_alarms(statistic):
-    # 128 recordings hardly determine 70 features: what was learned from a recording fits it better than any new one.
+    # 128 recordings hardly determine 70 features: projections fit the recordings they were learned from best.
     train, new = recordings(128, 16, seed=0), recordings(400, 5, seed=1)
     shuffled = rows_of(train, np.random.default_rng(2).permutation(2048))  # every fold knows every recording
     contiguous, random = (
@@ -487,7 +487,7 @@ def test_the_p_value_ranks_noise_above_clean_modalities(clean):
         assert auroc(-p_value[:, m].numpy(), truth[:, m].numpy()) >= 0.999
 
 
-def test_one_bad_modality_condemns_the_others_only_under_rule_any(clean):
+def test_one_bad_modality_discredits_the_others_only_under_rule_any(clean):
     train, fresh = clean
     mismatched = {**rows_of(fresh, slice(2000)), "audio": fresh["audio"][2000:4000]}
     kept = {
@@ -542,7 +542,7 @@ def test_a_few_samples_recognise_gross_noise():
     assert effective[[0, 2]].min() >= 1 - 2 / 21
 
 
-def test_real_utterances_are_told_from_noise():
+def test_real_utterances_and_noise_are_separated():
     corpus = utterance_csv.read(real_data("mosi_utterance"))
     dims = {name: x.shape[2] for name, x in corpus.features.items()}
     standardizer = Standardizer(dims)
@@ -590,7 +590,7 @@ def test_threshold_compares_the_correlation_itself(rule, threshold):
     assert np.array_equal(result.effective.numpy(), wanted)
     by_energy = ModalityCheck(DIMS, statistic="energy").fit(train).check(fresh, available=available)
     assert 0 < by_energy.effective.sum() < available.sum()
-    trusted = check.check(fresh, available=by_energy.effective)  # what has the wrong energy is not compared with
+    trusted = check.check(fresh, available=by_energy.effective)  # modalities of odd energy are not compared with
     combined = ModalityCheck(DIMS, statistic="combined", threshold=threshold, rule=rule).fit(train)
     both = combined.check(fresh, available=available)
     assert torch.equal(both.effective, trusted.effective)
@@ -606,7 +606,7 @@ def test_undefined_correlation_is_below_every_threshold():
     assert result.effective.tolist() == [[False, False, False]]
 
 
-# --- training data that lacks something ---
+# --- training data with missing or constant modalities ---
 
 
 def test_a_pair_never_seen_together_is_no_evidence():
@@ -623,7 +623,7 @@ def test_a_pair_never_seen_together_is_no_evidence():
     assert result.effective.tolist() == [[True, True, False]] * 20
     whole = check.check(fresh)
     without_audio = check.check({"text": fresh["text"], "face": fresh["face"]})
-    torch.testing.assert_close(whole.p_value[:, 0], without_audio.p_value[:, 0])  # audio says nothing of text
+    torch.testing.assert_close(whole.p_value[:, 0], without_audio.p_value[:, 0])  # audio is no evidence about text
     assert whole.p_value.min() < 0.5
 
 
@@ -756,7 +756,7 @@ def test_no_sample_is_an_error():
         ModalityCheck(DIMS).fit([])
 
 
-# --- samples that lack something ---
+# --- samples with missing modalities ---
 
 
 @pytest.mark.parametrize("statistic", ["correlation", "energy", "combined"])
@@ -831,7 +831,7 @@ def test_any_number_of_modalities_works(modalities):
 # --- state ---
 
 
-def test_streamed_batches_give_what_one_mapping_gives():
+def test_streamed_batches_give_the_result_of_one_mapping():
     train = float32(shared_latent(500, steps=3))
     there, lengths = random_mask(500, 3, 7), np.random.default_rng(8).integers(0, 4, size=500)
     whole = ModalityCheck(DIMS).fit(train, lengths, there)
@@ -846,7 +846,7 @@ def test_streamed_batches_give_what_one_mapping_gives():
 
 
 @pytest.mark.parametrize("cuts", [[0, 500], [0, 130, 131, 400, 500], [0, 0, 250, 500, 500]], ids=str)
-def test_collected_parts_merged_in_order_give_what_fit_gives(cuts):
+def test_collected_parts_merged_in_order_give_the_result_of_fit(cuts):
     train, there = float32(shared_latent(500)), random_mask(500, 3, 7)
     whole = ModalityCheck(DIMS).fit(train, available=there)
     parts = [
@@ -953,7 +953,7 @@ def test_settings_are_taken_by_position_and_by_name_and_shown_in_the_signature()
         ModalityCheck(DIMS, components=3)
 
 
-def test_an_unfitted_check_says_so():
+def test_an_unfitted_check_raises():
     check = ModalityCheck(DIMS)
     with pytest.raises(NotFittedError, match="call fit with clean training data first"):
         check.check(float32(shared_latent(3)))

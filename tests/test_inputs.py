@@ -57,7 +57,7 @@ def with_text(value):
         (torch.zeros(4, 5, 3), "features must map modality names to tensors, got Tensor"),
     ],
 )
-def test_bad_features_are_named_with_what_came_and_what_was_wanted(bad, message):
+def test_bad_features_are_named_with_their_shapes_and_the_ones_wanted(bad, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare_batch(bad, input_dims=DIMS)
 
@@ -80,7 +80,7 @@ def test_bad_features_are_named_with_what_came_and_what_was_wanted(bad, message)
         ({"available": torch.ones(4, 2)}, "available must be booleans of shape (4, 2), got torch.float32"),
     ],
 )
-def test_bad_masks_are_named_with_what_came_and_what_was_wanted(arguments, message):
+def test_bad_masks_are_named_with_their_shapes_and_the_ones_wanted(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare_batch(features(), **arguments, input_dims=DIMS)
 
@@ -164,7 +164,7 @@ def test_a_missing_key_none_and_available_false_are_the_same():
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
-def test_padding_and_unavailable_modalities_hold_zeros_whatever_came(junk):
+def test_padding_and_unavailable_modalities_hold_zeros_whatever_the_input(junk):
     given = features()
     lengths = torch.tensor([0, 1, 3, 5])
     available = torch.tensor([[True, True], [True, True], [False, True], [True, False]])

@@ -79,7 +79,7 @@ def fitted():
     return Standardizer(DIMS).fit(*random_corpus())
 
 
-# --- what is learned ---
+# --- learned statistics ---
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -158,7 +158,7 @@ def test_unfitted_standardizer_only_cleans():
     assert batch.available.tolist() == [[True], [False]]
 
 
-def test_fit_forgets_what_was_learned_before():
+def test_fit_forgets_earlier_data():
     corpus = random_corpus()
     again = Standardizer(DIMS).fit(*random_corpus(seed=1)).fit(*corpus)
     assert_statistics(again, oracle(*corpus))
@@ -185,7 +185,7 @@ def test_failed_fit_leaves_the_statistics_unchanged():
     assert_statistics(standardizer.partial_fit(*more), oracle(joined, *both))
 
 
-# --- what comes out ---
+# --- standardised batches ---
 
 
 def test_output_equals_the_oracle(fitted):
@@ -405,7 +405,7 @@ def test_standardize_compiles_as_one_graph(fitted):
     equal_batches(compiled(batch), fitted.standardize(batch))
 
 
-# --- what is kept ---
+# --- saved state ---
 
 
 @pytest.mark.parametrize("way", ["state_dict", "safetensors", "pickle", "deepcopy"])
@@ -462,7 +462,7 @@ def test_double_module_learns_and_standardises_in_float64():
     assert standardizer.float().mean_0.dtype == torch.float32
 
 
-# --- what is refused ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
