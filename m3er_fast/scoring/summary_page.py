@@ -1,7 +1,7 @@
-"""The run summary as one HTML page: no script, nothing fetched, light and dark, readable on a phone.
+"""The run summary as one HTML page: no script, no external resource, light and dark, readable on a phone.
 
-What comes from files (names, ids, reasons) is shown as text, whatever it holds. Bars and curves are SVG that stretches
-with the page; numbers stand beside them as text, so that nothing is told by colour or length alone.
+Strings that come from files (names, ids, reasons) are escaped and shown as text. Bars and curves are SVG that stretches
+with the page. The numbers are shown next to them as text: nothing is conveyed by colour or length alone.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MOST_LISTED = 200  # shards in quarantine
-_MOST_GROUPS, _LEAST_ROWS = 20, 10  # that are shown; rows that a group has to have, where any has
-_MOST_NAME, _MOST_TEXT = 60, 300  # characters of a name, of a reason
-_TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of an axis of shares
+_MOST_QUARANTINED = 200  # shards in quarantine that are shown
+_MOST_GROUPS, _LEAST_ROWS = 20, 10  # groups that are shown, and rows of the smallest, if any group has as many
+_MOST_NAME_LENGTH, _MOST_TEXT_LENGTH = 60, 300
+_AXIS_LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of shares
 _NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
 _DASH = "\N{EN DASH}"
 
@@ -74,7 +74,7 @@ svg { display: block; width: 100%; }
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """Return the page of a summary, of which it shows nothing else."""
+    """Return the page for a summary."""
     parts = [
         _head(summary),
         _status(summary),
@@ -113,26 +113,27 @@ def _head(summary: Mapping[str, Any]) -> str:
 
 def _status(summary: Mapping[str, Any]) -> str:
     shards, rows = summary["shards"], summary["utterances"]
-    bad = []
+    problems = []
     if shards["quarantined"]:
-        bad.append(f"{_of(shards['quarantined'], shards['corpus'], 'shard')} could not be read")
+        problems.append(f"{_of(shards['quarantined'], shards['corpus'], 'shard')} could not be read")
     if rows["errors"]:
-        bad.append(f"{_of(rows['errors'], rows['rows'], 'utterance')} could not be scored")
-    if not bad:
-        told = f"Every utterance was scored ({_number(rows['rows'])})." if rows["rows"] else "There was no utterance."
-        return f'<p class="status">{told}</p>\n'
-    return f'<p class="status alarm"><strong>Not everything was scored:</strong> {", and ".join(bad)}.</p>\n'
+        problems.append(f"{_of(rows['errors'], rows['rows'], 'utterance')} could not be scored")
+    if not problems:
+        count = _number(rows["rows"])
+        message = f"Every utterance was scored ({count})." if rows["rows"] else "The corpus has no utterances."
+        return f'<p class="status">{message}</p>\n'
+    return f'<p class="status alarm"><strong>Not everything was scored:</strong> {", and ".join(problems)}.</p>\n'
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
     rows, shards, run = summary["utterances"], summary["shards"], summary["run"]
     rate = run["rows_per_second"]
-    resumed = f"; {_plural(run['resumed'], 'shard')} by earlier runs" if run["resumed"] else ""
+    resumed = f"; {_plural(run['resumed'], 'shard')} scored by earlier runs" if run["resumed"] else ""
     tiles = [
         ("Utterances scored", _number(rows["scored"]), f"{_plural(rows['errors'], 'error')}"),
         ("Shards scored", _number(shards["scored"]), f"{_number(shards['quarantined'])} in quarantine"),
         (
-            "Utterances a second",
+            "Utterances per second",
             _number(round(rate)) if rate and run["rows"] else _DASH,
             f"{_number(run['rows'])} in {_duration(run['seconds'])}{resumed}",
         ),
@@ -152,7 +153,7 @@ def _quarantine(entries: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = [
         (_name(entry["shard"]), _text(entry["reason"].removeprefix(f"{entry['shard']}: ")))
-        for entry in entries[:_MOST_LISTED]
+        for entry in entries[:_MOST_QUARANTINED]
     ]
     rest = len(entries) - len(rows)
     about = f"The first {len(rows)}; {rest} more are in <code>quarantine.json</code>." if rest else ""
@@ -164,7 +165,7 @@ def _errors(entries: Sequence[Mapping[str, Any]], count: int) -> str:
         return ""
     rows = [(_name(entry["shard"]), _number(entry["row"]), _text(entry["error"])) for entry in entries]
     rest = count - len(rows)
-    about = f"The first {len(rows)}; {_number(rest)} more have a column <code>error</code> too." if rest else ""
+    about = f"The first {len(rows)}; {_number(rest)} more are in the column <code>error</code>." if rest else ""
     heads = ("Shard", "Row, from 0", "Reason")
     table = _table(heads, rows, about, numbers=(1,))
     return f"<h2>Utterances that could not be scored</h2>\n{table}"
@@ -213,8 +214,8 @@ def _modalities(summary: Mapping[str, Any]) -> str:
         )
         for entry in summary["modalities"]
     ]
-    about = "Judged ineffectual, or not there at all. A p-value of 0 is that of a modality without any signal."
-    heads = ("Modality", "Ineffectual in", "Utterances", f"Of them p{_NARROW_SPACE}={_NARROW_SPACE}0")
+    about = "Judged ineffectual, or missing. A modality without any signal has the p-value 0."
+    heads = ("Modality", "Ineffectual in", "Utterances", f"With p{_NARROW_SPACE}={_NARROW_SPACE}0")
     return f"<h2>Ineffectual modalities</h2>\n{_table(heads, rows, about, numbers=(2, 3))}"
 
 
@@ -225,18 +226,18 @@ def _order(summary: Mapping[str, Any]) -> str:
     names = [entry["name"] for entry in summary["modalities"]]
     curves = {name: [_ratio(part["ineffectual"][name], part["scored"]) for part in parts] for name in names}
     abstained = [_ratio(part["abstained"], part["scored"]) for part in parts]
-    top = _top(share for shares in (*curves.values(), abstained) for share in shares if share is not None)
+    top = _axis_limit(share for shares in (*curves.values(), abstained) for share in shares if share is not None)
     panels = [(f"{_plain(name)} ineffectual", shares) for name, shares in curves.items()] + [("Abstained", abstained)]
     plots = "".join(_panel(title, shares, parts, top) for title, shares in panels)
     return (
         "<h2>Over the corpus</h2>\n"
-        f'<p class="quiet">Shares in {len(parts)} parts of the corpus, in the order of its shards; all on one scale. '
-        f'Point at a part to see where it begins.</p>\n<div class="panels">\n{plots}</div>\n'
+        f'<p class="quiet">Shares in {len(parts)} parts of the corpus, in the order of its shards, on a common scale. '
+        f'Hover over a part to see where it begins.</p>\n<div class="panels">\n{plots}</div>\n'
     )
 
 
 def _panel(title: str, shares: Sequence[float | None], parts: Sequence[Mapping[str, Any]], top: float) -> str:
-    """A step curve of shares, with gaps where nothing was scored; x is the utterance, y the share of ``top``."""
+    """Return a step curve of shares up to ``top`` over utterances, with gaps where nothing was scored."""
     curve, area, hits, row = [], [], [], 0
     drawn = False
     for share, part in zip(shares, parts, strict=True):
@@ -289,23 +290,23 @@ def _groups(summary: Mapping[str, Any]) -> str:
         )
         for group in shown[:_MOST_GROUPS]
     ]
-    which = f"Of {_plural(len(named), 'group')}, the {len(rows)} with the most that was ineffectual"
-    notes = [f"{which}, of those with {least} utterances or more." if least > 1 else f"{which}."]
+    shown_groups = f"{_of(len(rows), len(named), 'group')}, those with the largest share of ineffectual modalities"
+    notes = [f"{shown_groups} among groups of {least} utterances or more." if least > 1 else f"{shown_groups}."]
     if groups["others"]:
-        notes.append(f"{_plural(groups['others']['rows'], 'utterance')} of further groups are not told apart.")
+        notes.append(f"Not listed: {_plural(groups['others']['rows'], 'utterance')} in further groups.")
     if groups["rows_without"]:
-        notes.append(f"{_plural(groups['rows_without'], 'utterance')} have no group.")
+        notes.append(f"Without a group: {_plural(groups['rows_without'], 'utterance')}.")
     if groups["unreadable"]:
         first = groups["unreadable"][0]
         notes.append(
-            f"Some groups could not be read, such as those of {_name(first['shard'])}: {_text(first['reason'])}"
+            f"The groups of some shards could not be read, such as {_name(first['shard'])}: {_text(first['reason'])}"
         )
     heads = ("Group", "Utterances", *(f"{_name(name)} ineffectual" for name in names), "Abstained")
     table = _table(heads, rows, " ".join(notes), numbers=(1, len(heads) - 1))
     return f"<h2>Groups</h2>\n{table}"
 
 
-# --- pieces; what they take as text is escaped already ---
+# --- building blocks; text arguments of tables are already escaped ---
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], about: str = "", *, numbers: Sequence[int] = ()) -> str:
@@ -321,7 +322,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], about: str = "",
 
 
 def _share(share: float, largest: float = 1.0) -> str:
-    """A share in percent, with a bar that is full at ``largest``."""
+    """Return a share in percent, with a bar that is full at ``largest``."""
     width = 100 * share / largest if largest else 0
     return (
         f'<div class="share"><span>{_percent(share)}</span>'
@@ -330,17 +331,17 @@ def _share(share: float, largest: float = 1.0) -> str:
     )
 
 
-def _text(value: str, most: int = _MOST_TEXT) -> str:
-    """What a file said, as a piece of its own that does not reorder the text around it."""
+def _text(value: str, most: int = _MOST_TEXT_LENGTH) -> str:
+    """Return escaped text from a file, isolated so that it does not reorder the text around it."""
     return f'<bdi dir="ltr">{_plain(value, most)}</bdi>'
 
 
 def _name(value: str) -> str:
-    return _text(value, _MOST_NAME)
+    return _text(value, _MOST_NAME_LENGTH)
 
 
-def _plain(text: str, most: int = _MOST_NAME) -> str:
-    """Escape what a file said, for attributes too, cut it, and show marks that have no shape, or reorder text."""
+def _plain(text: str, most: int = _MOST_NAME_LENGTH) -> str:
+    """Escape text from a file, for attributes too, shorten it, and make invisible and reordering characters visible."""
     if len(text) > most:
         text = f"{text[:most]}\N{HORIZONTAL ELLIPSIS}"
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
@@ -378,7 +379,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _top(shares: Any) -> float:
-    """End of an axis that holds all shares."""
+def _axis_limit(shares: Any) -> float:
+    """Return the upper end of an axis for all shares."""
     largest = max(shares, default=0.0)
-    return next(top for top in _TOPS if largest <= top)
+    return next(limit for limit in _AXIS_LIMITS if largest <= limit)
