@@ -29,13 +29,13 @@ from m3er_fast.standardize import StandardizedBatch, Standardizer
 class M3EROutput(NamedTuple):
     """The model's output for a batch; every entry is finite."""
 
-    logits: Tensor  # (B, C), of the fused head: the prediction
-    modality_logits: Tensor  # (M, B, C), of each modality's own head, for the fusion loss
+    logits: Tensor  # (B, C), from the fused head: the prediction
+    modality_logits: Tensor  # (M, B, C), from each modality's own head, for the fusion loss
     fused: Tensor  # (B, 160 by default): multiplicatively fused features beside the memory
-    effective: Tensor  # (B, M) bool, the modalities judged good; those available where no check ran
+    effective: Tensor  # (B, M) bool, the modalities judged good; the available ones where no check ran
     correlation: Tensor  # (B, P), ρ of each pair; 0 where no check ran
     energy: Tensor  # (B, M); 0 where no check ran
-    p_value: Tensor  # (B, M); 1 for what is available where no check ran
+    p_value: Tensor  # (B, M); 1 for available modalities where no check ran
     abstained: Tensor  # (B,) bool, no modality was effective: the sample was classified as it came
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
 

@@ -1,4 +1,4 @@
-"""Saving and loading a model, on disk and on the Hugging Face Hub, and the card that goes with it."""
+"""Saving and loading a model, on disk and on the Hugging Face Hub, and its model card."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class HubModel(nn.Module, ModelHubMixin):
         """Return the README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.
 
         Args:
-            data: Markdown, what the model was trained on; None: the card says that it is not stated.
-            metrics: Markdown, such as ``ClassificationReport.to_markdown()``; None: likewise.
+            data: Markdown about the training data; with None the card says that it is not stated.
+            metrics: Markdown, such as ``ClassificationReport.to_markdown()``; None likewise.
 
         Example:
             >>> model.save_pretrained("my-model", model_card_kwargs={"data": "CMU-MOSI, train split."})
@@ -79,7 +79,7 @@ class HubModel(nn.Module, ModelHubMixin):
             model_kwargs.pop(name, None)
         missing = [name for name in ("input_dims", "num_classes") if name not in model_kwargs]
         if missing:
-            raise ValueError(f"{model_id} is no m3er-fast model: its {_CONFIG_FILE} is missing or lacks {missing}")
+            raise ValueError(f"{model_id} is not an m3er-fast model: its {_CONFIG_FILE} is missing or lacks {missing}")
         if isinstance(model_kwargs.get("config"), Mapping):
             model_kwargs["config"] = M3ERConfig.from_dict(model_kwargs["config"])
         model = cls(**model_kwargs)
@@ -97,7 +97,7 @@ class HubModel(nn.Module, ModelHubMixin):
                 )
             )
         if not path.is_file():
-            raise ValueError(f"{model_id} is no m3er-fast model: it has no {_WEIGHTS_FILE}")
+            raise ValueError(f"{model_id} is not an m3er-fast model: it has no {_WEIGHTS_FILE}")
         try:
             model.load_state_dict(load_file(path, device=map_location), strict=True)
         except SafetensorError as error:
@@ -108,7 +108,7 @@ class HubModel(nn.Module, ModelHubMixin):
         return model.to(map_location).eval()
 
 
-# --- The card ---
+# --- Model card ---
 
 _NOT_STATED = "Not stated when this model was saved."
 
@@ -117,17 +117,17 @@ _LIMITS = """\
   it.
 - Expect it to work only on recordings, features, languages and people like those it was trained on. How its errors
   differ between groups of people was not measured here: measure it before use.
-- The modality check recognises noise, silence and mismatch as far as the training data make them recognisable. About a
-  share α of clean utterances like the training data, or less, loses a modality. Proxies are estimates from training
+- The modality check recognises noise, silence and mismatch as far as the training data make them recognisable. A share
+  of about α of clean utterances like the training data, or less, loses a modality. Proxies are estimates from training
   frames.
-- Where no modality was effective, the output says `abstained`; discard the prediction.
+- Where no modality was effective, the output has `abstained` set: discard the prediction.
 - The proxy bank holds standardised feature frames of the training data. Sharing this model shares them.
 - Do not use it for decisions about individuals, for example in hiring, policing, education, insurance or health, or to
   watch people who have not consented."""
 
 
 def _describe(model: HubModel, data: str | None, metrics: str | None) -> str:
-    """The card's Markdown, without its metadata."""
+    """Return the card's Markdown, without its metadata."""
     from m3er_fast import __version__
 
     frames = dict(zip(model.input_dims, model.standardizer.count.tolist(), strict=True))

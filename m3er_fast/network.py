@@ -1,4 +1,4 @@
-"""The classification network (step 3 of the method): LSTMs, attention over their cells, a gated memory, two fusions."""
+"""The classification network (step 3 of the method): LSTMs, attention over their cells, a gated memory, fusion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
 
 class NetworkOutput(NamedTuple):
-    """What the network says of a batch."""
+    """The network's output for a batch."""
 
-    logits: Tensor  # (B, C), of the fused head
-    modality_logits: Tensor  # (M, B, C), of each modality's own head
+    logits: Tensor  # (B, C), from the fused head
+    modality_logits: Tensor  # (M, B, C), from each modality's own head
     fused: Tensor  # (B, fusion + memory): multiplicatively fused features beside the memory
 
 
@@ -28,15 +28,16 @@ class NetworkOutput(NamedTuple):
 class MemoryFusionNetwork(nn.Module):
     """LSTM and memory classification network of M3ER.
 
-    Each modality has one LSTM. An attention module reads the cells of all of them at every step; the attended cells
+    Each modality has one LSTM. An attention module reads the cells of all LSTMs at every step; the attended cells
     update a gated memory u and, with ``feedback``, the LSTMs' inputs at the next step
-    (:func:`m3er_fast.functional.memory_scan` gives the formulas). The last hidden states h_m are fused multiplicatively,
+    (formulas: :func:`m3er_fast.functional.memory_scan`). The last hidden states h_m are fused by multiplication,
 
         e = ⊙_m (A_m h_m + b_m),
 
-    and [e ; u] → Linear ``head`` → relu → Linear C gives the logits. Each modality has a head of its own,
-    Linear C of h_m, whose probabilities the multiplicative fusion loss weighs.
-    Sources: Mittal et al. 2020 (arXiv 1911.05659); Zadeh et al. 2018 (arXiv 1802.00927), which ``feedback=False`` is.
+    and [e ; u] → Linear ``head`` → relu → Linear C gives the logits. Each modality also has its own head,
+    Linear C of h_m; the multiplicative fusion loss weighs their probabilities.
+    Sources: Mittal et al. 2020 (arXiv 1911.05659); Zadeh et al. 2018 (arXiv 1802.00927), whose network is
+    ``feedback=False``.
 
     Args:
         input_dims: feature count d_m of each modality, in order.
@@ -76,9 +77,9 @@ class MemoryFusionNetwork(nn.Module):
         """Classify a batch.
 
         Args:
-            features: mapping from modality to a (B, T, d_m) or (B, d_m) tensor; a missing one is read as zeros.
+            features: mapping from modality to a (B, T, d_m) or (B, d_m) tensor; a missing one counts as zeros.
             lengths: (B,) valid leading frames, or None for all.
-            available: (B, M) bool; what it excludes is read as zeros.
+            available: (B, M) bool; excluded modalities count as zeros.
 
         Raises:
             ValueError: naming the modality, the shape got and the shape wanted.
@@ -87,7 +88,7 @@ class MemoryFusionNetwork(nn.Module):
         return self.classify(batch.features, batch.lengths)
 
     def classify(self, features: Sequence[Tensor], lengths: Tensor) -> NetworkOutput:
-        """Classify M checked (B, T, d_m) tensors that hold zeros in padding."""
+        """Classify M checked tensors (B, T, d_m) with zeros in padding."""
         weights = self.scan_weights()
         features = [x.to(weights.bias.dtype) for x in features]
         dropout = self.dropout if self.training else 0.0
@@ -100,7 +101,7 @@ class MemoryFusionNetwork(nn.Module):
         return NetworkOutput(self.head[1](inner), modality_logits, fused)
 
     def scan_weights(self) -> MemoryScanWeights:
-        """The recurrent core's weights, in the layout of :func:`m3er_fast.functional.memory_scan`."""
+        """Return the recurrent core's weights in the layout of :func:`m3er_fast.functional.memory_scan`."""
         lstms: list[Any] = list(self.lstms)
         return MemoryScanWeights(
             input=[lstm.weight_ih for lstm in lstms],
@@ -123,5 +124,5 @@ def _layer_weights(layers: nn.ModuleList) -> TwoLayers:
 
 
 def _parameters(layer: nn.Module) -> list[Tensor]:
-    """A linear layer's weight and, if it has one, bias."""
+    """Return a linear layer's weight and, if it has one, its bias."""
     return list(layer.parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""The whole model: what comes out, what must not change it, how it is trained, and how it is saved."""
+"""The whole model: its output, what must not change it, training, and saving."""
 
 import copy
 import datetime
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, fusion
+from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, hub
 from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 
 DIMS = {"text": 8, "audio": 6, "face": 5}  # not in alphabetical order
@@ -35,12 +35,11 @@ FIELDS = (
     "p_value",
     "abstained",
     "available",
-    "reliability",
 )
 
 
 def sequences(n, *, steps=4, seed=0, dims=DIMS):
-    """Views of one latent by maps that are the same for every seed, in units of their own."""
+    """Linear views of one latent, each in its own units; the maps are the same for every seed."""
     maps, rng = np.random.default_rng(99), np.random.default_rng(seed)
     latent = rng.normal(size=(n, steps, 4))
     return {
@@ -86,7 +85,7 @@ def assert_finite(output):
         assert bool(torch.isfinite(getattr(output, name).float()).all()), name
 
 
-# --- what comes out ---
+# --- Output ---
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -106,7 +105,6 @@ def test_every_field_has_its_shape_and_dtype(model, batch, mode):
         "p_value": (batch, 3),
         "abstained": (batch,),
         "available": (batch, 3),
-        "reliability": (batch, 3),
     }
     masks = {"effective", "abstained", "available"}
     assert {n for n, value in output._asdict().items() if value.dtype == torch.bool} == masks
@@ -140,7 +138,7 @@ def test_an_unfitted_model_without_check_is_the_bare_network():
     assert torch.equal(output.modality_logits, wanted.modality_logits)
 
 
-def test_in_train_mode_the_check_is_off_unless_asked_for(model):
+def test_the_check_is_off_in_train_mode_unless_configured(model):
     features = sequences(20, seed=1)
     features["audio"] = 1e4 * torch.ones_like(features["audio"])
     training = copy.deepcopy(model).train()(features)
@@ -148,9 +146,9 @@ def test_in_train_mode_the_check_is_off_unless_asked_for(model):
     assert not training.correlation.any()
     assert not training.energy.any()
     assert bool((training.p_value == 1).all())
-    asked = build(M3ERConfig(check_in_training=True)).fit(sequences(600)).train()(features)
-    assert_same(asked, model(features))
-    assert not asked.effective[:, 1].any()
+    configured = build(M3ERConfig(check_in_training=True)).fit(sequences(600)).train()(features)
+    assert_same(configured, model(features))
+    assert not configured.effective[:, 1].any()
 
 
 def test_the_model_is_standardise_check_proxy_network(model):
@@ -170,7 +168,7 @@ def test_the_model_is_standardise_check_proxy_network(model):
     assert torch.equal(output.abstained, abstained)
 
 
-# --- what must not change a sample's result ---
+# --- Invariance of a sample's result ---
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
@@ -185,7 +183,7 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30, -7.0])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_what_padding_holds_and_how_much_of_it_there_is_changes_nothing(model, junk, mode):
+def test_content_and_length_of_padding_change_nothing(model, junk, mode):
     model = copy.deepcopy(model).train(mode == "train")
     features, lengths = sequences(12, seed=1), torch.tensor([0, 1, 2, 3, 4, 4] * 2)
     wanted = model(features, lengths)
@@ -243,7 +241,7 @@ def test_a_modality_absent_from_training_is_unavailable():
     assert_same(model.train()(features), model({**features, "face": None}))
 
 
-# --- inputs that are not as one would wish ---
+# --- Degenerate input ---
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -260,7 +258,7 @@ def test_a_modality_absent_from_training_is_unavailable():
     ),
     training=st.booleans(),
 )
-def test_values_that_are_not_finite_never_come_out(model, holes, training):
+def test_output_is_finite_for_input_that_is_not(model, holes, training):
     features = sequences(6, seed=1)
     for name, sample, step, feature, value in holes:
         features[name][sample, step, feature] = value
@@ -338,7 +336,7 @@ def test_any_number_of_modalities_works(modalities):
     assert not output.effective[:, 1].any()
 
 
-# --- a verdict from elsewhere, and parts taken away ---
+# --- External verdicts and ablation ---
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -353,7 +351,7 @@ def test_a_given_verdict_replaces_the_check(model, mode):
     wanted = model.network(model.proxy_generator.proxy(z, verdict).features)
     torch.testing.assert_close(output.logits, wanted.logits, rtol=1e-6, atol=1e-6)
     missing = model({**features, "text": None}, effective=verdict)
-    assert not missing.effective[:, 0].any()  # what is not there cannot be effective
+    assert not missing.effective[:, 0].any()  # an unavailable modality cannot be effective
     assert bool(model(features, effective=torch.zeros_like(verdict)).abstained.all())
     with pytest.raises(ValueError, match=re.escape("effective must be booleans of shape (10, 3), got torch.int64")):
         model(features, effective=verdict.long())
@@ -388,7 +386,7 @@ def test_ablating_shares_the_weights_and_leaves_the_model_as_it_was(model):
     assert_same(model(features), wanted, tolerance=0)
 
 
-def test_another_check_may_take_the_place_of_the_models_own(model):
+def test_another_check_may_replace_the_models_own(model):
     features = sequences(30, seed=1)
     z = dict(zip(DIMS, model.standardizer(sequences(600)).features, strict=True))
     other = ModalityCheck(DIMS, statistic="energy", alpha=0.3).fit(z)
@@ -398,14 +396,14 @@ def test_another_check_may_take_the_place_of_the_models_own(model):
     assert model.modality_check is not other
 
 
-def test_a_save_that_fails_leaves_the_weights_that_were_there(model, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_earlier_weights(model, tmp_path, monkeypatch):
     def full(_, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(fusion, "save_file", full)
+    monkeypatch.setattr(hub, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -437,7 +435,7 @@ def test_probabilities_sum_to_one_and_the_mode_stays(model):
     torch.testing.assert_close(model.modality_probabilities(output), output.modality_logits.softmax(dim=2))
 
 
-def test_what_is_frozen_in_a_mode_of_its_own_stays_in_it(model):
+def test_predict_proba_leaves_every_module_in_its_own_mode(model):
     model = copy.deepcopy(model).train()
     model.network.lstms.eval()
     modes = [module.training for module in model.modules()]
@@ -454,7 +452,7 @@ def test_yes_no_probabilities_are_independent():
     torch.testing.assert_close(model.predict_proba(features), model.eval()(features).logits.sigmoid())
 
 
-# --- loss ---
+# --- Loss ---
 
 
 def oracle_fusion_loss(log_p, target, beta):
@@ -532,14 +530,14 @@ def test_an_ignored_label_has_no_loss():
         (torch.full((4, 3), float("nan")), "target must lie in 0..1"),
     ],
 )
-def test_bad_targets_give_one_line_that_says_what_is_wrong(target, message):
+def test_bad_targets_are_explained_in_one_line(target, message):
     model = build().train()
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model.loss(model(sequences(4)), target)
     assert "\n" not in str(caught.value)
 
 
-# --- training ---
+# --- Training ---
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -592,7 +590,7 @@ def test_fitting_leaves_the_weights_alone_and_streams():
         build().fit(iter(batches))
 
 
-PATIENCE = 60  # seconds; a rank that has died must not keep the others waiting
+PATIENCE = 60  # seconds; a dead rank must not keep the others waiting
 
 
 def _train_one_step(rank, port, folder):
@@ -610,7 +608,7 @@ def _train_one_step(rank, port, folder):
     torch.save((gradients, dict(model.named_buffers())), folder / f"{rank}.pt")
     store.set(f"done {rank}", "")
     store.wait([f"done {1 - rank}"])  # neither leaves while the other may still need its messages
-    os._exit(0)  # gloo's destructor may wait for ever for its own threads
+    os._exit(0)  # gloo's destructor may wait forever for its own threads
 
 
 def test_two_processes_train_as_one_and_share_buffers(tmp_path):
@@ -635,7 +633,7 @@ def test_two_processes_train_as_one_and_share_buffers(tmp_path):
         assert torch.equal(their_buffers[name], buffer), name
 
 
-# --- copies and precision ---
+# --- Copies and precision ---
 
 
 def test_copies_and_pickles_are_the_same_model(model):
@@ -668,12 +666,12 @@ def test_double_precision_runs_through_and_half_keeps_the_verdict(model):
 
 @pytest.mark.parametrize("steps", [4, 12])
 def test_a_whole_training_step_under_autocast_has_the_gradients_of_single_precision(steps):
-    """By the reference's loop (4 steps) and the rearranged scan (12), with a modality that is noise and one missing."""
+    """Once by the reference (4 steps) and once by the rearranged scan (12); one modality is noise, one is missing."""
     model = build(seed=3).fit(sequences(600, steps=steps)).train()
     features = sequences(32, steps=steps, seed=1)
     features["face"][:8] *= 50.0
     features["audio"][8:12] = float("nan")
-    # One class prevails: of balanced ones the head's gradients cancel, and what is left is mostly rounding.
+    # One class prevails: with balanced classes the head's gradients cancel, and mostly rounding remains.
     target = (torch.arange(32) % 4 == 0).long()
 
     def gradients(**autocast):
@@ -690,7 +688,7 @@ def test_a_whole_training_step_under_autocast_has_the_gradients_of_single_precis
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         assert grad.dtype == torch.float32
-        # bfloat16 keeps eight bits, and errors add up over the steps; a term that is missing would cost far more.
+        # bfloat16 keeps eight bits, and errors add up over the steps; a missing term would differ by far more.
         assert (grad - wanted[name]).norm() < 0.1 * wanted[name].norm(), name
     before = [p.detach().clone() for p in model.parameters()]
     torch.optim.Adam(model.parameters()).step()
@@ -699,7 +697,7 @@ def test_a_whole_training_step_under_autocast_has_the_gradients_of_single_precis
     )
 
 
-# --- saving ---
+# --- Saving ---
 
 
 @pytest.fixture
@@ -709,7 +707,7 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("m3er_fast.fusion.hf_hub_download", refuse)
+    monkeypatch.setattr("m3er_fast.hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", refuse)
 
 
@@ -743,7 +741,7 @@ def test_a_saved_model_comes_back_the_same_without_pickle_or_network(config, tmp
 
 
 @pytest.mark.usefixtures("no_network")
-def test_the_card_tells_data_metrics_and_limits(tmp_path):
+def test_the_card_states_data_metrics_and_limits(tmp_path):
     model = build(classes=("calm", "angry", "glad")).fit(sequences(200))
     model.save_pretrained(tmp_path, model_card_kwargs={"data": "Two hundred drawn utterances.", "metrics": "F1 0.5."})
     card = ModelCard.load(tmp_path / "README.md")
@@ -764,13 +762,13 @@ def test_the_card_tells_data_metrics_and_limits(tmp_path):
 def test_a_card_invents_nothing(tmp_path):
     build().save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text.count("Not told by who saved this model.") == 2
+    assert text.count("Not stated when this model was saved.") == 2
     assert "Its modality check is not fitted" in text
     assert "More Information Needed" not in text
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_card_that_is_there_stays(tmp_path):
+def test_an_existing_card_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("my own\n")
     build().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own\n"
@@ -844,7 +842,7 @@ def test_weights_that_lack_a_key_or_have_one_too_many_are_refused(model, tmp_pat
         ("model.safetensors", b"\x80\x04junk that is no safetensors file", "model.safetensors cannot be read"),
     ],
 )
-def test_a_folder_that_is_no_model_gives_one_line_that_says_why(model, tmp_path, file, content, message):
+def test_a_folder_without_a_model_is_explained_in_one_line(model, tmp_path, file, content, message):
     model.save_pretrained(tmp_path)
     if content is None:
         (tmp_path / file).unlink()
@@ -865,7 +863,7 @@ def test_an_unknown_setting_in_the_file_is_named(model, tmp_path):
         M3ERFusion.from_pretrained(tmp_path)
 
 
-# --- errors ---
+# --- Errors ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The memory scan and the network around it against step-by-step loops built of nn.LSTMCell and nn.Linear."""
+"""The memory scan and the network against step-by-step loops built from nn.LSTMCell and nn.Linear."""
 
 import itertools
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from m3er_fast import MemoryFusionNetwork, reference
 from m3er_fast.functional import BackendUnavailableError, MemoryScanWeights, memory_scan
+from m3er_fast.operands import TwoLayers
 
 THREE = {"text": 5, "audio": 3, "face": 4}
 FIVE = {"a": 2, "b": 3, "c": 1, "d": 4, "e": 2}
@@ -15,7 +16,7 @@ SMALL = {"hidden": 3, "memory": 4, "attention": (5, 6, 7), "fusion": 3, "head": 
 
 
 class StepByStep(nn.Module):
-    """The memory fusion network as its formulas stand, one sample and one step at a time, with weights of its own."""
+    """The formulas of the memory fusion network, one sample and one step at a time, with separate weights."""
 
     def __init__(self, dims, hidden, memory, attention, *, feedback):
         super().__init__()
@@ -61,10 +62,10 @@ class StepByStep(nn.Module):
         return torch.sigmoid(o) * torch.tanh(c), c
 
     def weights(self):
-        """The same weights as ``memory_scan`` takes them."""
+        """The same weights in the layout of ``memory_scan``."""
 
         def layers(first, second):
-            return first.weight, first.bias, second.weight, second.bias
+            return TwoLayers(first.weight, first.bias, second.weight, second.bias)
 
         return MemoryScanWeights(
             input=[cell.weight_ih for cell in self.cells],
@@ -92,7 +93,7 @@ def named(features, dims=THREE):
     return dict(zip(dims, features, strict=True))
 
 
-# --- the scan against the loop ----------------------------------------------------------------------------------------
+# --- The scan against the loop ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dims", [(5,), (5, 3, 4), (2, 3, 1, 4, 2)])
@@ -148,14 +149,14 @@ def test_gradcheck(feedback):
         leaves.append(weights.feedback.detach().requires_grad_())
 
     def scan(x, y, recurrent, bias, w1, b1, w2, b2, back=None):
-        changed = weights._replace(recurrent=recurrent, bias=bias, attention=(w1, b1, w2, b2), feedback=back)
+        changed = weights._replace(recurrent=recurrent, bias=bias, attention=TwoLayers(w1, b1, w2, b2), feedback=back)
         return memory_scan([x, y], torch.tensor([3, 2]), changed)
 
     assert torch.autograd.gradcheck(scan, (*features, *leaves))
 
 
 def test_one_step_of_zero_feedback_is_the_plain_network():
-    """At the first step nothing was attended yet, so that feedback cannot matter; later it does."""
+    """At the first step nothing is attended yet, and feedback cannot matter; later it does."""
     weights = step_by_step(feedback=True).weights()
     plain = weights._replace(feedback=None)
     features, lengths = sequences(4, 3), torch.full((4,), 3)
@@ -172,13 +173,13 @@ def test_scan_of_an_empty_batch():
     assert memory.shape == (0, 4)
 
 
-def test_what_padding_holds_never_matters():
+def test_the_content_of_padding_never_matters():
     loop = step_by_step(feedback=True)
     features, lengths = sequences(5, 6), torch.tensor([0, 3, 6, 1, 5])
     wanted = memory_scan(features, lengths, loop.weights())
     padding = torch.arange(6) >= lengths[:, None]
-    for held in (float("nan"), float("inf"), 1e30):
-        got = memory_scan([x.masked_fill(padding[:, :, None], held) for x in features], lengths, loop.weights())
+    for content in (float("nan"), float("inf"), 1e30):
+        got = memory_scan([x.masked_fill(padding[:, :, None], content) for x in features], lengths, loop.weights())
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])
 
@@ -204,12 +205,12 @@ def test_scan_names_bad_arguments(changes, message):
         memory_scan(**arguments, weights=step_by_step(feedback=True).weights())
 
 
-def test_a_scan_asked_for_by_name_never_falls_back():  # hidden 4: a size that no kernel takes
+def test_a_scan_requested_by_name_never_falls_back():  # no kernel supports hidden size 3
     with pytest.raises(BackendUnavailableError, match=r"memory_scan.*triton"):
         memory_scan(sequences(2, 3), torch.tensor([3, 1]), step_by_step(feedback=True).weights(), backend="triton")
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- The network ------------------------------------------------------------------------------------------------------
 
 
 def network(dims=THREE, classes=6, **options):
@@ -273,7 +274,7 @@ def test_default_sizes_are_the_papers():
 
 
 @pytest.mark.parametrize("feedback", [False, True])
-def test_padding_and_company_never_change_a_sample(feedback):
+def test_padding_and_batch_never_change_a_sample(feedback):
     model = network(feedback=feedback).eval()
     features = sequences(6, 7, dtype=torch.float32)
     lengths = torch.tensor([7, 3, 0, 1, 5, 7])
@@ -283,7 +284,7 @@ def test_padding_and_company_never_change_a_sample(feedback):
     for ours, theirs in zip(poisoned, out, strict=True):
         assert torch.equal(ours, theirs)
     for b, length in enumerate(lengths.tolist()):
-        # T is at least 1, so that the sample without frames keeps one frame of padding.
+        # T is at least 1: the sample without frames keeps one frame of padding.
         alone = model(named([x[b : b + 1, : max(length, 1)] for x in features]), lengths[b : b + 1])
         torch.testing.assert_close(alone.logits[0], out.logits[b], rtol=0, atol=1e-6)
         torch.testing.assert_close(alone.fused[0], out.fused[b], rtol=0, atol=1e-6)
@@ -292,11 +293,11 @@ def test_padding_and_company_never_change_a_sample(feedback):
 
 def test_padding_of_nan_leaves_gradients_alone():
     gradients = []
-    for held in (0.0, float("nan")):
+    for content in (0.0, float("nan")):
         model = network()
         features, lengths = sequences(4, 5, dtype=torch.float32), torch.tensor([5, 2, 0, 3])
         padding = (torch.arange(5) >= lengths[:, None])[:, :, None]
-        model(named([x.masked_fill(padding, held) for x in features]), lengths).logits.sum().backward()
+        model(named([x.masked_fill(padding, content) for x in features]), lengths).logits.sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
@@ -357,8 +358,8 @@ def test_scan_drops_hidden_units_with_the_probability_given():
     """A scan of one step from zero cells: û = tanh(b4 + W4 relu(b3)) up to dropout, and u = γ2 û."""
     weights = step_by_step((1,), feedback=False, hidden=1, memory=1, attention=(1, 2000, 1)).weights()
     zero = [torch.zeros_like(w) for w in weights.candidate]
-    candidate = (zero[0], torch.ones(2000).double(), torch.full((1, 2000), 1e-6).double(), zero[3])
-    open_gate = (*[torch.zeros_like(w) for w in weights.update[:3]], torch.full((1,), 40.0).double())
+    candidate = TwoLayers(zero[0], torch.ones(2000).double(), torch.full((1, 2000), 1e-6).double(), zero[3])
+    open_gate = TwoLayers(*[torch.zeros_like(w) for w in weights.update[:3]], torch.full((1,), 40.0).double())
     weights = weights._replace(candidate=candidate, update=open_gate)
     torch.manual_seed(0)
     memory = reference.memory_scan([torch.zeros(50, 1, 1).double()], torch.ones(50), weights, dropout=0.3)[1]
