@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from m3er_fast import M3ERConfig, M3ERFusion, __version__, environment, scoring
-from m3er_fast.cli import main
+from m3er_fast import M3ERConfig, M3ERFusion, __version__, scoring
+from m3er_fast.cli import environment, main
 from m3er_fast.cli.progress import ProgressDisplay
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic

@@ -1,0 +1,133 @@
+"""Arguments that several commands share, and reading them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3er_fast.config import M3ERConfig
+from m3er_fast.corpus import SPLITS, Corpus, read_parquet, split_by_group
+from m3er_fast.execution.engine import Engine
+
+if TYPE_CHECKING:
+    from m3er_fast.scoring import ModelStatistics
+
+CorpusArgument = Annotated[
+    Path, typer.Argument(metavar="CORPUS", help="Parquet corpus: the folder that convert wrote, or one file.")
+]
+LargeCorpusArgument = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="Folder of Parquet or Arrow files, one such file, or a URI.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="JSON file of settings, such as the config.json of a run."),
+]
+PaperOption = Annotated[bool, typer.Option("--paper", help="Use the settings of the paper instead of the defaults.")]
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", metavar="local|ray", help="Run in this process, or in Ray workers.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Address of a Ray cluster, such as auto or HOST:PORT.  [default: Ray is started on this machine]",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Number of Ray workers.  [default: as many as there is room for]"),
+]
+EpochsOption = Annotated[int | None, typer.Option(help="Maximum number of epochs; overrides the settings.")]
+# One by default: at the model's own sizes a second thread gains little on an idle machine, and spins most of the time
+# on a busy one (an epoch on two cores, one of them taken: 0.8 s with one thread, 28 s with two).
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
+
+
+def use_threads(number: int) -> None:
+    """Compute with this number of CPU threads from now on."""
+    import torch
+
+    torch.set_num_threads(number)
+
+
+def usable_devices(names: str | None) -> list[str]:
+    """Return the devices named on the command line, each tried; None means every GPU, or else the CPU."""
+    import torch
+
+    if names is None:
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [name.strip() for name in names.split(",")]
+    for name in devices:
+        try:
+            torch.empty(0, device=name)
+        except (AssertionError, RuntimeError) as error:  # AssertionError: torch is built without CUDA
+            raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
+    return devices
+
+
+def split_sizes(corpus: Corpus) -> str:
+    """Return the number of utterances of each split, in words."""
+    return ", ".join(f"{name} {len(corpus.subset(name))}" for name in SPLITS)
+
+
+def read_for_training(path: Path) -> Corpus:
+    """Read a corpus, make splits if it has none, and print which splits are made."""
+    corpus = read_parquet(path)
+    if corpus.split is None:
+        corpus = split_by_group(corpus)
+        print(f"{path} has no splits: split by group, {split_sizes(corpus)}")
+    elif not (corpus.split == "valid").any():
+        print(f"{path} has no validation split: one is taken from train, by group")
+    return corpus
+
+
+def training_settings(
+    corpus: Corpus,
+    path: Path | None,
+    paper: bool,
+    statistics: ModelStatistics | None = None,
+    **overrides: float | None,
+) -> M3ERConfig:
+    """Return the chosen settings, or the defaults for this corpus.
+
+    Args:
+        corpus: the corpus to train on.
+        path: see :func:`chosen_settings`.
+        paper: see :func:`chosen_settings`.
+        statistics: fitted statistics, whose settings the defaults take over.
+        overrides: settings of the training; None overrides nothing.
+    """
+    from m3er_fast.training import default_config
+
+    config = chosen_settings(path, paper)
+    if config is None:
+        config = default_config(corpus, statistics)
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    return config.replace(training=replace(config.training, **given))
+
+
+def chosen_settings(path: Path | None, paper: bool) -> M3ERConfig | None:
+    """Return the settings of a file or of the paper, or None for the defaults."""
+    if path is not None and paper:
+        raise typer.BadParameter("--config and --paper exclude each other")
+    if path is not None:
+        return _read_config(path)
+    return M3ERConfig.paper() if paper else None
+
+
+def _read_config(path: Path) -> M3ERConfig:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object of settings, got {type(values).__name__}")
+    values = values.get("config", values)  # a run's config.json holds the settings beside other fields
+    try:
+        return M3ERConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,166 @@
+"""The commands that fit and train models: train, fit-stats, ablate and demo."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3er_fast.cli.exit_codes import QUARANTINED
+from m3er_fast.cli.options import (
+    AddressOption,
+    ConfigOption,
+    CorpusArgument,
+    EngineOption,
+    EpochsOption,
+    LargeCorpusArgument,
+    PaperOption,
+    ThreadsOption,
+    WorkersOption,
+    chosen_settings,
+    read_for_training,
+    training_settings,
+    use_threads,
+)
+from m3er_fast.cli.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from m3er_fast.ablation import AblationResult
+    from m3er_fast.scoring import FitProgress
+    from m3er_fast.training import EpochRecord
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for table and figures.")] = Path("runs/demo"),
+    threads: ThreadsOption = 1,
+) -> None:
+    """Show the whole method on a generated corpus.
+
+    Some of its modalities are ineffectual. Fits, trains and scores, then prints the ablation table and draws the
+    figures. It takes a few minutes on two cores.
+    """
+    from m3er_fast.demo import run_demo
+
+    use_threads(threads)
+    with ProgressDisplay("demo") as display:
+        result = run_demo(out, progress=display.say)
+    _print_ablation(result, out)
+
+
+def train(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the model, its history and plots.")],
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Statistics fitted by fit-stats, used instead of fitting them to CORPUS."),
+    ] = None,
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    epochs: EpochsOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, shuffling and dropout.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Utterances per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    resume: Annotated[bool, typer.Option(help="Resume the run in RUN, or begin anew.")] = True,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Train a model, stopping early on the validation loss.
+
+    The weights of the best epoch are kept. To resume interrupted training, give the same command again.
+    """
+    from m3er_fast.scoring import ModelStatistics
+    from m3er_fast.training import evaluate
+    from m3er_fast.training import train as train_model
+
+    use_threads(threads)
+    statistics = None if stats is None else ModelStatistics.load(stats)
+    data = read_for_training(corpus)
+    settings = training_settings(
+        data, config, paper, statistics, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
+    )
+    with ProgressDisplay("train", "epochs") as display:
+
+        def show(record: EpochRecord) -> None:
+            note = f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}"
+            display.update(record.epoch, record.epochs, note)
+
+        result = train_model(data, settings, statistics=statistics, out=out, resume=resume, progress=show)
+    losses = result.history["valid_loss"]
+    best = result.best_epoch
+    print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
+    test = data.subset("test")
+    report = evaluate(result.model, test).report if len(test) else None
+    if report is not None:
+        print(f"\nOn the test split:\n\n{report.to_markdown()}")
+
+
+def fit_stats(
+    corpus: LargeCorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the statistics; an older one is replaced.")],
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Fit a model's statistics to a corpus that need not fit into memory.
+
+    Fits standardiser, modality check and proxy bank to the training split, or to everything where there are no splits.
+    Labels are not needed. Then run train --stats FILE. Shards that cannot be read are left out; the exit code is then
+    3.
+    """
+    from m3er_fast.scoring import fit_statistics
+
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder, wanted a file to write", param_hint="--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # a folder that cannot be written to fails now, not after hours
+    with ProgressDisplay("fit-stats", "groups of shards") as display:
+
+        def show(progress: FitProgress) -> None:
+            display.update(progress.done, progress.groups, f"{progress.rows} utterances read")
+
+        statistics = fit_statistics(
+            corpus,
+            chosen_settings(config, paper),
+            engine=engine,
+            address=address,
+            workers=workers,
+            progress=show,
+        )
+    statistics.save(out)
+    print(f"{out}: learned from {statistics.rows} utterances with {statistics.frames} paired frames")
+    for shard, reason in statistics.quarantined:
+        typer.echo(f"m3er-fast: {shard} was left out: {reason.removeprefix(f'{shard}: ')}", err=True)
+    if statistics.errors:
+        typer.echo(f"m3er-fast: {statistics.errors} utterances that cannot be read were left out", err=True)
+    if statistics.quarantined or statistics.errors:
+        raise typer.Exit(QUARANTINED)
+
+
+def ablate(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for table and figures.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model, for mean ± standard deviation.")] = 5,
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    epochs: EpochsOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure the contribution of each step of the method.
+
+    Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation.
+    """
+    from m3er_fast.ablation import run_ablation
+
+    use_threads(threads)
+    data = read_for_training(corpus)
+    settings = training_settings(data, config, paper, epochs=epochs)
+    with ProgressDisplay("ablate") as display:
+        result = run_ablation(data, settings, seeds=seeds, out=out, progress=display.say)
+    _print_ablation(result, out)
+
+
+def _print_ablation(result: AblationResult, out: Path) -> None:
+    print(f"{result.to_markdown()}\n\nTable and figures: {out}")
