@@ -1,4 +1,4 @@
-"""The whole method on a generated corpus, in a few minutes on two cores."""
+"""The whole method on a generated corpus, which takes a few minutes on two cores."""
 
 from __future__ import annotations
 
@@ -18,35 +18,41 @@ from m3er_fast.training import train
 def run_demo(out: Path, *, progress: Callable[[str], None] | None = None) -> AblationResult:
     """Generate a corpus of moderate correlation, train, score, and write Table 2 and the figures into ``out``.
 
-    ``out`` receives the corpus (corpus/), a trained model with its history (model/), its scores of the corpus
+    ``out`` receives the corpus (corpus/), a trained model with its history (model/), the model's scores for the corpus
     (scores/), Table 2 over five seeds (table.md, table.json), its bars (ablation.png), Figures 3 (figure3.png) and 7
-    (figure7.png), and Figure 7 once more where modalities are linear maps of each other (figure7_linear.png).
+    (figure7.png), and Figure 7 for modalities that are linear maps of each other (figure7_linear.png).
+
+    Args:
+        out: a folder that is empty or does not exist yet.
+        progress: called with a line of text at every stage.
 
     Raises:
-        ValueError: if ``out`` holds something already.
+        ValueError: if ``out`` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give another folder with --out, or remove it")
-    say = progress or (lambda line: None)
-    say("generating 2000 utterances")
+    report_progress = progress or (lambda line: None)
+    report_progress("generating 2000 utterances")
     corpus = make_synthetic(seed=0)
     write_parquet(corpus, out / "corpus")
     config = M3ERConfig(network=NetworkConfig(dropout=0.5))
     config = config.replace(training=replace(config.training, epochs=20))
-    say("training a model and scoring the corpus with it")
+    report_progress("training a model and scoring the corpus with it")
     model = train(corpus, config, out=out / "model").model
     score(out / "corpus", model, out / "scores")
     result = run_ablation(corpus, config, out=out, progress=progress)
-    say("regenerating linearly related modalities")
+    report_progress("regenerating linearly related modalities")
     draw_linear_proxies(out / "figure7_linear.png")
     return result
 
 
 def draw_linear_proxies(path: Path) -> dict[str, float]:
-    """Figure 7 in the setting in which its 0.01 % can be reached: linear, nearly noiseless relations.
+    """Draw Figure 7 in the setting in which its 0.01 % can be reached: linear, nearly noiseless relations.
+
+    Without matplotlib, nothing is drawn.
 
     Returns:
-        The relative L2 error of each modality's proxy; the figure is drawn if matplotlib is there.
+        The relative L2 error of each modality's proxy.
     """
     corpus = make_synthetic(500, correlation=1.0, nonlinearity=0.0, noise=1e-6, seed=0)
     config = M3ERConfig(check=None, proxy=ProxyConfig(ridge=1e-10))

@@ -19,6 +19,7 @@ from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
+from m3er_fast.standardize import StandardizedBatch
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ def check_modalities(model: M3ERFusion, corpus: Corpus) -> None:
             f"the corpus has the modalities {corpus.input_dims}, but the model {model.input_dims}: "
             "wanted the same, in the same order"
         )
+
+
+def standardize_corpus(model: M3ERFusion, corpus: Corpus) -> StandardizedBatch:
+    """Return a whole corpus in standardised features, on the model's device.
+
+    Raises:
+        ValueError: if the corpus does not have the model's modalities, in the same order.
+    """
+    check_modalities(model, corpus)
+    return model.standardize(corpus.features, corpus.lengths, corpus.available)
 
 
 def corpus_batches(corpus: Corpus, order: NDArray[np.int64], size: int) -> Iterator[CorpusBatch]:

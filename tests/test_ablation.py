@@ -85,7 +85,7 @@ def standardized(corpus):
 # --- the table ---
 
 
-def test_the_rows_are_those_of_table_2_in_its_order_and_the_two_further_ones(ablated):
+def test_the_rows_are_table_2_s_in_its_order_and_two_further_ones(ablated):
     assert [(row.ineffectual, row.label) for row in ablated[0].rows] == ROWS
     assert {len(row.reports) for row in ablated[0].rows} == {2}
 
@@ -113,7 +113,7 @@ def test_every_row_scores_what_its_label_says(ablated):
         answers(full, noisy, effective=paper.check(units, noisy.lengths, noisy.available).effective),
         answers(full, noisy, effective=~truth),
     ]
-    # Or else a mix-up of rows would not show. The last may be M3ER's, if its check errs nowhere: see the next test.
+    # Otherwise a mix-up of rows would not show. The last may equal M3ER's if its check is perfect: see the next test.
     assert len({tuple(answer) for answer in expected[:-1]}) == len(ROWS) - 1
     for row, answer in zip(ablated[0].rows, expected, strict=True):
         report = row.reports[1]
@@ -297,9 +297,9 @@ def test_without_matplotlib_the_figures_alone_are_missing(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("corpus", "config", "seeds", "message"),
     [
-        (CORPUS, CONFIG.replace(check=None), 1, "it needs both the check and the proxies"),
-        (CORPUS, CONFIG.replace(proxy=None), 1, "it needs both the check and the proxies"),
-        (CORPUS, CONFIG, 0, "seeds must be at least 1, got 0"),
+        (CORPUS, CONFIG.replace(check=None), 1, "config must have both the check and the proxies"),
+        (CORPUS, CONFIG.replace(proxy=None), 1, "config must have both the check and the proxies"),
+        (CORPUS, CONFIG, 0, "seeds must be a positive int, got 0"),
         (replace(CORPUS, split=None), CONFIG, 1, "this corpus has no splits"),
         (CORPUS.select(CORPUS.split != "test"), CONFIG, 1, "the corpus has no test split to score"),
         (replace(CORPUS, target=None), CONFIG, 1, "the test split has no labels to score"),

@@ -1,0 +1,122 @@
+"""The records of an ablation, and the tables that they are printed as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from m3er_fast.metrics import ClassificationReport, mean_std
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One row of Table 2: an experiment's scores, one report per seed."""
+
+    ineffectual: bool
+    """Whether the test utterances had ineffectual modalities."""
+    label: str
+    reports: tuple[ClassificationReport, ...]
+
+    def overall(self, metric: str) -> tuple[float, float | None]:
+        """Return the mean and standard deviation of a score over seeds.
+
+        Args:
+            metric: "f1", "mean_accuracy", "accuracy" or "balanced_accuracy".
+        """
+        sources = [report.overall if metric in ("f1", "mean_accuracy") else report for report in self.reports]
+        return mean_std(getattr(source, metric) for source in sources)
+
+
+@dataclass(frozen=True)
+class CheckQuality:
+    """How well a modality check separates corrupted from clean modalities: a value per modality, averaged over seeds.
+
+    A value is None if no seed has the utterances that it needs.
+    """
+
+    check: str
+    auroc: dict[str, float | None]
+    """Area under the ROC curve of the p-value; None if the modality was never, or always, corrupted."""
+    detected: dict[str, float | None]
+    """Share of corrupted modalities judged ineffectual."""
+    false_alarms: dict[str, float | None]
+    """Share of clean modalities judged ineffectual, in the same corrupted test split."""
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """Table 2, the quality of the checks and proxies, and the settings."""
+
+    rows: tuple[AblationRow, ...]
+    checks: tuple[CheckQuality, ...]
+    proxy_errors: dict[str, float]
+    """Relative L2 error of each modality's proxy, regenerated from all other modalities, on the clean test split."""
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, ready for JSON."""
+        return {
+            "rows": [
+                {
+                    "ineffectual": row.ineffectual,
+                    "label": row.label,
+                    "seeds": [report.to_dict() for report in row.reports],
+                }
+                for row in self.rows
+            ],
+            "checks": [vars(check) for check in self.checks],
+            "proxy_errors": self.proxy_errors,
+            "settings": self.settings,
+        }
+
+    def to_markdown(self) -> str:
+        """Return Table 2 with mean ± standard deviation over seeds, and two small tables for checks and proxies."""
+        return "\n\n".join([self._score_table(), self._check_table(), self._proxy_table()])
+
+    def _score_table(self) -> str:
+        names = [_escape(name) for name in self.classes]
+        header = ["Ineffectual modalities?", "Experiment"]
+        header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")] + ["Accuracy"]
+        lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
+        for row in self.rows:
+            cells = ["Yes" if row.ineffectual else "No", row.label]
+            for c in range(len(names)):
+                cells.append(_cell([report.per_class[c].f1 for report in row.reports]))
+                cells.append(_cell([report.per_class[c].mean_accuracy for report in row.reports], percent=True))
+            cells.append(_cell([report.overall.f1 for report in row.reports]))
+            cells.append(_cell([report.overall.mean_accuracy for report in row.reports], percent=True))
+            cells.append(_cell([report.accuracy for report in row.reports], percent=True))
+            lines.append(cells)
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def _check_table(self) -> str:
+        lines = ["| Check | Modality | AUROC | Detected | False alarms |", "|---|---|---:|---:|---:|"]
+        for check in self.checks:
+            for name in check.auroc:
+                cells = [
+                    "–" if value is None else form.format(value)
+                    for form, value in (
+                        ("{:.3f}", check.auroc[name]),
+                        ("{:.1%}", check.detected[name]),
+                        ("{:.1%}", check.false_alarms[name]),
+                    )
+                ]
+                lines.append(f"| {check.check} | {_escape(name)} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def _proxy_table(self) -> str:
+        lines = ["| Proxy of | Relative L2 error |", "|---|---:|"]
+        lines += [f"| {_escape(name)} | {error:.2%} |" for name, error in self.proxy_errors.items()]
+        return "\n".join(lines)
+
+
+def _escape(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+def _cell(values: Sequence[float], *, percent: bool = False) -> str:
+    mean, deviation = mean_std(values)
+    form = "{:.1%}" if percent else "{:.3f}"
+    return form.format(mean) if deviation is None else f"{form.format(mean)} ± {form.format(deviation)}"
