@@ -1,8 +1,8 @@
-"""Seeded corruptions of standardised features: how a modality becomes ineffectual.
+"""Seeded corruptions of standardised features, which make a modality ineffectual.
 
-Every corruption is called alike, ``corruption(x, generator=generator, lengths=lengths)`` and its own severity, returns
-a new tensor of the same shape, dtype and device, and changes valid frames only; so corruptions compose. Random numbers
-are drawn on the generator's device: a CPU generator gives the same corruption on every device.
+All corruptions share one signature, ``corruption(x, generator=generator, lengths=lengths)``, plus a severity of their
+own. They return a new tensor of the same shape, dtype and device and change valid frames only, so they compose. Random
+numbers are drawn on the generator's device: a CPU generator gives the same corruption on every device.
 
 Dimension legend: M modalities, B batch, T time steps, d features.
 """
@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3er_fast._validation import check_choice, check_number
 from m3er_fast.inputs import check_lengths, check_mask
 
 Corruption = Callable[..., Tensor]
-"""Called as ``corruption(x, generator=generator, lengths=lengths)`` with the samples of one modality."""
+"""Takes the samples of one modality: ``corruption(x, generator=generator, lengths=lengths)``."""
 
 
 def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
     """Add white Gaussian noise at a signal-to-noise ratio that holds for each sample.
 
-    ``x + sqrt(P / snr) · N(0, 1)``, where the signal power P of a sample is the mean square of its valid, finite
-    entries. A silent sample (P = 0) is given P = 1, the variance of a standardised feature: a dead sensor is noisy too.
+    Computes ``x + sqrt(P / snr) · N(0, 1)``, where the signal power P of a sample is the mean square of its valid,
+    finite entries. For a silent sample (P = 0), P is 1, the variance of a standardised feature: a dead sensor is noisy
+    too.
 
     Args:
         x: (B, T, d) or (B, d) floating tensor. Non-finite entries stay as they are.
@@ -38,7 +40,7 @@ def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths
     Raises:
         ValueError: if ``x`` or ``lengths`` has the wrong type or shape, or ``snr`` is not positive and finite.
     """
-    _check_positive("snr", snr)
+    check_number("snr", snr, 0, exclusive=True)
     valid = _valid_entries(x, lengths)
     rms = _root_mean_square(x, valid)
     amplitude = torch.where(rms > 0, rms, 1.0) / math.sqrt(snr)
@@ -47,11 +49,11 @@ def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths
 
 
 def silence(x: Tensor, generator: torch.Generator | None = None, *, lengths: Any = None) -> Tensor:
-    """Replace every valid frame by zeros: the training mean, hence a sensor that says nothing.
+    """Replace every valid frame by zeros, the training mean: a sensor that carries no information.
 
     Args:
         x: (B, T, d) or (B, d) floating tensor.
-        generator: not used; accepted because every corruption is called alike.
+        generator: not used; part of the shared signature.
         lengths: (B,) valid leading frames; None means all T.
 
     Raises:
@@ -62,9 +64,9 @@ def silence(x: Tensor, generator: torch.Generator | None = None, *, lengths: Any
 
 
 def freeze(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
-    """Hold one frame for the whole sequence: each sample repeats a valid frame drawn uniformly.
+    """Freeze the sequence: each sample repeats one of its valid frames, drawn uniformly.
 
-    With one valid frame there is nothing to hold but that frame: the sample is unchanged.
+    A sample with one valid frame is unchanged.
 
     Args:
         x: (B, T, d) or (B, d) floating tensor.
@@ -78,8 +80,8 @@ def freeze(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> Ten
     if x.ndim == 2:
         return x.clone()
     length = valid.sum(dim=(1, 2))
-    held = (_uniform(length.shape, generator, x.device) * length).long()
-    frame = x[torch.arange(x.shape[0], device=x.device), held]
+    frozen = (_uniform(length.shape, generator, x.device) * length).long()
+    frame = x[torch.arange(x.shape[0], device=x.device), frozen]
     return torch.where(valid, frame[:, None, :], x)
 
 
@@ -91,21 +93,21 @@ def clip(x: Tensor, limit: float, generator: torch.Generator | None = None, *, l
 
     Args:
         x: (B, T, d) or (B, d) floating tensor. NaN stays NaN, ±inf becomes the limit.
-        limit: where the sensor saturates, in root mean squares of the sample; smaller is harsher.
-        generator: not used; accepted because every corruption is called alike.
+        limit: the level at which the sensor saturates, in root mean squares of the sample; smaller is harsher.
+        generator: not used; part of the shared signature.
         lengths: (B,) valid leading frames; None means all T.
 
     Raises:
         ValueError: if ``x`` or ``lengths`` has the wrong type or shape, or ``limit`` is not positive and finite.
     """
-    _check_positive("limit", limit)
+    check_number("limit", limit, 0, exclusive=True)
     valid = _valid_entries(x, lengths)
     bound = (limit * _root_mean_square(x, valid)).to(x.dtype)
     return torch.where(valid, x.clamp(-bound, bound), x)
 
 
 def drop_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
-    """Zero whole frames, each valid one independently with the given probability.
+    """Zero whole frames: each valid frame independently, with the given probability.
 
     Args:
         x: (B, T, d) or (B, d) floating tensor; a (B, d) utterance is one frame.
@@ -116,17 +118,17 @@ def drop_frames(x: Tensor, probability: float, generator: torch.Generator, *, le
     Raises:
         ValueError: if ``x`` or ``lengths`` has the wrong type or shape, or ``probability`` is outside [0, 1].
     """
-    _check_probability(probability)
+    check_number("probability", probability, 0, 1)
     valid = _valid_entries(x, lengths)
     dropped = _uniform(valid.shape, generator, x.device) < probability
     return x.masked_fill(valid & dropped, 0.0)
 
 
 def mismatch(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
-    """Give every sample the modality of another one, so that what it hears is not what it sees.
+    """Give every sample the modality of another sample, as when sound and picture do not belong together.
 
-    The donors form one random cycle through the whole batch, so no sample keeps its own modality. A donor shorter than
-    the receiver starts over when it ends, and a donor without frames leaves its receiver silent.
+    The donors form one random cycle through the whole batch, so no sample keeps its own modality. A donor that is
+    shorter than the receiver repeats, and a donor without frames leaves its receiver silent.
 
     Args:
         x: (B, T, d) or (B, d) floating tensor.
@@ -139,7 +141,7 @@ def mismatch(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> T
     valid = _valid_entries(x, lengths)
     batch = x.shape[0]
     if batch == 1:
-        raise ValueError("mismatch needs another sample to take the modality from, got a batch of 1")
+        raise ValueError("mismatch needs a batch of 2 samples or more, to exchange the modality, got 1")
     order = torch.randperm(batch, generator=generator, device=generator.device).to(x.device)
     donor = torch.empty_like(order)
     donor[order] = order.roll(1)
@@ -160,7 +162,7 @@ KINDS: dict[str, Corruption] = {
     "drop_frames": partial(drop_frames, probability=0.75),
     "mismatch": mismatch,
 }
-"""The corruptions by name, at the severity that `corrupt` gives them; ``functools.partial`` makes any other."""
+"""The corruptions by name, at the default severity of `corrupt`; ``functools.partial`` gives any other severity."""
 
 
 def corrupt(
@@ -172,19 +174,18 @@ def corrupt(
     lengths: Any = None,
     available: Any = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Corrupt some modalities of some samples, never all that a sample has.
+    """Corrupt some modalities of some samples, but never all modalities of a sample.
 
-    Each sample is hit independently with the given probability. A hit sample with A available modalities has a number
-    of them corrupted that is uniform in 1..A−1, and which ones is uniform too; with A < 2 it is left clean. The seed
-    starts one CPU generator for the whole call, so corrupt a data set in one call: cut into batches, it is corrupted
-    differently. ``truth`` is drawn first: it is the same for every ``kind``.
+    Each sample is chosen independently, with the given probability. Of a chosen sample's A available modalities, k are
+    corrupted; k is uniform in 1..A−1, and so is the choice of k modalities. A sample with A < 2 stays clean. The seed
+    starts one CPU generator for the whole call: corrupt a data set in one call, because in batches the result differs.
+    ``truth`` is drawn first, so it is the same for every ``kind``.
 
     Args:
-        features: mapping from modality name to standardised (B, T, d_m) or (B, d_m) tensors, which are
-            never modified.
+        features: mapping from modality name to standardised (B, T, d_m) or (B, d_m) tensors; they are not modified.
         seed: the same seed, features and options give the same result on every device.
-        kind: a name in `KINDS`, or a callable ``kind(x, generator=generator, lengths=lengths)`` that is given the
-            samples having the modality, such as ``functools.partial(clip, limit=0.5)``.
+        kind: a name in `KINDS`, or a callable ``kind(x, generator=generator, lengths=lengths)`` such as
+            ``functools.partial(clip, limit=0.5)``, which receives the samples that have the modality.
         probability: share of samples with at least one corrupted modality, in [0, 1].
         lengths: (B,) valid leading frames; None means all T.
         available: (B, M) bool in the order of ``features``; None means every modality.
@@ -203,10 +204,9 @@ def corrupt(
         >>> bool((corrupted["text"].sum(dim=(1, 2)) == 0).eq(truth[:, 0]).all())
         True
     """
-    _check_probability(probability)
+    check_number("probability", probability, 0, 1)
     if isinstance(kind, str):
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {sorted(KINDS)} or a callable, got {kind!r}")
+        check_choice("kind", kind, sorted(KINDS))
         kind = KINDS[kind]
     first = _check_features(features)
     batch, steps = first.shape[0], (first.shape[1] if first.ndim == 3 else 1)
@@ -234,14 +234,14 @@ def paper_protocol(
     lengths: Any = None,
     available: Any = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The paper's ineffectual modalities: white Gaussian noise on some, never all, modalities of about 75% of samples.
+    """Make modalities ineffectual as the paper does: noise on some, never all, modalities of about 75% of the samples.
 
-    Mittal et al., AAAI 2020 (arXiv 1911.05659). This is `corrupt` with `gaussian_noise`; see there for how samples and
-    modalities are drawn, and for the arguments, results and errors not listed here.
+    Mittal et al., AAAI 2020 (arXiv 1911.05659). The noise is white and Gaussian. This is `corrupt` with
+    `gaussian_noise`; see `corrupt` for the choice of samples and modalities, and for the errors.
 
     Args:
         features: mapping from modality name to standardised (B, T, d_m) or (B, d_m) tensors.
-        seed: of the one generator that the whole call draws from.
+        seed: seeds the one generator of the whole call.
         snr: power ratio of signal to noise in every corrupted modality of every sample.
         probability: share of samples with at least one corrupted modality.
         lengths: (B,) valid leading frames; None means all T.
@@ -261,7 +261,7 @@ def paper_protocol(
 
 
 def _draw_truth(usable: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Which modalities of which samples to corrupt, (B, M) bool, drawn among the usable ones."""
+    """Draw the modalities to corrupt, (B, M) bool, among the usable ones."""
     choices = usable.sum(dim=1) - 1
     draws = _uniform((usable.shape[0], 2 + usable.shape[1]), generator, usable.device)
     hit = (draws[:, 0] < probability) & (choices > 0)
@@ -272,12 +272,12 @@ def _draw_truth(usable: Tensor, probability: float, generator: torch.Generator) 
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) drawn where the generator lives; float64, so that a product with a count n stays below n."""
+    """Draw float64 numbers in [0, 1) on the generator's device; in float32 the product with a count n could be n."""
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).to(device)
 
 
 def _valid_entries(x: Tensor, lengths: Any) -> Tensor:
-    """True on valid frames, (B, T, 1) or (B, 1) as ``x`` is."""
+    """Return a mask of the valid frames: (B, T, 1), or (B, 1) for a matrix ``x``."""
     _check_tensor("x", x)
     steps = x.shape[1] if x.ndim == 3 else 1
     length = check_lengths(lengths, x.shape[0], steps, x.device)
@@ -286,7 +286,10 @@ def _valid_entries(x: Tensor, lengths: Any) -> Tensor:
 
 
 def _root_mean_square(x: Tensor, valid: Tensor) -> Tensor:
-    """Per sample over its valid, finite entries; float64 (its square of 1e38 is finite), 0 where there are none."""
+    """Return each sample's root mean square over its valid, finite entries, 0 if there are none.
+
+    Computed in float64, in which the square of 1e38 is finite.
+    """
     counted = valid & x.isfinite()
     dims = tuple(range(1, x.ndim))
     total = x.double().square().where(counted, 0.0).sum(dim=dims, keepdim=True)
@@ -294,7 +297,7 @@ def _root_mean_square(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def _check_features(features: Mapping[str, Tensor]) -> Tensor:
-    """The first of at least one floating tensor that agree in batch and time."""
+    """Check that at least one tensor is given and that all agree in batch and time; return the first."""
     if not isinstance(features, Mapping) or not features:
         raise ValueError(f"features must map at least one modality name to a tensor, got {features!r}")
     first_name, first = next(iter(features.items()))
@@ -312,13 +315,3 @@ def _check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim not in (2, 3) or 0 in x.shape[1:]:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a floating tensor of shape (B, T, d) or (B, d), T and d ≥ 1, got {got}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _check_probability(value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"probability must lie in [0, 1], got {value!r}")

@@ -98,7 +98,7 @@ def test_bad_input_is_one_clear_error(kind, x, lengths, message):
 @pytest.mark.parametrize("snr", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6, 1e30])
 def test_noise_has_the_power_ratio_asked_for_in_every_sample(snr, scale):
-    # 20 000 entries a sample: the noise power has a relative standard deviation of sqrt(2 / 20 000) = 0.01.
+    # 20 000 entries per sample: the noise power has a relative standard deviation of sqrt(2 / 20 000) = 0.01.
     x = scale * (sample(8, 100, 200) + torch.arange(8.0)[:, None, None])
     noise = gaussian_noise(x, snr, rng(1)) - x
     measured = x.square().mean(dim=(1, 2)) / noise.square().mean(dim=(1, 2))
@@ -132,7 +132,7 @@ def test_a_sample_without_power_gets_noise_relative_to_unit_power(fill):
 
 @pytest.mark.parametrize("snr", [0.0, -1.0, NOT_A_NUMBER, float("inf")])
 def test_an_snr_that_is_not_positive_and_finite_is_refused(snr):
-    with pytest.raises(ValueError, match="snr must be positive and finite"):
+    with pytest.raises(ValueError, match="snr must be a finite number > 0"):
         gaussian_noise(sample(), snr, rng())
 
 
@@ -146,10 +146,10 @@ def test_silence_zeroes_every_valid_frame():
 def test_freeze_repeats_one_valid_frame_and_every_valid_frame_can_be_it():
     x = sample(1, 5, 4).expand(400, 5, 4)
     result = freeze(x, rng(1), lengths=torch.full((400,), 3))
-    held = (result[:, :1] == x).all(dim=2)
-    assert torch.equal(held.sum(dim=1), torch.ones(400, dtype=torch.int64))
+    frozen = (result[:, :1] == x).all(dim=2)
+    assert torch.equal(frozen.sum(dim=1), torch.ones(400, dtype=torch.int64))
     assert torch.equal(result[:, :3], result[:, :1].expand(-1, 3, -1))
-    counts = held.sum(dim=0).tolist()
+    counts = frozen.sum(dim=0).tolist()
     low, high = binom.interval(0.999, 400, 1 / 3)
     assert all(low <= count <= high for count in counts[:3])
     assert counts[3:] == [0, 0]
@@ -171,7 +171,7 @@ def test_clip_saturates_at_the_limit_times_the_root_mean_square_of_the_sample():
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, NOT_A_NUMBER, float("inf")])
 def test_a_clip_limit_that_is_not_positive_and_finite_is_refused(limit):
-    with pytest.raises(ValueError, match="limit must be positive and finite"):
+    with pytest.raises(ValueError, match="limit must be a finite number > 0"):
         clip(sample(), limit)
 
 
@@ -192,7 +192,7 @@ def test_a_probability_outside_0_to_1_is_refused(probability):
         lambda: corrupt({"text": sample()}, 0, probability=probability),
         lambda: paper_protocol({"text": sample()}, 0, probability=probability),
     ):
-        with pytest.raises(ValueError, match=r"probability must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"probability must be a finite number in \[0, 1\]"):
             call()
 
 
@@ -204,7 +204,7 @@ def test_mismatch_permutes_the_batch_and_no_sample_keeps_its_own(batch, seed):
     assert torch.equal(donors.sort().values, torch.arange(float(batch)))
 
 
-def test_a_mismatched_donor_starts_over_when_it_is_shorter_and_an_empty_one_is_silence():
+def test_a_shorter_donor_repeats_and_an_empty_one_is_silence():
     x = torch.tensor([[[1.0], [2.0], [3.0]], [[10.0], [20.0], [99.0]]])
     result = mismatch(x, rng(), lengths=[3, 2])
     assert result[:, :, 0].tolist() == [[10.0, 20.0, 10.0], [1.0, 2.0, 99.0]]
@@ -212,7 +212,9 @@ def test_a_mismatched_donor_starts_over_when_it_is_shorter_and_an_empty_one_is_s
 
 
 def test_mismatch_of_a_single_sample_is_refused():
-    with pytest.raises(ValueError, match="mismatch needs another sample"):
+    with pytest.raises(
+        ValueError, match="mismatch needs a batch of 2 samples or more, to exchange the modality, got 1"
+    ):
         mismatch(sample(batch=1), rng())
 
 
@@ -304,7 +306,7 @@ def test_a_seed_fixes_the_result_and_another_seed_changes_it():
     assert not torch.equal(first[1], other[1])
 
 
-def test_a_callable_kind_gets_the_samples_the_generator_and_the_lengths():
+def test_a_callable_kind_receives_samples_generator_and_lengths():
     features, lengths = three_modalities(40, steps=3), torch.arange(40) % 4
     severe = corrupt(features, 0, kind=partial(drop_frames, probability=1.0), lengths=lengths)
     silent = corrupt(features, 0, kind="silence", lengths=lengths)
