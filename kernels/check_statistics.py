@@ -1,13 +1,13 @@
-"""Statistics of the modality check, and the mask of modalities that pass, in one kernel.
+"""The two statistics of the modality check in one kernel.
 
-A program takes a block of samples. For each pair it projects both sides by the folded matrices, block of features by
-block of features, and reduces the two projections to their cosine while they are still in registers; for each modality
-it does the same with the whitener, to the mean square. Products are tf32x3, three passes of the matrix unit that keep
-float32's digits: plain tf32 moves masks near a threshold, and so would bf16x3 where features are nearly collinear, for
-a whitener enlarges what rounding leaves of them.
+Each program computes the statistics of one block of samples. For each pair of modalities it projects both sides by the
+folded matrices, block of features by block of features, and reduces the two projections to their cosine while they are
+still in registers. For each modality it computes the mean square of the whitened features in the same way. Products are
+tf32x3: three passes of the matrix unit, which keep float32's digits. Plain tf32 would change which samples pass near a
+threshold, and so would bf16x3 when features are nearly collinear, since a whitener enlarges their rounding errors.
 
-Every pair and modality is code of its own, as wide as its features. Up to four modalities are one launch; of more, for
-which that would take minutes to compile, each pair and each modality is a launch, and the mask another.
+The code of each pair and each modality is compiled for its own number of features. Up to four modalities need one
+launch. With more, one kernel would take minutes to compile: each pair and each modality then has a launch of its own.
 
 Dimension legend: M modalities, B samples, d_m features of modality m, P pairs of modalities, k_p components of pair p,
 r_m whitened directions of modality m; ROWS samples, FEATURES features and DIRECTIONS whitened directions of a tile.
@@ -16,7 +16,6 @@ r_m whitened directions of modality m; ROWS samples, FEATURES features and DIREC
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3er_fast.kernels._target import TRITON_TYPE, Specialization, Work, capability
-
-_LARGEST = tl.constexpr(3.4028234663852886e38)
+from m3er_fast.kernels._device import capability
+from m3er_fast.kernels._math import LARGEST
+from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
+from m3er_fast.operands import CheckProjections, modality_pairs
 
 
 @triton.jit
@@ -39,13 +40,13 @@ def _projected(
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     K: tl.constexpr,
-    TRIANGULAR: tl.constexpr,  # the matrix has no row's columns before the row's own number
+    TRIANGULAR: tl.constexpr,  # whether the matrix is upper triangular: row k starts with k zeros
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows first_row.. of the matrix times this program's centred samples: (ROWS, COLUMNS), zeros beyond the last."""
-    # One 64-bit address a program; what is added to it fits into 32 bits, and half the registers.
+    """Return rows first_row.. of the matrix times the centred samples: (ROWS, COLUMNS), zeros past the last row."""
+    # One 64-bit address per program: offsets from it fit into 32 bits, which halves their registers.
     x_ptr += tl.program_id(0).to(tl.int64) * ROWS * STRIDE
     row = tl.arange(0, ROWS)
     inside = row < B - tl.program_id(0) * ROWS
@@ -65,60 +66,22 @@ def _projected(
 
 @triton.jit
 def _cosine(u, v):
-    """Cosine of the rows; 0 where a row is zero or not finite. Scaled by their largest entries, squares never leave."""
+    """Return the cosine of the rows, and 0 where a row is zero or not finite.
+
+    The rows are scaled by their largest entries, so their squares neither overflow nor vanish.
+    """
     u_largest, v_largest = tl.max(tl.abs(u), axis=1), tl.max(tl.abs(v), axis=1)
     u = u / tl.where(u_largest > 0, u_largest, 1.0)[:, None]
     v = v / tl.where(v_largest > 0, v_largest, 1.0)[:, None]
     product = tl.sqrt(tl.sum(u * u, axis=1)) * tl.sqrt(tl.sum(v * v, axis=1))
     cosine = tl.sum(u * v, axis=1) / tl.where(product > 0, product, 1.0)
-    defined = (product > 0) & (tl.abs(cosine) < 2.0)  # no NaN is below anything
+    defined = (product > 0) & (tl.abs(cosine) < 2.0)  # False for NaN
     return tl.where(defined, tl.minimum(tl.maximum(cosine, -1.0), 1.0), 0.0)
 
 
-@triton.jit
-def _store_effective(
-    effective_ptr,  # (B, M) bool
-    threshold_ptr,  # (P + 2M,) float32: of ρ, least energies, greatest energies
-    available_ptr,  # (B, M) bool
-    correlations,  # P of (ROWS,)
-    energies,  # M of (ROWS,)
-    b,
-    inside,
-    available_stride_b,
-    available_stride_m,
-    M: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    HAS_AVAILABLE: tl.constexpr,
-    ANY: tl.constexpr,
-):
-    """The mask of the samples: trusted by energy, and in agreement with every other trusted modality, or with any."""
-    P: tl.constexpr = len(FIRST)
-    trusted = ()
-    for m in tl.static_range(M):
-        low, high = tl.load(threshold_ptr + P + m), tl.load(threshold_ptr + P + M + m)
-        here = (energies[m] >= low) & (energies[m] <= high)
-        if HAS_AVAILABLE:
-            offsets = b * available_stride_b + m * available_stride_m
-            here = here & tl.load(available_ptr + offsets, mask=inside, other=0).to(tl.int1)
-        trusted = trusted + (here,)
-    for m in tl.static_range(M):
-        compared = tl.zeros(b.shape, tl.int32)
-        passed = tl.zeros(b.shape, tl.int32)
-        for p in tl.static_range(P):
-            if FIRST[p] == m or SECOND[p] == m:
-                both = trusted[FIRST[p]] & trusted[SECOND[p]]
-                # Exactly 0 means undefined, which passes no threshold.
-                passes = (correlations[p] >= tl.load(threshold_ptr + p)) & (correlations[p] != 0)
-                compared += both.to(tl.int32)
-                passed += (both & passes).to(tl.int32)
-        enough = (passed == compared) if ANY else (passed > 0) | (compared == 0)
-        tl.store(effective_ptr + b * M + m, trusted[m] & enough, mask=inside)
-
-
-# Nothing is compiled anew for a batch size or for the place of a pair.
+# Neither batch sizes nor the index of a pair cause a recompilation.
 @triton.jit(do_not_specialize=["B", "first_pair", "first_modality", "correlation_stride", "energy_stride"])
-def correlation_gate_fwd_kernel(
+def check_statistics_fwd_kernel(
     x_ptrs,  # M of (B, d_m), rows STRIDES apart
     center_ptrs,  # M of (d_m,) float32
     left_ptrs,  # P of (k_p, d_i) float32
@@ -126,37 +89,28 @@ def correlation_gate_fwd_kernel(
     right_ptrs,  # P of (k_p, d_j) float32
     right_bias_ptrs,  # P of (k_p,) float32
     whitener_ptrs,  # M of (r_m, d_m) float32
-    threshold_ptr,  # (P + 2M,) float32: of ρ, least energies, greatest energies
-    available_ptr,  # (B, M) bool
-    correlation_ptr,  # (B, pairs in all) float32
-    energy_ptr,  # (B, modalities in all) float32
-    effective_ptr,  # (B, M) bool
+    correlation_ptr,  # (B, all pairs) float32
+    energy_ptr,  # (B, all modalities) float32
     B,
-    first_pair,  # where this launch's first pair,
-    first_modality,  # and its first modality, stand among all
+    first_pair,  # index of this launch's first pair among all
+    first_modality,  # index of its first modality among all
     correlation_stride,
     energy_stride,
-    available_stride_b,
-    available_stride_m,
     DIMS: tl.constexpr,  # M of d_m
-    STRIDES: tl.constexpr,  # a compile-time row length shows the compiler how wide a load may be
-    RANKS: tl.constexpr,  # M of r_m; none: no energies
-    FIRST: tl.constexpr,  # of each pair, the first modality,
-    SECOND: tl.constexpr,  # and the second
+    STRIDES: tl.constexpr,  # from row lengths known at compile time the compiler sees how wide a load may be
+    RANKS: tl.constexpr,  # M of r_m; empty: no energies
+    FIRST: tl.constexpr,  # each pair's first modality
+    SECOND: tl.constexpr,  # each pair's second modality
     COMPONENTS: tl.constexpr,  # P of k_p
     TRIANGULAR: tl.constexpr,  # whether whiteners are upper triangular
-    HAS_THRESHOLDS: tl.constexpr,
-    HAS_AVAILABLE: tl.constexpr,
-    ANY: tl.constexpr,  # the rule: one failing comparison is enough
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,  # components of a tile, at least every k_p
     DIRECTIONS: tl.constexpr,
 ):
-    """ρ of every pair, energy of every modality, and which modalities are effective."""
+    """Compute ρ of every pair and the energy of every modality."""
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = b < B
-    energies = ()
     for m in tl.static_range(len(RANKS)):
         total = tl.zeros([ROWS], tl.float32)
         for first in range(0, RANKS[m], DIRECTIONS):
@@ -166,10 +120,8 @@ def correlation_gate_fwd_kernel(
             )  # fmt: skip
             total += tl.sum(whitened * whitened, axis=1)
         energy = total / max(RANKS[m], 1)
-        energy = tl.where(energy <= _LARGEST, energy, _LARGEST)  # NaN and inf too
+        energy = tl.where(energy <= LARGEST, energy, LARGEST)  # also for NaN and inf
         tl.store(energy_ptr + b * energy_stride + (first_modality + m), energy, mask=inside)
-        energies = energies + (energy,)
-    correlations = ()
     k = tl.arange(0, COLUMNS)
     for p in tl.static_range(len(FIRST)):
         u = _projected(
@@ -184,55 +136,18 @@ def correlation_gate_fwd_kernel(
         v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
         correlation = _cosine(u, v)
         tl.store(correlation_ptr + b * correlation_stride + (first_pair + p), correlation, mask=inside)
-        correlations = correlations + (correlation,)
-    if HAS_THRESHOLDS:
-        _store_effective(
-            effective_ptr, threshold_ptr, available_ptr, correlations, energies, b, inside,
-            available_stride_b, available_stride_m, len(DIMS), FIRST, SECOND, HAS_AVAILABLE, ANY,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["B"])
-def correlation_gate_mask_kernel(
-    threshold_ptr,  # (P + 2M,) float32
-    available_ptr,  # (B, M) bool
-    correlation_ptr,  # (B, P) float32
-    energy_ptr,  # (B, M) float32
-    effective_ptr,  # (B, M) bool
-    B,
-    available_stride_b,
-    available_stride_m,
-    M: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    HAS_AVAILABLE: tl.constexpr,
-    ANY: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Which modalities are effective, of statistics that several launches have left."""
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = b < B
-    correlations, energies = (), ()
-    for p in tl.static_range(len(FIRST)):
-        correlations = correlations + (tl.load(correlation_ptr + b * len(FIRST) + p, mask=inside, other=0.0),)
-    for m in tl.static_range(M):
-        energies = energies + (tl.load(energy_ptr + b * M + m, mask=inside, other=0.0),)
-    _store_effective(
-        effective_ptr, threshold_ptr, available_ptr, correlations, energies, b, inside,
-        available_stride_b, available_stride_m, M, FIRST, SECOND, HAS_AVAILABLE, ANY,
-    )  # fmt: skip
 
 
 # --- Launching ---
 
 
 class Part(NamedTuple):
-    """What one launch computes: some modalities' energies and some pairs, all that a kernel is compiled for."""
+    """The modalities and pairs that one launch computes: all that the kernel is compiled for, beside dtypes."""
 
     dims: tuple[int, ...]  # d_m
-    strides: tuple[int, ...]  # of a row of features
+    strides: tuple[int, ...]  # distance between rows of features
     ranks: tuple[int, ...]  # r_m; empty: no energies
-    pairs: tuple[tuple[int, int], ...]  # numbers of two of these modalities
+    pairs: tuple[tuple[int, int], ...]  # each pair's modalities, as indices into ``dims``
     components: tuple[int, ...]  # k_p
     triangular: bool  # whether the whiteners are upper triangular
 
@@ -248,23 +163,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# More modalities than this are launched one by one, and pair by pair.
+# More modalities than this need a launch per modality and per pair.
 _MOST_AT_ONCE = 4
-_MASK_ROWS = 128
 
 
 def tile_for(part: Part, capability: int) -> Tile:
-    """The table of tile sizes, by feature sizes and generation of GPU (80, 90, ...) only."""
+    """Return the tile for a launch on one generation of GPU (80, 90, ...)."""
     # Matrix units multiply blocks of at least 16.
     columns = max(16, triton.next_power_of_2(max((*part.components, 1))))
     directions = min(64, max(16, triton.next_power_of_2(max((*part.ranks, 1)))))
-    # Before Hopper the pieces of both factors wait in registers: half as many features fit.
+    # Before Hopper the parts of both tf32x3 factors wait in registers: only half as many features fit.
     features, stages = (32, 2) if capability >= 90 else (16, 3)
-    # Two projections of a pair are alive at once.
+    # Both projections of a pair are alive at once.
     return Tile(64, features, columns, directions, 8 if columns >= 128 else 4, stages)
 
 
-def _constants(part: Part, tile: Tile, *, has_thresholds: bool, has_available: bool, any_rule: bool) -> dict[str, Any]:
+def _constants(part: Part, tile: Tile) -> dict[str, Any]:
     return {
         "DIMS": part.dims,
         "STRIDES": part.strides,
@@ -273,9 +187,6 @@ def _constants(part: Part, tile: Tile, *, has_thresholds: bool, has_available: b
         "SECOND": tuple(j for _, j in part.pairs),
         "COMPONENTS": part.components,
         "TRIANGULAR": part.triangular,
-        "HAS_THRESHOLDS": has_thresholds,
-        "HAS_AVAILABLE": has_available,
-        "ANY": any_rule,
         "ROWS": tile.rows,
         "FEATURES": tile.features,
         "COLUMNS": tile.columns,
@@ -284,308 +195,164 @@ def _constants(part: Part, tile: Tile, *, has_thresholds: bool, has_available: b
 
 
 def _compile_options(tile: Tile) -> dict[str, Any]:
-    # Without a ceiling of its own choice the assembler spills a few registers to fit more programs on a multiprocessor.
+    # Without the ceiling the assembler spills a few registers to fit more programs on a multiprocessor.
     return {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": 255, "enable_fp_fusion": True}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Features whose rows are contiguous and at a distance that 32 bits can address: only others are copied."""
+    """Return the features, copied only if their rows are not contiguous or too far apart for 32-bit offsets."""
     return x if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(0) < 2**24 else x.contiguous()
 
 
-def _matrices(values: Sequence[Tensor]) -> list[Tensor]:
-    return [value.to(torch.float32).contiguous() for value in values]
+def _prepared(projections: CheckProjections) -> CheckProjections:
+    """Return the projections as the kernel reads them: float32, contiguous."""
+    *matrices, triangular = projections
+    return CheckProjections(*([x.to(torch.float32).contiguous() for x in values] for values in matrices), triangular)
 
 
-class _Call(NamedTuple):
-    """The arguments of a call, as kernels take them."""
-
-    rows: list[Tensor]
-    center: list[Tensor]
-    left: list[Tensor]
-    left_bias: list[Tensor]
-    right: list[Tensor]
-    right_bias: list[Tensor]
-    whitener: list[Tensor]
-    triangular: bool
-    thresholds: Tensor | None
-    available: Tensor | None
-    any_rule: bool
-    correlation: Tensor
-    energy: Tensor
-    effective: Tensor
-
-    def launch(self, modalities: Sequence[int], pairs: Sequence[int], *, energies: bool, mask: bool) -> None:
-        """Statistics of some modalities and pairs, numbered among all; with the mask only if they are all."""
-        of_pair = list(combinations(range(len(self.rows)), 2))
-        place = {m: i for i, m in enumerate(modalities)}
-        part = Part(
-            tuple(self.rows[m].shape[1] for m in modalities),
-            tuple(self.rows[m].stride(0) for m in modalities),
-            tuple(self.whitener[m].shape[0] for m in modalities) if energies else (),
-            tuple((place[i], place[j]) for i, j in (of_pair[p] for p in pairs)),
-            tuple(self.left[p].shape[0] for p in pairs),
-            self.triangular,
-        )
-        tile = tile_for(part, capability(self.energy))
-        # What a kernel does not read it is given all the same: any tensor will do.
-        available = self.effective if self.available is None else self.available
-        nothing = (self.energy,)
-        correlation_gate_fwd_kernel[(triton.cdiv(self.energy.shape[0], tile.rows),)](
-            tuple(self.rows[m] for m in modalities),
-            tuple(self.center[m] for m in modalities),
-            *(
-                tuple(side[p] for p in pairs) or nothing
-                for side in (self.left, self.left_bias, self.right, self.right_bias)
-            ),
-            tuple(self.whitener[m] for m in modalities) if energies else nothing,
-            self.energy if self.thresholds is None else self.thresholds,
-            available,
-            self.correlation,
-            self.energy,
-            self.effective,
-            self.energy.shape[0],
-            pairs[0] if pairs else 0,
-            modalities[0],
-            self.correlation.stride(0),
-            self.energy.stride(0),
-            *available.stride(),
-            **_constants(
-                part,
-                tile,
-                has_thresholds=mask,
-                has_available=self.available is not None,
-                any_rule=self.any_rule,
-            ),
-            **_compile_options(tile),
-        )
-
-    def launch_mask(self) -> None:
-        batch, modalities = self.energy.shape
-        pairs = list(combinations(range(modalities), 2))
-        available = self.effective if self.available is None else self.available
-        correlation_gate_mask_kernel[(triton.cdiv(batch, _MASK_ROWS),)](
-            self.thresholds,
-            available,
-            self.correlation,
-            self.energy,
-            self.effective,
-            batch,
-            *available.stride(),
-            **_mask_constants(modalities, pairs, has_available=self.available is not None, any_rule=self.any_rule),
-            **_MASK_OPTIONS,
-        )
-
-
-_MASK_OPTIONS: dict[str, Any] = {"num_warps": 4, "maxnreg": 255, "enable_fp_fusion": True}
-
-
-def _mask_constants(
-    modalities: int, pairs: Sequence[tuple[int, int]], *, has_available: bool, any_rule: bool
-) -> dict[str, Any]:
-    return {
-        "M": modalities,
-        "FIRST": tuple(i for i, _ in pairs),
-        "SECOND": tuple(j for _, j in pairs),
-        "HAS_AVAILABLE": has_available,
-        "ANY": any_rule,
-        "ROWS": _MASK_ROWS,
-    }
-
-
-def _forward(
+def _launch(
     features: Sequence[Tensor],
-    center: Sequence[Tensor],
-    left: Sequence[Tensor],
-    left_bias: Sequence[Tensor],
-    right: Sequence[Tensor],
-    right_bias: Sequence[Tensor],
-    whitener: Sequence[Tensor],
-    triangular: bool,
-    thresholds: Tensor | None,
-    available: Tensor | None,
-    any_rule: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, modalities, pairs = features[0].shape[0], len(features), len(left)
-    masked = thresholds is not None
-    correlation = features[0].new_empty((batch, pairs), dtype=torch.float32)
-    energy = features[0].new_empty((batch, modalities), dtype=torch.float32)
-    effective = features[0].new_empty((batch, modalities if masked else 0), dtype=torch.bool)
-    if not batch:
-        return correlation, energy, effective
-    thresholds = None if thresholds is None else thresholds.to(torch.float32).contiguous()
-    call = _Call(
-        [_rows(x) for x in features],
-        _matrices(center),
-        _matrices(left),
-        _matrices(left_bias),
-        _matrices(right),
-        _matrices(right_bias),
-        _matrices(whitener),
-        triangular,
-        thresholds,
-        available,
-        any_rule,
+    projections: CheckProjections,
+    correlation: Tensor,
+    energy: Tensor,
+    modalities: Sequence[int],
+    pairs: Sequence[int],
+    *,
+    energies: bool = True,
+) -> None:
+    """Write the statistics of some of the modalities and pairs."""
+    all_pairs = modality_pairs(len(features))
+    place = {m: i for i, m in enumerate(modalities)}
+    part = Part(
+        tuple(features[m].shape[1] for m in modalities),
+        tuple(features[m].stride(0) for m in modalities),
+        tuple(projections.whitener[m].shape[0] for m in modalities) if energies else (),
+        tuple((place[i], place[j]) for i, j in (all_pairs[p] for p in pairs)),
+        tuple(projections.left[p].shape[0] for p in pairs),
+        projections.triangular,
+    )
+    tile = tile_for(part, capability(energy))
+    # Every argument of the kernel needs a tensor. The energies stand in for what it does not read.
+    unread = (energy,)
+    sides = (projections.left, projections.left_bias, projections.right, projections.right_bias)
+    check_statistics_fwd_kernel[(triton.cdiv(energy.shape[0], tile.rows),)](
+        tuple(features[m] for m in modalities),
+        tuple(projections.center[m] for m in modalities),
+        *(tuple(side[p] for p in pairs) or unread for side in sides),
+        tuple(projections.whitener[m] for m in modalities) if energies else unread,
         correlation,
         energy,
-        effective,
+        energy.shape[0],
+        pairs[0] if pairs else 0,
+        modalities[0],
+        correlation.stride(0),
+        energy.stride(0),
+        **_constants(part, tile),
+        **_compile_options(tile),
     )
-    # Triton launches on the current device, which need not be the tensors'.
+
+
+def _forward(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
+    correlation, energy = _outputs(features, projections)
+    batch, modalities = energy.shape
+    if not batch:
+        return correlation, energy
+    arguments = ([_rows(x) for x in features], _prepared(projections), correlation, energy)
+    # Triton launches on the current device, which need not be the tensors' device.
     with torch.cuda.device_of(energy):
         if modalities <= _MOST_AT_ONCE:
-            call.launch(range(modalities), range(pairs), energies=True, mask=masked)
-            return correlation, energy, effective
+            _launch(*arguments, range(modalities), range(correlation.shape[1]))
+            return correlation, energy
         for m in range(modalities):
-            call.launch((m,), (), energies=True, mask=False)
-        for p, pair in enumerate(combinations(range(modalities), 2)):
-            call.launch(pair, (p,), energies=False, mask=False)
-        if masked:
-            call.launch_mask()
-    return correlation, energy, effective
+            _launch(*arguments, (m,), ())
+        for p, pair in enumerate(modality_pairs(modalities)):
+            _launch(*arguments, pair, (p,), energies=False)
+    return correlation, energy
 
 
-# --- The op ---
-
-
-@torch.library.custom_op("m3er_fast::correlation_gate", mutates_args=())
-def correlation_gate_op(
-    features: Sequence[Tensor],
-    center: Sequence[Tensor],
-    left: Sequence[Tensor],
-    left_bias: Sequence[Tensor],
-    right: Sequence[Tensor],
-    right_bias: Sequence[Tensor],
-    whitener: Sequence[Tensor],
-    triangular: bool,
-    thresholds: Tensor | None,
-    available: Tensor | None,
-    any_rule: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlation, energy, and (with thresholds) the mask. Autocast changes nothing; there is no gradient."""
-    matrices = (center, left, left_bias, right, right_bias, whitener)
-    return _forward(features, *matrices, triangular, thresholds, available, any_rule)
-
-
-@correlation_gate_op.register_fake
-def _correlation_gate_fake(
-    features: Sequence[Tensor],
-    center: Sequence[Tensor],
-    left: Sequence[Tensor],
-    left_bias: Sequence[Tensor],
-    right: Sequence[Tensor],
-    right_bias: Sequence[Tensor],
-    whitener: Sequence[Tensor],
-    triangular: bool,
-    thresholds: Tensor | None,
-    available: Tensor | None,
-    any_rule: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first, modalities = features[0], len(features)
+def _outputs(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
+    """Return empty tensors for the correlations (B, P) and the energies (B, M)."""
+    first, batch = features[0], features[0].shape[0]
     return (
-        first.new_empty((first.shape[0], len(left)), dtype=torch.float32),
-        first.new_empty((first.shape[0], modalities), dtype=torch.float32),
-        first.new_empty((first.shape[0], modalities if thresholds is not None else 0), dtype=torch.bool),
+        first.new_empty((batch, len(projections.left)), dtype=torch.float32),
+        first.new_empty((batch, len(features)), dtype=torch.float32),
     )
 
 
-def correlation_gate(
-    features: Sequence[Tensor],
-    center: Sequence[Tensor],
-    left: Sequence[Tensor],
-    left_bias: Sequence[Tensor],
-    right: Sequence[Tensor],
-    right_bias: Sequence[Tensor],
-    whitener: Sequence[Tensor],
-    triangular: bool,
-    *,
-    thresholds: Tensor | None = None,
-    available: Tensor | None = None,
-    any_rule: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlation (B, P), energy (B, M) and, with thresholds (P + 2M,), the mask (B, M), of checked arguments.
+# --- The operator ---
 
-    What follows the features, float16, bfloat16 or float32, are :class:`m3er_fast.functional.GateProjections`.
+
+def _check_statistics(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, Tensor]:
+    return _forward(features, CheckProjections(*projections))
+
+
+def _check_statistics_fake(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(features, CheckProjections(*projections))
+
+
+# Autocast changes nothing, and there is no gradient.
+check_statistics_op = torch.library.custom_op(
+    "m3er_fast::check_statistics",
+    _check_statistics,
+    mutates_args=(),
+    schema=f"(Tensor[] features, {schema_of(CheckProjections)}) -> (Tensor, Tensor)",
+)
+check_statistics_op.register_fake(_check_statistics_fake)
+
+
+def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
+    """Return the correlation (B, P) and the energy (B, M) of checked arguments.
+
+    The features are float16, bfloat16 or float32; :func:`m3er_fast.functional.check_statistics` documents the rest.
     """
-    # Outside the compiler without the dispatcher, which takes longer than a small batch.
-    call: Any = correlation_gate_op if torch.compiler.is_compiling() else _forward
-    matrices = (center, left, left_bias, right, right_bias, whitener)
-    result: tuple[Tensor, Tensor, Tensor] = call(list(features), *matrices, triangular, thresholds, available, any_rule)
+    if not torch.compiler.is_compiling():  # the operator's dispatcher takes longer than a small batch
+        return _forward(features, projections)
+    result: tuple[Tensor, Tensor] = check_statistics_op(list(features), *projections)
     return result
 
 
-# --- What the op must move and how its kernels are compiled ---
-
-
-def work(batch: int, dims: Sequence[int], components: Sequence[int], ranks: Sequence[int], dtype: torch.dtype) -> Work:
-    """The least to be done: read features and matrices once, write two statistics; one product with each matrix.
-
-    Of a triangular whitener, as a check fits it, half is work.
-    """
-    pairs = list(combinations(range(len(dims)), 2))
-    numbers = sum(k * (dims[i] + dims[j]) for (i, j), k in zip(pairs, components, strict=True))
-    numbers += sum(rank * (2 * dim - rank + 1) // 2 for dim, rank in zip(dims, ranks, strict=True))
-    moved = batch * sum(dims) * dtype.itemsize + 4 * numbers + 4 * batch * (len(pairs) + len(dims))
-    return Work(moved, 2 * batch * numbers, "tf32x3")
+# --- How the kernel is compiled ---
 
 
 def specializations() -> Iterator[Specialization]:
-    """Every tile of the table, with and without the mask."""
+    """Yield every tile of the table, in one launch and in several."""
     paper = _whole((300, 74, 35), 30)
     for targets in ((80,), (90, 100)):
         for dtype in (torch.float32, torch.bfloat16):
-            yield _specialization("300/74/35 k=30", paper, dtype, targets, masked=False)
-        yield _specialization("300/74/35 k=30", paper, torch.float32, targets, masked=True)
-        yield _specialization("4 x 64 k=16", _whole((64,) * 4, 16), torch.float32, targets, masked=True)
+            yield _specialization("300/74/35 k=30", paper, dtype, targets)
+        yield _specialization("4 x 64 k=16", _whole((64,) * 4, 16), torch.float32, targets)
         for k in (64, 128):
             part = _whole((2048, 256), k)
-            yield _specialization(f"2048/256 k={k}", part, torch.float32, targets, masked=True)
-            pair = part._replace(ranks=())
-            yield _specialization(f"2048/256 k={k} pair", pair, torch.float32, targets, masked=False)
+            yield _specialization(f"2048/256 k={k}", part, torch.float32, targets)
+            yield _specialization(f"2048/256 k={k} pair", part._replace(ranks=()), torch.float32, targets)
         single = Part((2048,), (2048,), (2048,), (), (), True)
-        yield _specialization("2048", single, torch.float32, targets, masked=False)
-    pairs = list(combinations(range(8), 2))
-    yield Specialization(
-        "M=8",
-        correlation_gate_mask_kernel,
-        {"threshold_ptr": "*fp32", "available_ptr": "*i1", "correlation_ptr": "*fp32", "energy_ptr": "*fp32"}
-        | {"effective_ptr": "*i1", "B": "i32", "available_stride_b": "i32", "available_stride_m": "i32"},
-        _mask_constants(8, pairs, has_available=True, any_rule=False),
-        frozenset({"threshold_ptr", "correlation_ptr", "energy_ptr", "effective_ptr"}),
-        _MASK_OPTIONS,
-        vectorized=False,  # a row of statistics is as short as there are modalities
-    )
+        yield _specialization("2048", single, torch.float32, targets)
 
 
 def _whole(dims: tuple[int, ...], k: int) -> Part:
-    """All pairs and energies of modalities whose rows are dense."""
-    pairs = tuple(combinations(range(len(dims)), 2))
+    """Return the part with all pairs and energies of modalities whose rows are dense."""
+    pairs = tuple(modality_pairs(len(dims)))
     return Part(dims, dims, dims, pairs, (k,) * len(pairs), True)
 
 
-def _specialization(
-    label: str, part: Part, dtype: torch.dtype, targets: tuple[int, ...], *, masked: bool
-) -> Specialization:
+def _specialization(label: str, part: Part, dtype: torch.dtype, targets: tuple[int, ...]) -> Specialization:
     modalities, pairs = len(part.dims), max(len(part.pairs), 1)
     pointers: dict[str, str | tuple[str, ...]] = {
         "x_ptrs": (f"*{TRITON_TYPE[dtype]}",) * modalities,
         "center_ptrs": ("*fp32",) * modalities,
         **{f"{side}_ptrs": ("*fp32",) * pairs for side in ("left", "left_bias", "right", "right_bias")},
         "whitener_ptrs": ("*fp32",) * max(len(part.ranks), 1),
-        "threshold_ptr": "*fp32",
-        "available_ptr": "*i1",
         "correlation_ptr": "*fp32",
         "energy_ptr": "*fp32",
-        "effective_ptr": "*i1",
     }
     numbers = ("B", "first_pair", "first_modality", "correlation_stride", "energy_stride")
-    numbers += ("available_stride_b", "available_stride_m")
     tile = tile_for(part, targets[0])
     return Specialization(
-        f"{label} {TRITON_TYPE[dtype]}{' mask' if masked else ''}",
-        correlation_gate_fwd_kernel,
+        f"{label} {TRITON_TYPE[dtype]}",
+        check_statistics_fwd_kernel,
         pointers | dict.fromkeys(numbers, "i32"),
-        _constants(part, tile, has_thresholds=masked, has_available=masked, any_rule=False),
-        frozenset(pointers) - {"available_ptr"},
+        _constants(part, tile),
+        frozenset(pointers),
         _compile_options(tile),
         targets=targets,
     )

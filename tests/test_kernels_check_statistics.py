@@ -1,4 +1,4 @@
-"""The fast paths of the modality check's statistics, kernel and CPU alike, against NumPy in float64."""
+"""The fast paths of the modality check's statistics, on the GPU and on the CPU, against NumPy in float64."""
 
 import itertools
 
@@ -7,20 +7,14 @@ import pytest
 import torch
 
 from m3er_fast import ModalityCheck
-from m3er_fast.functional import (
-    BackendUnavailableError,
-    GateProjections,
-    GateThresholds,
-    effective_modalities,
-    gate_statistics,
-)
+from m3er_fast.functional import BackendUnavailableError, CheckProjections, check_statistics
 
 pytest.importorskip("triton")
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 PAPER = (300, 74, 35)
-# Of ρ, and of an energy relative to it.
+# Absolute error of ρ, and relative error of an energy.
 CLOSE = 1e-5
 
 
@@ -39,7 +33,7 @@ def problem(seed, batch, dims, components, *, triangular=True, ranks=None, dtype
     def matrix(rows, columns):
         return torch.from_numpy(rng.normal(size=(rows, columns)) / max(columns, 1) ** 0.5).float()
 
-    projections = GateProjections(
+    projections = CheckProjections(
         center=[matrix(1, d)[0] for d in dims],
         left=[matrix(k, dims[i]) for (i, _), k in zip(pairs, components, strict=True)],
         left_bias=[matrix(1, k)[0] for k in components],
@@ -67,36 +61,16 @@ def oracle(features, projections):
     return np.array(correlation).reshape(-1, len(x[0])).T, np.array(energy).T
 
 
-def oracle_mask(correlation, energy, thresholds, available, rule):
-    """Effective modalities, sample by sample as the definition reads."""
-    modalities = energy.shape[1]
-    pair = {}
-    for p, (i, j) in enumerate(itertools.combinations(range(modalities), 2)):
-        pair[i, j] = pair[j, i] = p
-    rows = []
-    for rho, e, here in zip(correlation, energy, available, strict=True):
-        trusted = [
-            bool(here[m] and thresholds.energy_low[m] <= e[m] <= thresholds.energy_high[m]) for m in range(modalities)
-        ]
-        row = []
-        for m in range(modalities):
-            others = [j for j in range(modalities) if j != m and trusted[j]] if trusted[m] else []
-            agreed = [rho[pair[m, j]] != 0 and rho[pair[m, j]] >= thresholds.correlation[pair[m, j]] for j in others]
-            row.append(trusted[m] and (not agreed or (any(agreed) if rule == "all" else all(agreed))))
-        rows.append(row)
-    return np.array(rows, dtype=bool).reshape(-1, modalities)
-
-
 def on(device, value):
     return [x.to(device) for x in value] if isinstance(value, list) else value
 
 
 def moved(device, projections):
-    return GateProjections(*(on(device, value) for value in projections))
+    return CheckProjections(*(on(device, value) for value in projections))
 
 
 def assert_equals_oracle(device, features, projections, backend="triton"):
-    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
     assert correlation.dtype == energy.dtype == torch.float32
     wanted_correlation, wanted_energy = oracle(features, projections)
     np.testing.assert_allclose(correlation.cpu().numpy(), wanted_correlation, rtol=0, atol=CLOSE)
@@ -161,7 +135,7 @@ def test_what_cannot_be_measured(device, backend):
     features[1][2] = torch.nan
     features[2][3] = torch.inf
     features[0][4] = 3e38
-    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
     assert correlation.isfinite().all()
     assert (correlation.abs() <= 1).all()
     assert energy.isfinite().all()
@@ -188,54 +162,12 @@ def test_a_cosine_does_not_see_scale(device, backend, scale):
 
 def test_an_empty_batch(device, backend):
     features, projections = problem(7, 0, (12, 9), (4,))
-    thresholds = GateThresholds(torch.zeros(1), torch.zeros(2), torch.ones(2))
-    correlation, energy = gate_statistics(on(device, features), moved(device, projections), backend=backend)
+    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
     assert (correlation.shape, energy.shape) == ((0, 1), (0, 2))
-    thresholds = GateThresholds(*(x.to(device) for x in thresholds))
-    decision = effective_modalities(on(device, features), moved(device, projections), thresholds, backend=backend)
-    assert decision.effective.shape == (0, 2)
-    assert decision.effective.dtype == torch.bool
 
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(
-    seed=st.integers(0, 2**31),
-    modalities=st.integers(1, 6),
-    rule=st.sampled_from(["all", "any"]),
-    masked=st.booleans(),
-    quantile=st.sampled_from([0.0, 0.2, 0.6]),
-)
-def test_masks_equal_the_definition(device, seed, modalities, rule, masked, quantile):
-    """Thresholds amid the statistics; only samples within 1e-5 of one may differ, and none of these does by chance."""
-    dims = (9, 7, 6, 5, 8, 4)[:modalities]
-    pairs = modalities * (modalities - 1) // 2
-    features, projections = problem(seed, 90, dims, (5,) * pairs)
-    correlation, energy = oracle(features, projections)
-    thresholds = GateThresholds(
-        torch.from_numpy(np.quantile(correlation, 1 - quantile, axis=0)).float().reshape(pairs),
-        torch.from_numpy(np.quantile(energy, quantile / 3, axis=0)).float(),
-        torch.from_numpy(np.quantile(energy, 1 - quantile / 3, axis=0)).float(),
-    )
-    available = torch.rand(90, modalities, generator=torch.Generator().manual_seed(seed)) < (0.8 if masked else 1.1)
-    wanted = oracle_mask(correlation, energy, thresholds, available, rule)
-    near = (np.abs(correlation - thresholds.correlation.numpy()) < CLOSE).any(axis=1)
-    for bound in (thresholds.energy_low.numpy(), thresholds.energy_high.numpy()):
-        near |= (np.abs(energy / bound - 1) < CLOSE).any(axis=1)
-    assert near.mean() < 0.5
-    for backend in ("triton", "auto"):
-        decision = effective_modalities(
-            on(device, features),
-            moved(device, projections),
-            GateThresholds(*(x.to(device) for x in thresholds)),
-            available=available.to(device) if masked else None,
-            rule=rule,
-            backend=backend,
-        )
-        assert np.array_equal(decision.effective.cpu().numpy()[~near], wanted[~near])
-
-
-def test_masks_of_a_fitted_check_near_collinear_features(device, backend):
-    """Where a whitener enlarges rounding most, the kernel's products must still keep float32's digits."""
+def test_a_fitted_check_near_collinear_features(device, backend):
+    """A whitener enlarges rounding errors most there: the kernel's products must keep float32's digits."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(600, 12, generator=generator)
     features = {
@@ -256,16 +188,13 @@ def test_every_element_of_the_outputs_is_written(device):
 
 
 def test_opcheck(device):
-    from m3er_fast.kernels import correlation_gate as kernels
+    from m3er_fast.kernels import check_statistics as kernels
 
     for modalities in (1, 3):
         pairs = modalities * (modalities - 1) // 2
         features, projections = problem(9, 5, (7, 6, 5)[:modalities], (3,) * pairs)
-        tensors = (on(device, features), *moved(device, projections))
-        thresholds = torch.rand(pairs + 2 * modalities, device=device)
-        available = torch.rand(5, modalities, device=device) < 0.5
-        torch.library.opcheck(kernels.correlation_gate_op, (*tensors, None, None, False))
-        torch.library.opcheck(kernels.correlation_gate_op, (*tensors, thresholds, available, True))
+        arguments = (on(device, features), *moved(device, projections))
+        torch.library.opcheck(kernels.check_statistics_op, arguments)
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
@@ -273,16 +202,16 @@ def test_compiles_in_one_graph_and_exports(device, backend):
     features, projections = problem(10, 6, (7, 6, 5), (3, 3, 3))
     projections = moved(device, projections)
 
-    class Gate(torch.nn.Module):
+    class Check(torch.nn.Module):
         def forward(self, a, b, c):
-            correlation, energy = gate_statistics([a.sin(), b, c], projections, backend=backend)
+            correlation, energy = check_statistics([a.sin(), b, c], projections, backend=backend)
             return correlation.sum(dim=1) + energy.sum(dim=1)
 
     inputs = on(device, features)
-    wanted = Gate()(*inputs)
-    compiled = torch.compile(Gate(), fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    wanted = Check()(*inputs)
+    compiled = torch.compile(Check(), fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     torch.testing.assert_close(compiled(*inputs), wanted, rtol=1e-5, atol=1e-6)
-    exported = torch.export.export(Gate(), tuple(inputs)).module()
+    exported = torch.export.export(Check(), tuple(inputs)).module()
     torch.testing.assert_close(exported(*inputs), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -290,9 +219,9 @@ def test_compiles_in_one_graph_and_exports(device, backend):
 def test_autocast_changes_nothing(device, backend, dtype):
     features, projections = problem(11, 5000 if backend == "auto" else 8, (7, 6), (3,))
     features, projections = on(device, features), moved(device, projections)
-    plain = gate_statistics(features, projections, backend=backend)
+    plain = check_statistics(features, projections, backend=backend)
     with torch.autocast(device.type, dtype=dtype):
-        for got, wanted in zip(gate_statistics(features, projections, backend=backend), plain, strict=True):
+        for got, wanted in zip(check_statistics(features, projections, backend=backend), plain, strict=True):
             assert torch.equal(got, wanted)
 
 
@@ -301,17 +230,17 @@ def test_a_gradient_is_the_torch_path(device):
     features = [x.to(device).requires_grad_() for x in features]
     projections = moved(device, projections)
     with pytest.raises(
-        BackendUnavailableError, match=r"gate_statistics: backend 'triton' .*it has no gradient: detach"
+        BackendUnavailableError, match=r"check_statistics: backend 'triton' .*it has no gradient: detach"
     ):
-        gate_statistics(features, projections, backend="triton")
-    correlation, energy = gate_statistics(features, projections)
+        check_statistics(features, projections, backend="triton")
+    correlation, energy = check_statistics(features, projections)
     found = torch.autograd.grad(correlation.sum() + energy.sum(), features)
-    wanted = gate_statistics(features, projections, backend="torch")
+    wanted = check_statistics(features, projections, backend="torch")
     for got, right in zip(found, torch.autograd.grad(wanted[0].sum() + wanted[1].sum(), features), strict=True):
         torch.testing.assert_close(got, right)
         assert got.any()
     with torch.no_grad():
-        assert gate_statistics(features, projections, backend="triton")[0].isfinite().all()
+        assert check_statistics(features, projections, backend="triton")[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -320,40 +249,24 @@ def test_a_gradient_is_the_torch_path(device):
         ({"features": []}, r"features: got 0 modalities, wanted 2"),
         ({"features": [torch.zeros(3, 7), torch.zeros(3, 6).double()]}, r"features\[1\] is torch.float64, wanted"),
         ({"features": [torch.zeros(3, 7), torch.zeros(3, 6, device="meta")]}, r"features\[1\] is on meta, wanted cpu"),
-        ({"available": torch.ones(3, 3, dtype=torch.bool)}, r"available must be bool of shape \(3, 2\)"),
-        ({"rule": "most"}, r"rule must be 'all' or 'any', got 'most'"),
         ({"backend": "cuda"}, r"backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
-        (
-            {"thresholds": GateThresholds(torch.zeros(1, device="meta"), torch.zeros(2), torch.ones(2))},
-            r"thresholds.correlation is on meta, wanted cpu, where the features are",
-        ),
-        (
-            {"thresholds": GateThresholds(torch.zeros(3), torch.zeros(2), torch.ones(2))},
-            r"thresholds.correlation has shape \(3,\), wanted \(1,\)",
-        ),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
     features, projections = problem(13, 3, (7, 6), (3,))
-    arguments = {
-        "features": features,
-        "projections": projections,
-        "thresholds": GateThresholds(torch.zeros(1), torch.zeros(2), torch.ones(2)),
-        **changes,
-    }
     with pytest.raises(ValueError, match=message):
-        effective_modalities(**arguments)
+        check_statistics(**{"features": features, "projections": projections, **changes})
 
 
 def test_no_modality_at_all_is_refused():
-    nothing = GateProjections([], [], [], [], [], [])
+    nothing = CheckProjections([], [], [], [], [], [])
     with pytest.raises(ValueError, match="features is empty"):
-        gate_statistics([], nothing)
+        check_statistics([], nothing)
 
 
 def test_more_modalities_than_the_kernel_takes(device):
     features, projections = problem(14, 4, (2,) * 9, (1,) * 36)
     features, projections = on(device, features), moved(device, projections)
     with pytest.raises(BackendUnavailableError, match="up to 8 modalities, got 9"):
-        gate_statistics(features, projections, backend="triton")
-    assert gate_statistics(features, projections)[0].shape == (4, 36)
+        check_statistics(features, projections, backend="triton")
+    assert check_statistics(features, projections)[0].shape == (4, 36)
