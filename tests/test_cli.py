@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,8 +24,10 @@ from m3er_fast.cli import environment, main
 from m3er_fast.cli.progress import ProgressDisplay
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.functional._dispatch import OPERATIONS, backends
+from m3er_fast.neighbors import NeighborEngine
 
-COMMANDS = ["demo", "generate", "convert", "train", "score", "ablate", "audit", "info"]
+COMMANDS = ["demo", "convert", "train", "score", "fit-stats", "generate", "ablate", "audit", "bench", "info"]
 DIMS = {"text": 6, "audio": 5, "face": 4}
 
 
@@ -55,7 +58,7 @@ def save_model(corpus, folder, seed=0):
 
 @pytest.fixture
 def run(capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
+    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])
@@ -167,12 +170,12 @@ def test_without_typer_the_extra_is_named(monkeypatch, capsys):
     assert_one_line(capsys.readouterr().err, "pip install 'm3er-fast[score]'")
 
 
-# --- errors of other kinds ---
+# --- other errors ---
 
 
 @pytest.fixture
 def failing(monkeypatch, corpus_dir, model_dir, tmp_path):
-    """Makes score raise, and gives the arguments to run it with."""
+    """Make score fail, and return the arguments to run it with."""
 
     def failing(failure):
         def score(*_args, **_options):
@@ -227,8 +230,8 @@ def test_debug_anywhere_shows_the_traceback(first, failing, run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_interrupt_with_130_and_handlers_are_put_back(number, failing, run, request):
-    # A suite that runs in the background of a script inherits an ignored Ctrl-C.
+def test_signals_interrupt_with_130_and_handlers_are_restored(number, failing, run, request):
+    # A test suite that a script runs in the background inherits a Ctrl-C that is ignored.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     before = signal.getsignal(signal.SIGTERM)
@@ -251,7 +254,7 @@ def test_warnings_are_one_line_each(failing, run):
 # --- score ---
 
 
-def test_score_writes_scores_and_says_so(corpus, corpus_dir, model_dir, tmp_path, run):
+def test_score_writes_scores_and_prints_their_number(corpus, corpus_dir, model_dir, tmp_path, run):
     code, out, error = run("score", corpus_dir, "--model", model_dir, "--out", tmp_path / "out")
     assert (code, error) == (0, "")
     assert "200 utterances in 4 shards" in out
@@ -349,14 +352,14 @@ def test_audit_with_a_model_finds_the_modality_that_is_noise(corpus, model_dir, 
     assert "looks ineffectual" in out
 
 
-def test_audit_of_an_empty_corpus_says_so(corpus, model_dir, tmp_path, run):
+def test_audit_reports_an_empty_corpus(corpus, model_dir, tmp_path, run):
     write_parquet(corpus.select(slice(0, 0)), tmp_path / "corpus")
     code, out, error = run("audit", tmp_path / "corpus", "--model", model_dir)
     assert (code, error) == (0, "")
     assert "the corpus is empty" in out
 
 
-def test_info_says_what_works_and_why_the_rest_does_not(run):
+def test_info_shows_what_works_and_the_reason_for_the_rest(run):
     code, out, error = run("info")
     assert (code, error) == (0, "")
     lines = [line.split() for line in out.splitlines()]
@@ -368,6 +371,13 @@ def test_info_says_what_works_and_why_the_rest_does_not(run):
         assert ["cuda", "no", "torch"] in [line[:3] for line in lines]
 
 
+def test_info_tries_every_back_end_of_every_operation():
+    tried = [finding.name for finding in environment.describe_environment()["backends"]]
+    dispatched = [f"{operation} {name}" for operation in OPERATIONS for name in backends(operation)]
+    searches = [f"nearest_neighbors {engine}" for engine in get_args(NeighborEngine) if engine != "auto"]
+    assert sorted(tried) == sorted(dispatched + searches)
+
+
 def findings(monkeypatch, package, load, distributions):
     def import_module(name):
         if name == package:
@@ -376,7 +386,7 @@ def findings(monkeypatch, package, load, distributions):
 
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {package: distributions})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    monkeypatch.setattr(environment.importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib, "import_module", import_module)
     return {finding.name: finding for finding in environment.describe_environment()["packages"]}
 
 
@@ -426,7 +436,7 @@ def test_train_writes_a_model_that_scores_and_resuming_it_changes_nothing(corpus
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
 
 
-def test_train_says_which_splits_it_makes(corpus, tmp_path, run):
+def test_train_prints_which_splits_it_makes(corpus, tmp_path, run):
     write_parquet(dataclasses.replace(corpus, split=None), tmp_path / "none")
     _, out, _ = run("train", tmp_path / "none", "--out", tmp_path / "a", "--epochs", "1")
     assert "has no splits: split by group, train 1" in out
@@ -438,7 +448,7 @@ def test_train_says_which_splits_it_makes(corpus, tmp_path, run):
 
 @pytest.fixture
 def trained_with(monkeypatch):
-    """The configuration that train or ablate is called with, without training."""
+    """The configurations that train is called with; nothing is trained."""
     import m3er_fast.training
 
     seen = []
@@ -541,7 +551,7 @@ def test_demo_goes_to_runs_demo_and_prints_the_table(monkeypatch, run):
 # --- progress ---
 
 
-def test_elsewhere_than_on_a_terminal_progress_is_log_lines(capsys, monkeypatch):
+def test_progress_is_log_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with ProgressDisplay("score", "shards", log_seconds=0) as display:
         display.update(1, 4, "64 utterances")
@@ -556,7 +566,7 @@ def test_elsewhere_than_on_a_terminal_progress_is_log_lines(capsys, monkeypatch)
     assert "\x1b" not in error
 
 
-def test_log_lines_come_now_and_then(capsys, monkeypatch):
+def test_log_lines_are_at_least_log_seconds_apart(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr("m3er_fast.cli.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     with ProgressDisplay("train", log_seconds=10) as display:

@@ -1,4 +1,4 @@
-"""How `m3er-fast bench` shows results on stdout: tables that fill on a terminal, plain lines elsewhere."""
+"""The results of ``m3er-fast bench`` on stdout: growing tables on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from m3er_fast.cli.progress import ProgressDisplay
 
 
 class BenchmarkDisplay(ABC):
-    """Shows results group by group, and how far a run is; a context manager."""
+    """The display of a run: its results, group by group, and its progress; a context manager."""
 
     @staticmethod
     def for_stdout() -> BenchmarkDisplay:
-        """The one that suits stdout. Not by rich's own guess, which FORCE_COLOR turns into a terminal."""
+        """Return tables if stdout is a terminal, else lines; rich's own test would take FORCE_COLOR for a terminal."""
         return _Tables() if sys.stdout.isatty() else _Lines()
 
     @abstractmethod
@@ -39,13 +39,13 @@ class BenchmarkDisplay(ABC):
 
     @abstractmethod
     def update(self, done: int, total: int) -> None:
-        """Say that ``done`` of ``total`` are measured or left out."""
+        """Show that ``done`` of ``total`` results are measured or left out."""
 
 
 class _Tables(BenchmarkDisplay):
-    """The group that is being measured as a table that grows, above a bar; a finished group stays.
+    """A table of the group being measured, which grows above a progress bar; tables of finished groups stay.
 
-    Drawn between measurements alone: a thread that draws would be measured as well.
+    It is drawn only between measurements: a drawing thread would be measured as well.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,12 @@ class _Tables(BenchmarkDisplay):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave_table()
+        self._finish_table()
         self._live.stop()
 
     def add(self, result: BenchmarkResult) -> None:
         if self._table is None or result.group != self._group:
-            self._leave_table()
+            self._finish_table()
             self._group = result.group
             self._table = Table(title=Text(result.group), title_justify="left")
             self._table.add_column()
@@ -84,8 +84,8 @@ class _Tables(BenchmarkDisplay):
         parts = [self._bar] if self._table is None else [self._table, self._bar]
         self._live.update(Group(*parts), refresh=True)
 
-    def _leave_table(self) -> None:
-        """Print the table above what is drawn anew."""
+    def _finish_table(self) -> None:
+        """Print the table once and for all, above the part that is redrawn."""
         if self._table is not None:
             table, self._table = self._table, None
             self._draw()
@@ -93,7 +93,7 @@ class _Tables(BenchmarkDisplay):
 
 
 class _Lines(BenchmarkDisplay):
-    """A line a result on stdout, and progress on stderr."""
+    """One line per result on stdout, and progress on stderr."""
 
     def __init__(self) -> None:
         self._group = ""

@@ -1,4 +1,4 @@
-"""What there is on this machine, which back-ends work on it, and why the others do not."""
+"""Versions, devices and packages of this machine, the back ends that work on it, and why the others do not."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from m3er_fast import functional
 from m3er_fast.functional import CheckProjections
+from m3er_fast.functional._dispatch import OPERATIONS, backends
+from m3er_fast.neighbors import NeighborEngine
 from m3er_fast.network import MemoryFusionNetwork
 
-# Modules that are tried, each with the extra that installs it; none for what the base brings.
+# The modules to try, each with the extra that installs it, or None for a dependency of the base.
 _PACKAGES = {
     "numpy": None,
     "sklearn": None,
@@ -34,15 +36,15 @@ _PACKAGES = {
 
 
 class Finding(NamedTuple):
-    """One thing that was looked for."""
+    """The result of one attempt."""
 
     name: str
     works: bool
-    note: str  # version or description; where it does not work, the reason
+    note: str  # version or description, or the reason why it does not work
 
 
 def describe_environment() -> dict[str, list[Finding]]:
-    """Versions, devices, packages and back-ends, each tried and not only looked up.
+    """Try every version, device, package and back end, rather than only look it up.
 
     Returns:
         Findings under the headings "versions", "devices", "packages" and "backends".
@@ -58,7 +60,11 @@ def describe_environment() -> dict[str, list[Finding]]:
         ],
         "devices": [Finding("cpu", True, f"{torch.get_num_threads()} threads"), *_cuda_devices()],
         "packages": [_package(name, extra, distributions.get(name, ())) for name, extra in _PACKAGES.items()],
-        "backends": [_backend(operation, backend) for operation, backends in _BACKENDS.items() for backend in backends],
+        "backends": [
+            _backend(operation, example, name)
+            for operation, example in _EXAMPLES.items()
+            for name in _backend_names(operation)
+        ],
     }
 
 
@@ -76,7 +82,7 @@ def _cuda_devices() -> list[Finding]:
 
 def _package(module: str, extra: str | None, distributions: Sequence[str]) -> Finding:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(distributions)))
-    if len(set(distributions)) > 1:  # such as faiss-cpu and faiss-gpu
+    if len(set(distributions)) > 1:  # for example faiss-cpu and faiss-gpu
         return Finding(module, False, f"{versions} share one folder and overwrite each other: keep only one of them")
     if not distributions and importlib.util.find_spec(module) is None:
         return Finding(module, False, "not installed" + (f": pip install 'm3er-fast[{extra}]'" if extra else ""))
@@ -84,16 +90,23 @@ def _package(module: str, extra: str | None, distributions: Sequence[str]) -> Fi
         loaded = importlib.import_module(module)
         if module == "cupy":
             loaded.cuda.runtime.getDeviceCount()  # raises where there is no driver
-    except Exception as error:  # a broken package may raise anything: faiss-gpu without CUDA gives RuntimeError
+    except Exception as error:  # a broken package may raise anything: faiss-gpu without CUDA raises RuntimeError
         return Finding(module, False, f"{versions} does not load: {_line(error)}")
     return Finding(module, True, versions)
 
 
-def _backend(operation: str, backend: str) -> Finding:
+def _backend_names(operation: str) -> Sequence[str]:
+    """Return the back ends that may be requested for an operation, without "auto"."""
+    if operation in OPERATIONS:
+        return backends(operation)
+    return [engine for engine in get_args(NeighborEngine) if engine != "auto"]
+
+
+def _backend(operation: str, example: Callable[[str, str], Any], backend: str) -> Finding:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        _OPERATIONS[operation](backend, device)
-    except Exception as error:  # whatever keeps it from working is what the user wants to read
+        example(backend, device)
+    except Exception as error:  # the user wants to read the reason, whatever it is
         return Finding(f"{operation} {backend}", False, _line(error).removeprefix(f"{operation}: "))
     return Finding(f"{operation} {backend}", True, f"on {device}")
 
@@ -102,7 +115,7 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# --- each operation, once, on the smallest input there is ---
+# --- Each operation, called once on the smallest possible input ---
 
 
 def _fusion_loss(backend: str, device: str) -> Tensor:
@@ -137,19 +150,11 @@ def _memory_scan(backend: str, device: str) -> Any:
     return functional.memory_scan([frames, frames], lengths, weights, backend=backend)
 
 
-_OPERATIONS: dict[str, Callable[[str, str], Any]] = {
+_EXAMPLES: dict[str, Callable[[str, str], Any]] = {
     "fusion_loss": _fusion_loss,
     "class_costs": _class_costs,
     "check_statistics": _check_statistics,
     "nearest_neighbors": _nearest_neighbors,
     "local_least_squares": _local_least_squares,
     "memory_scan": _memory_scan,
-}
-_BACKENDS: dict[str, tuple[str, ...]] = {
-    "fusion_loss": ("torch", "triton"),
-    "class_costs": ("torch", "triton"),
-    "check_statistics": ("torch", "triton"),
-    "nearest_neighbors": ("torch", "faiss", "faiss-ivf", "faiss-hnsw"),
-    "local_least_squares": ("torch", "triton", "cupy"),
-    "memory_scan": ("torch", "triton"),
 }

@@ -1,4 +1,4 @@
-"""How a command shows that it is alive: a bar on a terminal, one log line now and then elsewhere, both on stderr."""
+"""The progress of a command on stderr: a bar on a terminal, an occasional log line elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LOG_SECONDS = 10.0
 
 
 class ProgressDisplay:
-    """Shows the progress of one command; a context manager.
+    """The progress display of one command; a context manager.
 
     Args:
-        label: what is being done, such as "score".
-        unit: what is counted, such as "shards".
-        log_seconds: the least time between two log lines, and before the first.
+        label: name of the command, such as "score".
+        unit: name of the units that are counted, such as "shards".
+        log_seconds: minimum time between two log lines, and before the first.
     """
 
     def __init__(self, label: str, unit: str = "steps", *, log_seconds: float = _LOG_SECONDS) -> None:
@@ -32,7 +32,7 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
-        # Not rich's own guess, which FORCE_COLOR turns into a yes.
+        # rich's own test would take FORCE_COLOR for a terminal.
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -54,13 +54,13 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, done: int, total: int, note: str = "", *, seconds_left: float | None = None) -> None:
-        """Say that ``done`` of ``total`` units are done, and something about it.
+        """Show that ``done`` of ``total`` units are done.
 
         Args:
-            done: units.
-            total: units.
-            note: what to say.
-            seconds_left: where units take unequal times; None goes by their number.
+            done: number of finished units.
+            total: number of all units.
+            note: text to show beside the numbers.
+            seconds_left: estimated remaining time; None estimates it from the numbers, as if units took equal times.
         """
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
@@ -71,7 +71,7 @@ class ProgressDisplay:
         self._log(", ".join(part for part in parts if part))
 
     def say(self, message: str) -> None:
-        """Say what is going on, where nothing is counted."""
+        """Show what the command is doing, where nothing is counted."""
         if self._bar is not None:
             self._bar.update(self._task, note=message)
         else:
