@@ -1,7 +1,7 @@
 """The documentation site: the Markdown pages of this folder, and a reference made from the docstrings.
 
-Pages that are read on GitHub too are Markdown; what only the site needs (its index, the reference) is reStructuredText.
-Nothing is fetched, neither to build the site nor to read it.
+Pages that are also read on GitHub are Markdown; pages of the site alone (its index, the reference) are reStructuredText.
+Neither building nor reading the site needs the network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ exclude_patterns = ["_build", "results/*"]
 # Markdown as GitHub reads it: links to headings by their text, tables, no other syntax.
 myst_heading_anchors = 3
 
-# Notebooks are committed with their results, which GitHub shows too; a test runs their code.
+# Notebooks are committed with their outputs, which GitHub shows too; a test runs their code.
 nb_execution_mode = "off"
 
 autodoc_member_order = "bysource"

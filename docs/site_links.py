@@ -1,7 +1,7 @@
-"""Sphinx extension: inline code of the Markdown pages that is a public name leads to its entry in the reference.
+"""Sphinx extension: link public names in the inline code of the Markdown pages to their entries in the reference.
 
-On GitHub a link out of ``docs/``, such as to ``../m3er_fast/check.py``, opens the file; the site does not hold it, and
-shows the link's text.
+On GitHub a link out of ``docs/``, such as to ``../m3er_fast/check.py``, opens the file. The site does not contain that
+file, and shows the link's text alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class NameLinks(SphinxPostTransform):
-    """Inline code that names a documented object becomes a link to it."""
+    """A transform that turns inline code naming a documented object into a link to it."""
 
     default_priority = 200
 
@@ -50,12 +50,12 @@ def link_to_source(app: Sphinx, _docname: str, source: list[str]) -> None:
         text, target = match.groups()
         return text if (ROOT / target).exists() else match[0]
 
-    # A backtick begins code and is nothing else: two ways to read each would take a time exponential in their number.
+    # A backtick always begins code: two readings of each would take time exponential in their number.
     source[0] = re.sub(r"\[((?:[^\[\]`]|`[^`]*`)+)\]\(\.\./([\w./-]+)\)", replace, source[0])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register both."""
+    """Register the transform and the filter of links."""
     app.connect("source-read", link_to_source)
     app.add_post_transform(NameLinks)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
