@@ -1,7 +1,7 @@
-"""The project's figures, each a function from plain arrays to a PNG file; needs the extra ``m3er-fast[plot]``.
+"""The project's figures: functions that draw plain arrays into PNG files. Needs the extra ``m3er-fast[plot]``.
 
-Figures are drawn through matplotlib's object interface: no window, no pyplot state, no influence of the user's
-matplotlibrc, and the same input gives the same bytes.
+Figures use matplotlib's object interface: they open no window, touch no pyplot state and ignore the user's
+matplotlibrc. The same input gives the same bytes.
 
 Dimension legend: M modalities, C classes, d_m features of modality m.
 """
@@ -42,18 +42,18 @@ _STYLE: list[str | dict[str, Any]] = [
     },
 ]
 
-# The palette of Okabe and Ito, told apart with every common form of colour blindness.
+# The palette of Okabe and Ito, distinguishable with every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 _MODALITY_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY)
 _FUSED, _FADED = "0.25", "0.5"
 
-# Figure 7 keeps the slides' blue, red and green; width and lightness tell them apart where hues do not.
+# Figure 7 keeps the slides' blue, red and green; they also differ in width and lightness, for colour-blind readers.
 _ORIGINAL: dict[str, Any] = {"color": "#2A62CC", "linewidth": 3.0, "label": "original"}
 _NOISY: dict[str, Any] = {
     "color": "#D62728",
     "linewidth": 0.7,
     "alpha": 0.55,
-    "zorder": 1.5,  # behind the others
+    "zorder": 1.5,  # behind the other lines
     "label": "ineffectual (noise added)",
 }
 _REGENERATED: dict[str, Any] = {"color": "#2DBE50", "linewidth": 1.2, "label": "regenerated"}
@@ -61,20 +61,20 @@ _REGENERATED: dict[str, Any] = {"color": "#2DBE50", "linewidth": 1.2, "label": "
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One classified sample, as :func:`plot_examples` shows it.
+    """A classified sample for :func:`plot_examples`.
 
     Args:
-        id: what the corpus calls the sample.
+        id: the sample's id in the corpus.
         label: its true class, one of ``classes``.
         classes: C class names.
         modalities: M modality names.
-        probabilities: (M, C) in 0..1, what the head of each modality said.
-        fused: (C,) in 0..1, what the whole model said.
+        probabilities: (M, C) in 0..1, from the head of each modality.
+        fused: (C,) in 0..1, from the whole model.
         effective: (M,) bool, False for modalities that were judged ineffectual.
-        weights: (M,) ≥ 0, how much each modality weighed in the multiplicative fusion.
+        weights: (M,) ≥ 0, the weight of each modality in the multiplicative fusion.
 
     Raises:
-        ValueError: naming the argument, what it holds and what was wanted.
+        ValueError: naming the argument, its value and what was wanted.
     """
 
     id: str
@@ -108,19 +108,19 @@ class Example:
 
     @property
     def prediction(self) -> str:
-        """The class that the whole model finds most probable."""
+        """The class with the highest fused probability."""
         return self.classes[int(np.argmax(self.fused))]
 
 
 def plot_history(history: Mapping[str, Any], path: Path) -> None:
-    """Draw the training and validation loss of every epoch, with the best epoch marked.
+    """Draw the training and validation loss per epoch, with the best epoch marked.
 
     Args:
         history: ``train_loss`` and ``valid_loss``, one number per epoch, and ``best_epoch``, counted from 1.
         path: the PNG file to write.
 
     Raises:
-        ValueError: if an entry is missing, empty, not finite or of another length than the others.
+        ValueError: if an entry is missing, empty or not finite, or the lengths differ.
     """
     with matplotlib.style.context(_STYLE):
         _save(_history_figure(history), path)
@@ -133,32 +133,32 @@ def plot_proxies(
     errors: Mapping[str, float],
     path: Path,
 ) -> None:
-    """Draw one sample's feature vectors before noise, with noise and as regenerated (Figure 7 of the M3ER paper).
+    """Draw one sample's feature vectors without noise, with noise and regenerated (Figure 7 of the M3ER paper).
 
     Noise at the paper's SNR of 0.01 is ten times as large as the signal. Each modality is therefore drawn twice: on
     the left at the scale of the noise, on the right without it, at the scale of the features.
 
     Args:
-        original: modality -> (d_m,) features as they were.
-        corrupted: modality -> (d_m,) the same with noise, judged ineffectual.
-        regenerated: modality -> (d_m,) the proxy that replaces them.
+        original: modality -> (d_m,) features without noise.
+        corrupted: modality -> (d_m,) the same features with noise, judged ineffectual.
+        regenerated: modality -> (d_m,) the proxy that replaces the features.
         errors: modality -> mean relative L2 error of the proxy ‖p − f‖ / ‖f‖ over many samples; 0.01 means 1 %.
         path: the PNG file to write.
 
     Raises:
-        ValueError: if the mappings do not hold the same modalities, shapes differ, or values are not finite.
+        ValueError: if the mappings hold different modalities, shapes differ, or values are not finite.
     """
     with matplotlib.style.context(_STYLE):
         _save(_proxies_figure(original, corrupted, regenerated, errors), path)
 
 
 def plot_examples(examples: Sequence[Example], path: Path) -> None:
-    """Draw classified samples, one a row: what each modality said, which were ineffectual, how much each weighed.
+    """Draw a row per classified sample: the probabilities, verdict and fusion weight of each modality.
 
-    This is what Figures 3 and 4 of the M3ER paper show of one correctly classified sample per class.
+    Figures 3 and 4 of the M3ER paper show the same for one correctly classified sample per class.
 
     Args:
-        examples: samples of one model, so with the same classes and modalities.
+        examples: samples of one model, with the same classes and modalities.
         path: the PNG file to write.
 
     Raises:
@@ -169,12 +169,12 @@ def plot_examples(examples: Sequence[Example], path: Path) -> None:
 
 
 def plot_ablation(rows: Sequence[tuple[str, float, float | None]], path: Path, *, metric: str) -> None:
-    """Draw the score of each row of an ablation table as a bar, the first row at the top.
+    """Draw a bar per row of an ablation table, the first row at the top.
 
     Args:
-        rows: (label, mean, standard deviation) of each; a standard deviation of None draws no whisker.
+        rows: (label, mean, standard deviation) per row; a standard deviation of None draws no whisker.
         path: the PNG file to write.
-        metric: what the score is, such as ``"Overall F1"``; the axis label.
+        metric: the name of the score, such as ``"Overall F1"``; it labels the axis.
 
     Raises:
         ValueError: if there are no rows, a mean is not finite, or a standard deviation is negative or not finite.
@@ -211,7 +211,7 @@ def _history_figure(history: Mapping[str, Any]) -> Figure:
         label=f"best: {valid[best - 1]:.4g} at epoch {best}",
     )
     axes.set(xlabel="epoch", ylabel="loss")
-    axes.xaxis.set_major_locator(_counting(9))
+    axes.xaxis.set_major_locator(_integer_ticks(9))
     axes.grid(axis="y")
     axes.legend()
     return figure
@@ -247,7 +247,7 @@ def _proxies_figure(
             for values, style in lines:
                 axes.plot(values, marker=marker, **style)
             axes.set_xlim(-0.5, len(before) - 0.5)
-            axes.xaxis.set_major_locator(_counting(8))
+            axes.xaxis.set_major_locator(_integer_ticks(8))
             axes.grid(axis="y")
         wide.set_ylabel(_shorten(modality, 20), fontsize=11, fontweight="bold")
         wide.set_title("at the scale of the noise")
@@ -299,14 +299,14 @@ def _examples_figure(examples: Sequence[Example]) -> Figure:
 
 
 def _bar_style(example: Example, m: int) -> dict[str, Any]:
-    """The modality's colour, or hatched grey where it was judged ineffectual."""
+    """Return the modality's colour, or hatched grey if it was judged ineffectual."""
     if example.effective[m]:
         return {"color": _MODALITY_COLORS[m % len(_MODALITY_COLORS)]}
     return {"facecolor": "0.9", "edgecolor": "0.55", "hatch": "/////"}
 
 
 def _draw_bars(axes: Axes, values: NDArray[Any], styles: Sequence[dict[str, Any]], largest: float) -> None:
-    """Horizontal bars from the top, each with its number, on a scale from 0 to ``largest``."""
+    """Draw horizontal bars from the top, each with its number, on a scale from 0 to ``largest``."""
     for row, (value, style) in enumerate(zip(values, styles, strict=True)):
         axes.barh(row, value, height=0.75, **style)
         axes.annotate(f"{value:.2f}", (value, row), (2, 0), textcoords="offset points", va="center", fontsize=7)
@@ -341,18 +341,18 @@ def _ablation_figure(rows: Sequence[tuple[str, float, float | None]], metric: st
     axes.invert_yaxis()
     axes.set_xlabel(metric)
     low, high = min(0.0, (means - stds).min()), max(0.0, (means + stds).max())
-    axes.set_xlim(low, low + 1.25 * (high - low or 1.0))  # the numbers stand right of the bars
+    axes.set_xlim(low, low + 1.25 * (high - low or 1.0))  # room for the numbers at the right of the bars
     axes.grid(axis="x")
     return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without the version of matplotlib, which it writes by default, the file depends on the picture alone.
+    # By default matplotlib writes its version into the file, which should depend on the picture alone.
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _numbers(name: str, values: Any, shape: tuple[int | None, ...]) -> NDArray[np.float64]:
-    """``values`` as finite, non-empty float64 of the shape, where None stands for any length."""
+    """Return ``values`` as finite, non-empty float64 of the given shape, in which None stands for any length."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -366,19 +366,19 @@ def _numbers(name: str, values: Any, shape: tuple[int | None, ...]) -> NDArray[n
     return array
 
 
-def _counting(most: int) -> MaxNLocator:
-    """At most about ``most`` ticks on round whole numbers."""
+def _integer_ticks(most: int) -> MaxNLocator:
+    """Return a locator of at most about ``most`` ticks, on round whole numbers."""
     return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def _percentage(share: float) -> str:
-    """Two significant digits, and none after the point from 10 % on: 0.0012 %, 8.3 %, 130 %."""
+    """Format a share with two significant digits, without decimals from 10 % on: 0.0012 %, 8.3 %, 130 %."""
     percent = 100 * share
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
 def _shorten(text: str, length: int) -> str:
-    """At most ``length`` characters, cut in the middle: ids and names differ at both ends."""
+    """Cut a text in the middle to at most ``length`` characters: ids and names differ at both ends."""
     if len(text) <= length:
         return text
     half = (length - 1) // 2

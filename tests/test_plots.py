@@ -1,4 +1,4 @@
-"""Every figure is written as it should be: size, bytes, labels; and what cannot be drawn is refused by name."""
+"""Every figure has the right size, bytes and labels; input that cannot be drawn is refused by name."""
 
 import struct
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra m3er-fast[plot]")
 
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from m3er_fast import plots  # noqa: E402
 from m3er_fast.plots import Example, plot_ablation, plot_examples, plot_history, plot_proxies  # noqa: E402
 
 HISTORY = {"train_loss": [1.5, 1.1, 0.9, 0.7], "valid_loss": [1.6, 1.2, 1.1, 1.3], "best_epoch": 3}
@@ -22,14 +22,25 @@ NOT_A_NUMBER = float("nan")
 
 
 @pytest.fixture
-def style():
-    """What the public functions draw in, for tests that look at the figures of the private ones."""
-    with matplotlib.style.context(plots._STYLE):
-        yield
+def figure_of(tmp_path, monkeypatch):
+    """A function that calls a plot function and returns the figure that it saved."""
+    saved, savefig = [], Figure.savefig
+
+    def record(figure, *arguments, **options):
+        saved.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+
+    def call(plot, *arguments, **options):
+        plot(*arguments, tmp_path / "figure.png", **options)
+        return saved[-1]
+
+    return call
 
 
 def png_size(path):
-    """Width and height in pixels, as the header of the file gives them."""
+    """Return width and height in pixels from the file's header."""
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", content[16:24])
@@ -60,7 +71,7 @@ def example(index=1, M=3, C=4, **changes):
 
 
 def draw(kind, path):
-    """The figure of that name, of ordinary input."""
+    """Draw the figure of that name from ordinary input."""
     match kind:
         case "history":
             plot_history(HISTORY, path)
@@ -111,8 +122,8 @@ def test_without_matplotlib_the_import_error_names_the_extra(monkeypatch):
 # --- history ----------------------------------------------------------------------------------------------------------
 
 
-def test_history_shows_both_losses_from_epoch_one_and_marks_the_best(style):
-    axes = plots._history_figure(HISTORY).axes[0]
+def test_history_shows_both_losses_from_epoch_one_and_marks_the_best(figure_of):
+    axes = figure_of(plot_history, HISTORY).axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
     for label, name in (("training", "train_loss"), ("validation", "valid_loss")):
@@ -156,9 +167,9 @@ def test_history_without_an_entry_says_which(tmp_path):
 # --- Figure 7 ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_modality_is_drawn_with_and_without_noise_in_the_slides_colours(style):
+def test_each_modality_is_drawn_with_and_without_noise_in_the_slides_colours(figure_of):
     original, corrupted, regenerated, errors = proxies({"text": 300, "face": 36})
-    axes = plots._proxies_figure(original, corrupted, regenerated, errors).axes
+    axes = figure_of(plot_proxies, original, corrupted, regenerated, errors).axes
     assert len(axes) == 4
     for name, wide, close in (("text", *axes[:2]), ("face", *axes[2:])):
         assert wide.get_ylabel() == name
@@ -187,8 +198,8 @@ def test_each_modality_is_drawn_with_and_without_noise_in_the_slides_colours(sty
         (1e-8, "1e-06 %"),
     ],
 )
-def test_the_error_is_printed_as_a_percentage_with_two_digits(style, error, text):
-    figure = plots._proxies_figure(*proxies({"text": 5}, error))
+def test_the_error_is_printed_as_a_percentage_with_two_digits(figure_of, error, text):
+    figure = figure_of(plot_proxies, *proxies({"text": 5}, error))
     assert figure.axes[1].get_title(loc="left").endswith(f"relative L2 error {text}")
 
 
@@ -231,9 +242,9 @@ def widths(axes):
     return [bar.get_width() for bar in axes.patches]
 
 
-def test_an_example_shows_what_each_modality_said_the_verdicts_and_the_weights(style):
+def test_an_example_shows_what_each_modality_said_the_verdicts_and_the_weights(figure_of):
     sample = example()
-    figure = plots._examples_figure([sample])
+    figure = figure_of(plot_examples, [sample])
     (band,) = figure.subfigs
     text, audio, face, fused, weight = band.axes
     assert band.get_suptitle() == "class 1, predicted class 1: video[1]"
@@ -250,26 +261,25 @@ def test_an_example_shows_what_each_modality_said_the_verdicts_and_the_weights(s
     assert [note.get_text() for note in fused.texts] == ["0.10", "0.70", "0.10", "0.10"]
 
 
-def test_a_wrong_prediction_is_shown_as_it_is(style):
-    figure = plots._examples_figure([example(fused=np.array([0.9, 0.1, 0.0, 0.0]))])
+def test_a_wrong_prediction_is_shown_as_it_is(figure_of):
+    figure = figure_of(plot_examples, [example(fused=np.array([0.9, 0.1, 0.0, 0.0]))])
     assert figure.subfigs[0].get_suptitle() == "class 1, predicted class 0: video[1]"
 
 
-def test_weights_of_all_examples_share_one_scale(style):
-    figure = plots._examples_figure([example(0, weights=np.array([4.0, 1.0, 0.0])), example(1)])
+def test_weights_of_all_examples_share_one_scale(figure_of):
+    figure = figure_of(plot_examples, [example(0, weights=np.array([4.0, 1.0, 0.0])), example(1)])
     for band in figure.subfigs:
         assert band.axes[-1].get_xlim() == pytest.approx((0.0, 5.2))
 
 
 @pytest.mark.parametrize(("modalities", "classes", "size"), [(2, 2, (1200, 372)), (5, 7, (1920, 2194))])
-def test_examples_with_long_names_fit_into_the_picture(style, tmp_path, modalities, classes, size):
+def test_examples_with_long_names_fit_into_the_picture(figure_of, tmp_path, modalities, classes, size):
     names = tuple(f"a class with a very long name, number {c}" for c in range(classes))
     samples = [
         replace(example(c, modalities, classes), classes=names, label=names[c], id="$x_" * 40) for c in range(classes)
     ]
-    figure = plots._examples_figure(samples)
-    plots._save(figure, tmp_path / "examples.png")
-    assert png_size(tmp_path / "examples.png") == size
+    figure = figure_of(plot_examples, samples)
+    assert png_size(tmp_path / "figure.png") == size
     for text in figure.findobj(Text):
         box = text.get_window_extent()
         assert box.width == 0 or (box.x0 >= 0 and box.x1 <= size[0]), text.get_text()
@@ -308,8 +318,8 @@ def test_examples_must_be_some_and_of_one_model(tmp_path):
 # --- ablation ---------------------------------------------------------------------------------------------------------
 
 
-def test_ablation_bars_stand_in_the_order_of_the_rows_with_whiskers_where_there_is_a_deviation(style):
-    axes = plots._ablation_figure(ROWS, "Overall F1").axes[0]
+def test_ablation_bars_stand_in_the_order_of_the_rows_with_whiskers_where_there_is_a_deviation(figure_of):
+    axes = figure_of(plot_ablation, ROWS, metric="Overall F1").axes[0]
     assert widths(axes) == [0.634, 0.761, 0.765]
     assert axes.yaxis_inverted()  # the first row at the top
     assert [label.get_text() for label in axes.get_yticklabels()] == [label for label, _, _ in ROWS]
@@ -325,9 +335,9 @@ def test_ablation_bars_stand_in_the_order_of_the_rows_with_whiskers_where_there_
     assert whiskers == [pytest.approx([0.623, 0.645]), pytest.approx([0.753, 0.769])]
 
 
-def test_long_ablation_labels_are_wrapped_and_nothing_is_lost(style):
+def test_long_ablation_labels_are_wrapped_and_nothing_is_lost(figure_of):
     label = "full M3ER given the true corruption mask, which is what a perfect check would give"
-    shown = plots._ablation_figure([(label, 0.7, None)], "MA").axes[0].get_yticklabels()[0].get_text()
+    shown = figure_of(plot_ablation, [(label, 0.7, None)], metric="MA").axes[0].get_yticklabels()[0].get_text()
     assert shown.replace("\n", " ") == label
     assert max(map(len, shown.split("\n"))) <= 45
 
