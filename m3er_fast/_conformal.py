@@ -1,7 +1,8 @@
 """Conformal calibration of the modality check: statistics become p-values against calibration samples.
 
 A statistic is one class here, derived from :class:`ConformalStatistic`: its name, its share of the combined check, its
-learned tables and its p-value. :class:`m3er_fast.ModalityCheck` lists the statistics and measures them.
+learned tables and its p-value. To add one, derive its class, list it in ``ModalityCheck.__init__``, measure it in
+``ModalityCheck._measure``, and give it a field of ``CheckResult``.
 
 Dimension legend: M modalities, P pairs of modalities, B samples, n calibration samples, V values of a statistic per
 sample (P or M), S = 2^(M-1) sets of other modalities.
@@ -12,7 +13,8 @@ Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 20
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -109,11 +111,13 @@ class ConformalStatistic(ABC):
     Attributes:
         name: the value of ``CheckConfig.statistic`` and the field of ``CheckResult`` that stand for the statistic.
         share: its share of alpha in the combined check; the shares of all statistics sum to 1.
+        compares: whether a modality is compared with the others, and not judged by itself.
         tables: names of its learned buffers, in the order of ``state_dict``; "_count" at the end means integers.
     """
 
     name: ClassVar[str]
     share: ClassVar[float]
+    compares: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]]
 
     def __init__(self, modalities: int, config: CheckConfig) -> None:
@@ -123,10 +127,7 @@ class ConformalStatistic(ABC):
 
     def empty_tables(self) -> dict[str, Tensor]:
         """Return the tables before calibration."""
-        return {
-            name: torch.zeros(0, dtype=torch.int64 if name.endswith("_count") else torch.float32)
-            for name in self.tables
-        }
+        return {name: torch.zeros(0, dtype=torch.int64 if name.endswith("_count") else None) for name in self.tables}
 
     @abstractmethod
     def is_measured(self, available: Tensor) -> Tensor:
@@ -175,6 +176,7 @@ class PairCorrelation(ConformalStatistic):
 
     name = "correlation"
     share = _CORRELATION_SHARE
+    compares = True
     tables = ("pair_scores", "pair_count", "rank_scores", "rank_count")
 
     def is_measured(self, available: Tensor) -> Tensor:
@@ -301,6 +303,15 @@ class Energy(ConformalStatistic):
             p_value = (2.0 * torch.minimum(high, low) / (1 + count)).clamp(max=1.0)
             columns.append(p_value.where(count > 0, 1.0))
         return torch.stack(columns, dim=1)
+
+
+def combine_p_values(p_values: Sequence[Tensor], statistics: Sequence[ConformalStatistic]) -> Tensor:
+    """Return the least p-value, each divided by its statistic's share among these: a weighted Bonferroni sum."""
+    if len(statistics) == 1:
+        return p_values[0]
+    total = sum(statistic.share for statistic in statistics)
+    weighted = [p / (statistic.share / total) for p, statistic in zip(p_values, statistics, strict=True)]
+    return reduce(torch.minimum, weighted)
 
 
 def correlate_swapped(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
+from itertools import compress
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,6 +24,7 @@ from m3er_fast._conformal import (
     Energy,
     PairCorrelation,
     Tables,
+    combine_p_values,
     correlate_swapped,
 )
 from m3er_fast._settings import takes_settings_of
@@ -36,7 +37,7 @@ from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, modality_pairs, upcast
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
-__all__ = ["CheckResult", "CheckSample", "CheckStatistics", "ModalityCheck"]
+__all__ = ["CheckResult", "CheckSample", "ModalityCheck"]
 
 # The combined check asks the correlation only about modalities of which it recognises at least half when they come from
 # another sample. On CMU-MOSI it recognises 13 to 26 %, and rejects 6 to 16 % of the right ones; on the generated corpus
@@ -112,8 +113,10 @@ class ModalityCheck(FittedModule):
         self._pairs = modality_pairs(modalities)
         if isinstance(config.threshold, tuple) and len(config.threshold) != len(self._pairs):
             raise ValueError(f"threshold has {len(config.threshold)} values, wanted one for {len(self._pairs)} pairs")
-        self._correlation, self._energy = PairCorrelation(modalities, config), Energy(modalities, config)
-        self._statistics: tuple[ConformalStatistic, ...] = (self._correlation, self._energy)
+        self._correlation = PairCorrelation(modalities, config)
+        self._statistics: list[ConformalStatistic] = [self._correlation, Energy(modalities, config)]
+        asked = [s for s in self._statistics if config.statistic in (s.name, "combined")]
+        self._asked = sorted(asked, key=lambda s: s.compares)  # a comparison has to know which modalities to trust
         nothing = torch.zeros(0)
         self.register_learned(
             **{f"center_{m}": nothing for m in range(modalities)},
@@ -249,15 +252,18 @@ class ModalityCheck(FittedModule):
         measured = self._measure(vectors, self.projections_)
         for statistic in self._statistics:
             measured[statistic.name] = measured[statistic.name].where(statistic.is_measured(available), 0.0)
-        by_energy = self._energy.p_value(measured["energy"], available, self._tables(self._energy))
-        # In the combined check a modality of odd energy is no evidence about the others.
-        trusted = available if config.statistic != "combined" else available & (by_energy >= config.alpha)
-        tables = self._tables(self._correlation)
-        by_correlation = self._correlation.p_value(measured["correlation"], trusted, tables)
-        p_value = self._combine({"energy": by_energy, "correlation": by_correlation}).clamp(max=1.0)
+        p_values: list[Tensor] = []
+        trusted = available  # the modalities that others are compared with
+        for statistic in self._asked:
+            used = trusted if statistic.compares else available
+            p_values.append(statistic.p_value(measured[statistic.name], used, self._tables(statistic)))
+            if config.statistic == "combined" and not statistic.compares:
+                trusted = trusted & (p_values[-1] >= config.alpha)
+        p_value = self._combine(p_values).clamp(max=1.0)
         p_value = p_value.where(available, 0.0)
         effective = available & (p_value >= config.alpha)
         if config.threshold is not None and config.statistic != "energy":
+            tables = self._tables(self._correlation)
             passes = self._correlation.passes_threshold(measured["correlation"], trusted, config.threshold, tables)
             effective = passes & (available if config.statistic == "correlation" else effective)
         return CheckResult(effective=effective, p_value=p_value, **measured)
@@ -373,16 +379,13 @@ class ModalityCheck(FittedModule):
     def _tables(self, statistic: ConformalStatistic) -> Tables:
         return {name: self.learned(name) for name in statistic.tables}
 
-    def _combine(self, p_values: dict[str, Tensor]) -> Tensor:
-        """The p-value of the statistic in the settings, or of all of them together."""
-        if self.config.statistic != "combined":
-            return p_values[self.config.statistic]
+    def _combine(self, p_values: list[Tensor]) -> Tensor:
+        """The p-value that decides, from those of the statistics in the settings."""
+        alone = [not statistic.compares for statistic in self._asked]
+        if all(alone) or not any(alone):
+            return combine_p_values(p_values, self._asked)
+        without = combine_p_values(list(compress(p_values, alone)), list(compress(self._asked, alone)))
         if self.config.threshold is not None:
-            return p_values["energy"]
-        together = reduce(torch.minimum, (p_values[statistic.name] / statistic.share for statistic in self._statistics))
-        return torch.where(self.learned("correlation_power_") >= _MIN_POWER, together, p_values["energy"])
-
-    statistics, fit_statistics = collect, fit_collected  # until every caller has moved
-
-
-CheckStatistics = CheckSample
+            return without
+        has_power = self.learned("correlation_power_") >= _MIN_POWER
+        return torch.where(has_power, combine_p_values(p_values, self._asked), without)
