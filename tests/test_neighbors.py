@@ -1,4 +1,4 @@
-"""The neighbour engines: what they promise alike, what approximate ones find, and what is refused."""
+"""The neighbour engines: their common contract, the recall of approximate ones, and refusals."""
 
 import importlib.util
 import math
@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from m3er_fast import functional, neighbors
 from m3er_fast.functional import BackendUnavailableError, nearest_neighbors
-from m3er_fast.neighbors import build_index, measure_recall
+from m3er_fast.functional.unchecked import neighbor_index
+from m3er_fast.neighbors import faiss, measure_recall
 from m3er_fast.neighbors.exact import search_exact
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
@@ -46,17 +46,17 @@ def test_every_engine_names_k_rows_of_the_bank_in_order(engine, rows):
 def test_every_engine_keeps_to_the_rows_that_are_allowed(engine):
     bank, query = clustered(500), clustered(30, seed=1)
     allowed = torch.arange(500) % 3 == 1
-    found = build_index(bank, engine, allowed=allowed).search(query, 5)[1]
+    found = neighbor_index(bank, engine, allowed=allowed).search(query, 5)[1]
     assert bool(allowed[found].all())
     exact = search_exact(query, bank, 5, allowed=allowed)[1]
     assert (found == exact).double().mean() > 0.95
 
 
 @needs_faiss
-def test_where_inverted_lists_hold_too_few_rows_the_rest_is_found_exactly():
+def test_too_few_rows_in_the_probed_lists_lead_to_an_exact_search():
     """All queries are near one list; the other rows are far, in lists that are not probed."""
     bank = torch.cat([torch.randn(40, 4), 1e3 + clustered(4000, 4)])
-    index = build_index(bank, "faiss-ivf")
+    index = neighbor_index(bank, "faiss-ivf")
     index._index.nprobe = 1
     distances, found = index.search(0.1 * torch.randn(5, 4), 60)
     assert int(found.min()) >= 0
@@ -66,16 +66,16 @@ def test_where_inverted_lists_hold_too_few_rows_the_rest_is_found_exactly():
 
 
 @pytest.mark.parametrize("engine", APPROXIMATE)
-def test_approximate_engines_find_most_and_recall_says_how_many(engine):
+def test_approximate_engines_find_most_neighbours_and_recall_measures_how_many(engine):
     bank = clustered(8000)
-    index = build_index(bank, engine)
+    index = neighbor_index(bank, engine)
     recall = measure_recall(index, bank, 10)
     assert 0.8 < recall <= 1.0
     query = clustered(500, seed=2)
     found = index.search(query, 10)[1]
     exact = search_exact(query, bank, 10)[1]
     fresh = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)) / 5000
-    assert abs(fresh - recall) < 0.05  # rows of the bank stand for queries that are not in it
+    assert abs(fresh - recall) < 0.05  # rows of the bank stand in for fresh queries
 
 
 def test_the_recall_of_an_index_that_finds_half_is_one_half():
@@ -84,29 +84,29 @@ def test_the_recall_of_an_index_that_finds_half_is_one_half():
     class Half:
         def search(self, query, k):
             distances, rows = search_exact(query, bank, 1 + 2 * (k - 1))
-            return distances[:, ::2], rows[:, ::2]  # itself, and every second of the others
+            return distances[:, ::2], rows[:, ::2]  # the row itself, and every second of the others
 
     assert measure_recall(Half(), bank, 10) == pytest.approx(0.5, abs=0.01)
-    assert measure_recall(build_index(bank, "torch"), bank, 10) == 1.0
-    assert measure_recall(build_index(bank[:1], "torch"), bank[:1], 10) == 1.0
+    assert measure_recall(neighbor_index(bank, "torch"), bank, 10) == 1.0
+    assert measure_recall(neighbor_index(bank[:1], "torch"), bank[:1], 10) == 1.0
     repeated = bank[:3].repeat(100, 1)
-    assert measure_recall(build_index(repeated, "torch"), repeated, 10) == 1.0
+    assert measure_recall(neighbor_index(repeated, "torch"), repeated, 10) == 1.0
 
 
-def test_auto_does_not_ask_what_is_installed(monkeypatch):
-    monkeypatch.setattr(neighbors, "import_faiss", lambda: pytest.fail("looked for faiss"))
+def test_auto_never_looks_for_faiss(monkeypatch):
+    monkeypatch.setattr(faiss, "import_faiss", lambda: pytest.fail("looked for faiss"))
     assert torch.equal(*(nearest_neighbors(clustered(9), clustered(50), 3, engine=e)[1] for e in ("auto", "torch")))
 
 
 @needs_faiss
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_faiss_without_gpu_support_says_so(monkeypatch):
+def test_faiss_without_gpu_support_is_named(monkeypatch):
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     bank = clustered(9).as_subclass(OnGpu)
     with pytest.raises(BackendUnavailableError, match=r"engine 'faiss' does not work here: .*m3er-fast\[gpu\]"):
-        functional.neighbor_index(bank, "faiss")
+        neighbor_index(bank, "faiss")
 
 
 @pytest.mark.gpu
@@ -114,18 +114,17 @@ def test_faiss_without_gpu_support_says_so(monkeypatch):
 @pytest.mark.parametrize("engine", ["faiss", "faiss-ivf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_faiss_on_the_gpu_finds_what_torch_finds(device, engine, dtype):
-    faiss = neighbors.import_faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
+    if not hasattr(faiss.import_faiss(), "StandardGpuResources"):
         pytest.skip("the faiss installed here has no GPU support")
     bank, query = clustered(20_000).to(device, dtype), clustered(300, seed=1).to(device, dtype)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # FAISS must wait for what is queued here: products, then the bank
+    with torch.cuda.stream(stream):  # FAISS must wait for the queue: products, then the bank
         busy = torch.randn(4096, 4096, device=device)
         for _ in range(20):
             busy = busy @ busy / 64
         late = bank + 0 * busy[0, 0].nan_to_num(0.0).to(dtype)
-        found = functional.neighbor_index(late, engine).search(query, 10)[1]
+        found = neighbor_index(late, engine).search(query, 10)[1]
     stream.synchronize()
     exact = search_exact(query.float(), bank.float(), 10)[1]
     assert (found[:, :1] == exact[:, :1]).double().mean() > (0.97 if engine == "faiss" else 0.9)

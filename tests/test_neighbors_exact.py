@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3er_fast import search
+from m3er_fast.neighbors import exact
 from m3er_fast.neighbors.exact import search_exact
 
 
@@ -26,7 +26,7 @@ def oracle(query, bank, k, allowed=None):
 
 
 def assert_exact(query, bank, k, *, rtol=2e-6, allowed=None, **options):
-    """The k smallest distances, each that of the row it is given for; which of equal rows is named is left open."""
+    """Assert that these are the k smallest distances, each of its row; the choice among equal rows is open."""
     distances, rows = search_exact(query, bank, k, allowed=allowed, **options)
     wanted = oracle(query, bank, k, allowed)
     np.testing.assert_allclose(distances.numpy(), wanted, rtol=rtol, atol=1e-30)
@@ -37,18 +37,8 @@ def assert_exact(query, bank, k, *, rtol=2e-6, allowed=None, **options):
         assert bool(allowed[rows].all())
 
 
-# Which precision comes first depends on the CPU.
-BOTH = pytest.mark.parametrize("coarsest", [torch.bfloat16, torch.float32])
-
-
-@pytest.fixture(autouse=True)
-def products_start_with(request, monkeypatch):
-    coarsest = request.node.callspec.params.get("coarsest") if hasattr(request.node, "callspec") else None
-    if coarsest is not None:
-        steps = tuple(dict.fromkeys((coarsest, torch.float32)))
-        monkeypatch.setattr(search, "_product_precisions", lambda: steps)
-        monkeypatch.setattr(search, "_SMALL_BANK", 0)  # small banks too
-        monkeypatch.setattr(search, "_FEW_QUERIES", 0)
+# The default depends on the CPU and on the sizes.
+BOTH = pytest.mark.parametrize("precisions", [(torch.bfloat16, torch.float32), (torch.float32,)])
 
 
 @BOTH
@@ -57,15 +47,15 @@ def products_start_with(request, monkeypatch):
     ("queries", "rows", "features", "k"),
     [(1, 1, 1, 1), (3, 2, 5, 2), (7, 33, 3, 33), (40, 4097, 17, 5), (9, 9000, 2, 16), (5, 5000, 64, 300), (0, 9, 4, 2)],
 )
-def test_it_is_brute_force(coarsest, queries, rows, features, k, dtype):
+def test_it_is_brute_force(precisions, queries, rows, features, k, dtype):
     query, bank = draw(queries, features, seed=1).to(dtype), draw(rows, features).to(dtype)
-    assert_exact(query, bank, k, rtol=2e-6 if dtype == torch.float32 else 1e-13)
+    assert_exact(query, bank, k, rtol=2e-6 if dtype == torch.float32 else 1e-13, precisions=precisions)
 
 
 @BOTH
 @pytest.mark.parametrize("name", ["row", "query", "both", "many rows"])
 @pytest.mark.parametrize("size", [1e4, 1e12, 1e18, 1e-30])
-def test_outliers_change_nothing(coarsest, name, size):
+def test_outliers_change_nothing(precisions, name, size):
     query, bank = draw(20, 12, seed=1), draw(5000, 12)
     if name in ("row", "both"):
         bank[17] *= size
@@ -73,50 +63,50 @@ def test_outliers_change_nothing(coarsest, name, size):
         query[3] *= size
     if name == "many rows":
         bank[::7] *= size
-    assert_exact(query, bank, 6)
+    assert_exact(query, bank, 6, precisions=precisions)
 
 
 @BOTH
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 3e17])
-def test_no_scale_is_special(coarsest, scale):
+def test_no_scale_is_special(precisions, scale):
     query, bank = scale * draw(20, 12, seed=1).double(), scale * draw(5000, 12).double()
-    assert_exact(query, bank, 6, rtol=1e-13)
-    if scale > 1e-20:  # squares of the smallest scale are nothing in float32
-        assert_exact(query.float(), bank.float(), 6)
+    assert_exact(query, bank, 6, rtol=1e-13, precisions=precisions)
+    if scale > 1e-20:  # squares of the smallest scale underflow in float32
+        assert_exact(query.float(), bank.float(), 6, precisions=precisions)
 
 
 @BOTH
-def test_rows_close_together_and_far_from_the_middle(coarsest):
-    """Clusters 1e-3 wide at a distance of 100: in float32 products are off by the distances that they should tell."""
+def test_rows_close_together_and_far_from_the_middle(precisions):
+    """Clusters 1e-3 wide at a distance of 100: float32 products are off by as much as the distances differ."""
     centers = 100 * draw(30, 10)
     bank = centers.repeat_interleave(200, dim=0) + 1e-3 * draw(6000, 10, seed=1)
     query = centers + 1e-3 * draw(30, 10, seed=2)
-    assert_exact(query, bank, 9, rtol=1e-4)
+    assert_exact(query, bank, 9, rtol=1e-4, precisions=precisions)
 
 
 @BOTH
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_repeated_rows_cost_little_and_are_each_a_neighbor(coarsest, share, monkeypatch):
+def test_repeated_rows_cost_little_and_are_each_a_neighbor(precisions, share, monkeypatch):
     query, bank = draw(20, 12, seed=1), draw(20_000, 12)
     bank[torch.from_numpy(np.random.default_rng(0).random(20_000) < share)] = 0.5
     query[:5] = 0.5
     query[5:10] = 0.51
     measured = []
-    nearest_of = search._nearest_of
+    measure = exact._measure
 
     def counting(candidates, *arguments):
         measured.append(len(candidates.row))
-        return nearest_of(candidates, *arguments)
+        return measure(candidates, *arguments)
 
-    monkeypatch.setattr(search, "_nearest_of", counting)
-    assert_exact(query, bank, 8)
-    # Thousands of rows are as near as the eighth; of those a few tiles' best are measured.
+    monkeypatch.setattr(exact, "_measure", counting)
+    assert_exact(query, bank, 8, precisions=precisions)
+    # Thousands of rows are as near as the eighth; only the best of each tile are measured.
     assert sum(measured) < 20 * 600
 
 
 @BOTH
 @pytest.mark.parametrize("kept", ["half", "few", "a tile without any"])
-def test_only_allowed_rows_are_neighbors(coarsest, kept):
+def test_only_allowed_rows_are_neighbors(precisions, kept):
     query, bank = draw(20, 12, seed=1), draw(9000, 12)
     allowed = torch.from_numpy(np.random.default_rng(0).random(9000) < 0.5)
     if kept == "few":
@@ -124,9 +114,9 @@ def test_only_allowed_rows_are_neighbors(coarsest, kept):
         allowed[[3, 8990, 5000]] = True
     elif kept == "a tile without any":
         allowed[:5000] = False
-    assert_exact(query, bank, 3, allowed=allowed)
+    assert_exact(query, bank, 3, allowed=allowed, precisions=precisions)
     query[0] = math.nan
-    distances, rows = search_exact(query, bank, 3, allowed=allowed)
+    distances, rows = search_exact(query, bank, 3, allowed=allowed, precisions=precisions)
     assert bool(distances[0].isinf().all())
     assert torch.equal(rows[0], allowed.nonzero()[:3, 0])
 
@@ -165,22 +155,22 @@ def test_distances_have_the_gradient_of_their_differences(dtype, with_gradient):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_bounds_hold(seed):
-    """Values that products round are within their error, whatever the sizes of rows and queries, and centres beside."""
+    """Rounded products are within their error for rows and queries of any size, near and far from the centre."""
     features = [1, 3, 17, 300][seed % 4]
     offset = [0.0, 100.0][seed // 4]
     query = draw(37, features, seed=seed) * 10 ** draw(37, 1, seed=seed + 1) + offset
     bank = draw(200, features, seed=seed + 2) * 10 ** draw(200, 1, seed=seed + 3) + offset
     center = bank.median(dim=0).values
-    tile = search._tile(bank, center, None, 0, 224)
+    tile = exact._tile(bank, center, None, 0, 224)
     points, rows = query.double() - center.double(), bank.double() - center.double()
-    exact = 0.5 * rows.square().sum(dim=1) - points @ rows.mT
+    wanted = 0.5 * rows.square().sum(dim=1) - points @ rows.mT
     for precision in (torch.bfloat16, torch.float32):
-        values = search._multiply(query - center, tile, precision)
+        values = exact._multiply(query - center, tile, precision)
         got, error = values.value[:, :200], values.error[:, None]
-        assert bool((values.lower(got, error) <= exact).all())
-        assert bool((values.upper(got, error) >= exact).all())
-        limit = values.limit(exact[:, 5])
-        assert bool((got <= limit[:, None])[values.lower(got, error) <= exact[:, 5:6]].all())
+        assert bool((values.lower(got, error) <= wanted).all())
+        assert bool((values.upper(got, error) >= wanted).all())
+        limit = values.limit(wanted[:, 5])
+        assert bool((got <= limit[:, None])[values.lower(got, error) <= wanted[:, 5:6]].all())
     assert bool(torch.isinf(values.value[:, 200:]).all())
 
 
@@ -188,13 +178,13 @@ def test_the_search_for_other_devices_is_exact_too():
     query, bank = draw(30, 12, seed=1), draw(9000, 12)
     allowed = torch.arange(9000) % 3 > 0
     for mask in (None, allowed):
-        found = search._search_by_topk(query, bank, 5, bank[::35].median(dim=0).values, mask, 1024)
-        distances, _ = search._nearest_of(found, query, bank, 5, 2**20)
+        found = exact._search_by_topk(query, bank, 5, bank[::35].median(dim=0).values, mask, 1024)
+        distances, _ = exact._measure(found, query, bank, 5, 2**20)
         np.testing.assert_allclose(distances.numpy(), oracle(query, bank, 5, mask), rtol=2e-6)
 
 
-def test_the_search_for_other_devices_neither_waits_for_one_nor_mixes_in_another():
-    """Meta tensors have no values: whoever looks at one, or brings in a tensor of the CPU, fails."""
+def test_the_search_for_other_devices_neither_waits_for_a_device_nor_mixes_devices():
+    """Meta tensors have no values: reading one, or mixing in a CPU tensor, fails."""
     query, bank = torch.empty(3000, 12, device="meta"), torch.empty(9000, 12, device="meta")
     distances, rows = search_exact(query, bank, 7)
     assert distances.shape == rows.shape == (3000, 7)
@@ -214,8 +204,8 @@ import torch
 from m3er_fast.neighbors.exact import search_exact
 torch.set_num_threads(1)
 bank, query = torch.randn(60_000, 300), torch.randn(3000, 300)
-search_exact(query[:64], bank[:5000], 16)  # libraries set up what they need once
-def peak():  # not ru_maxrss, which starts at that of the process that started this one
+search_exact(query[:64], bank[:5000], 16)  # libraries are set up once
+def peak():  # not ru_maxrss, which a child process inherits
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 before = peak()
@@ -226,28 +216,26 @@ print(peak() - before)
     assert 2**20 < int(done.stdout) < 64 * 2**20
 
 
-def test_products_are_of_few_sizes_hardly_larger_than_the_queries():
-    sizes = {queries: search._shared_size(queries) for queries in range(1, search._BLOCK_QUERIES + 1)}
+def test_products_have_few_sizes_hardly_larger_than_the_queries():
+    sizes = {queries: exact._padded_size(queries) for queries in range(1, exact._BLOCK_QUERIES + 1)}
     assert len(set(sizes.values())) == 15
     assert all(queries <= size <= max(16, 1.5 * queries) for queries, size in sizes.items())
-    assert sizes[search._BLOCK_QUERIES] == search._BLOCK_QUERIES
+    assert sizes[exact._BLOCK_QUERIES] == exact._BLOCK_QUERIES
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process")
 def test_memory_does_not_grow_with_every_number_of_queries():
     script = """
 import torch
-from m3er_fast import search
+from m3er_fast.neighbors import exact
 torch.set_num_threads(1)
-search._product_precisions = lambda: (torch.bfloat16, torch.float32)
-search._SMALL_BANK = search._FEW_QUERIES = 0
 bank, query = torch.randn(5000, 32), torch.randn(600, 32)
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 def search_all(numbers):
     for number in numbers:
-        search.search_exact(query[:number], bank, 4)
+        exact.search_exact(query[:number], bank, 4, precisions=(torch.bfloat16, torch.float32))
 search_all([600, *range(1, 601, 20)])
 before = resident()
 search_all(range(1, 601, 2))

@@ -1,4 +1,4 @@
-"""Nearest neighbours in the L2 norm: indices of a bank, which are built once and searched often."""
+"""Nearest neighbours in the L2 norm: indices of a bank that are built once and searched often."""
 
 from m3er_fast.neighbors.exact import ExactIndex
 from m3er_fast.neighbors.index import (

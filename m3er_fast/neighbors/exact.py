@@ -1,21 +1,22 @@
-"""Exact nearest neighbours in plain PyTorch: products in low precision rule rows out, differences decide.
+"""Exact nearest neighbours in plain PyTorch: low-precision products exclude rows, differences decide.
 
-Half the squared distance of a row b from a query q, less ½‖q‖², is ½‖b‖² - q·b. A matrix product gives it for a tile of
-the bank and a block of queries, rounded, but with a bound E on what rounding can have done. The k-th smallest value so
-far, plus E, bounds the k-th nearest from above, and a row whose value less E lies above that bound is none of them. The
-few that are left are measured by their differences, in the precision of the data.
+Half the squared distance of a row b from a query q, less ½‖q‖², is ½‖b‖² - q·b. A matrix product computes it for a tile
+of the bank and a block of queries, rounded, but with a bound E on the rounding error. The k-th smallest value so far,
+plus E, is an upper bound on the k-th nearest row's value. A row whose value less E exceeds that bound is not a
+neighbour. The few remaining rows are measured by their differences, in the precision of the data.
 
-So a product may be as coarse as is fast. A CPU that multiplies bfloat16 in hardware does so four times as fast as
-float32, and rules out all but some two or three times k rows. Where a product leaves too many for a query (rows that
-are close together and far from the middle, or repeated ones), it is taken again for that query in the next precision.
-In float64, the last one, rows that are no better than k others to its last digits are left out: of repeated rows it
-does not matter which are named.
+A product may therefore be as coarse as is fast. A CPU that multiplies bfloat16 in hardware is four times as fast in it
+as in float32, and all but some two or three times k rows are excluded. Where a product leaves too many rows for a query
+(rows that are repeated, or close together and far from the centre), it is taken again for that query in the next
+precision. In float64, the last one, rows are excluded that are not better than k others to its last digits: the choice
+among repeated rows does not matter.
 
-Dimension legend: Q queries, n bank rows, d features, k neighbours; W rows of a tile, in S sets of G rows.
+Dimension legend: Q queries, n bank rows, d features, k neighbours; W rows of a tile, in S sets of G rows; P pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,54 +27,64 @@ from torch import Tensor
 from m3er_fast.neighbors.index import MEMORY_BUDGET
 from m3er_fast.operands import upcast
 
-# Rows of a tile and queries of a block at most: their values in bfloat16 (16 MB) stay in reach of the last-level cache.
+# The most rows of a tile and queries of a block: their values in bfloat16 (16 MB) fit into the last-level cache.
 _TILE_ROWS = 4096
 _BLOCK_QUERIES = 2048
-# Rows of a set, of which only the smallest value is looked at first.
+# Rows of a set; of each set only the smallest value is looked at first.
 _SET_ROWS = 32
-# About so many rows of the bank, evenly spread, say where its middle is.
+# The centre is computed from about this many rows of the bank, evenly spread.
 _CENTER_ROWS = 16
-# Of so few rows a coarse product saves less time than measuring the rows that it leaves costs.
+# With a bank this small, a coarse product saves less time than measuring the rows that it leaves takes.
 _SMALL_BANK = 2**14
-# For so few queries it saves less than rounding the bank costs.
+# With this few queries, it saves less time than rounding the bank takes.
 _FEW_QUERIES = 256
 # Half squared norms of a tile, and norms of a query, between which float32 neither overflows nor underflows.
 _SAFE_HALF = (1e-25, 1e34)
 _SAFE_NORM = 1e17
-# Differences that a CPU measures at a time: more leave the cache, and are memory that the system has to clear.
+# Bytes of differences that a CPU measures at a time: more would leave the cache, and the system would have to clear
+# more memory.
 _MEASURED_BYTES = 2**21
-# Candidates beyond k where there are no bounds: the products' rounding may reorder near ties.
+# Candidates beyond k where there are no bounds: rounding of the products may reorder near ties.
 _SPARE_CANDIDATES = 8
 
 
 class ExactIndex:
-    """The bank itself, searched by :func:`search_exact`."""
+    """An index that is the bank itself, searched by :func:`search_exact`."""
 
     def __init__(self, bank: Tensor, allowed: Tensor | None, memory_budget: int) -> None:
         self._bank, self._allowed, self._memory_budget = bank, allowed, memory_budget
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return squared distances (Q, k), ascending, and the numbers of their rows (Q, k)."""
         return search_exact(query, self._bank, k, allowed=self._allowed, memory_budget=self._memory_budget)
 
 
 def search_exact(
-    query: Tensor, bank: Tensor, k: int, *, allowed: Tensor | None = None, memory_budget: int = MEMORY_BUDGET
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    allowed: Tensor | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    precisions: Sequence[torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Squared distances (Q, k) ascending and rows (Q, k) of the bank; see ``functional.nearest_neighbors``.
+    """Return squared distances (Q, k), ascending, and rows (Q, k) of the bank; see ``functional.nearest_neighbors``.
 
-    The bank may lie on another device than the queries; it is then brought over tile by tile.
+    The bank may be on another device than the queries; it is then copied tile by tile.
 
     Args:
         query: (Q, d). One that is not finite gets distances of inf to the first rows.
         bank: (n, d), finite.
         k: at most the number of rows that are allowed.
         allowed: (n,) bool, on the bank's device: the rows that may be neighbours; None for all.
-        memory_budget: bytes to keep to beside arguments and results, where one query and 32 rows do not need more.
+        memory_budget: bytes to take beside arguments and results, unless one query and 32 rows need more.
+        precisions: precisions of the products on a CPU, coarsest first; the result is the same for all. None chooses
+            the fastest for this CPU and these sizes.
 
-    The distances have gradients where the arguments have; for these all differences are held, beyond the budget.
+    The distances have gradients if the arguments have. All differences are then in memory, beyond the budget.
     """
     with torch.no_grad():
-        distances, rows = _search_exact(query, bank, k, allowed, memory_budget)
+        distances, rows = _search_exact(query, bank, k, allowed, memory_budget, precisions)
     if torch.is_grad_enabled() and (query.requires_grad or bank.requires_grad):
         neighbor = bank[rows.to(bank.device)].to(distances)
         difference = torch.where(distances[:, :, None] < torch.inf, query[:, None, :].to(distances) - neighbor, 0.0)
@@ -82,24 +93,31 @@ def search_exact(
 
 
 def _search_exact(
-    query: Tensor, bank: Tensor, k: int, allowed: Tensor | None, memory_budget: int
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    allowed: Tensor | None,
+    memory_budget: int,
+    precisions: Sequence[torch.dtype] | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(upcast(query[:0]).dtype, upcast(bank[:0]).dtype)
     query = query.to(dtype)
     finite = torch.isfinite(query).all(dim=1)
     query = torch.where(finite[:, None], query, 0.0)
-    # The median of some rows: unlike the mean it neither overflows nor follows a single row that lies far out.
+    # The median of some rows: unlike the mean it neither overflows nor follows a single distant row.
     center = bank[:: max(1, bank.shape[0] // _CENTER_ROWS)].to(query).median(dim=0).values
-    # A quarter for the values of a block and what is compared with them, a third for the copies of a tile.
+    # A quarter of the budget for a block's values and their comparisons, a third for the copies of a tile.
     width = min(_TILE_ROWS, max(_SET_ROWS, memory_budget // (64 * bank.shape[1]) // _SET_ROWS * _SET_ROWS))
     block = min(_BLOCK_QUERIES, max(1, memory_budget // (32 * width)))
-    search = _search_by_bounds if query.device.type == "cpu" else _search_by_topk
     distances = query.new_empty((query.shape[0], k))
     rows = torch.empty((query.shape[0], k), dtype=torch.int64, device=query.device)
     for start in range(0, query.shape[0], block):
         part = slice(start, start + block)
-        candidates = search(query[part], bank, k, center, allowed, width)
-        distances[part], rows[part] = _nearest_of(candidates, query[part], bank, k, memory_budget)
+        if query.device.type == "cpu":
+            candidates = _search_by_bounds(query[part], bank, k, center, allowed, width, precisions)
+        else:
+            candidates = _search_by_topk(query[part], bank, k, center, allowed, width)
+        distances[part], rows[part] = _measure(candidates, query[part], bank, k, memory_budget)
     first = torch.arange(k, device=query.device) if allowed is None else allowed.nonzero()[:k, 0].to(query.device)
     return distances.where(finite[:, None], torch.inf), rows.where(finite[:, None], first)
 
@@ -109,70 +127,68 @@ class _Candidates(NamedTuple):
 
     query: Tensor  # (P,) int64
     row: Tensor  # (P,) int64
-    place: Tensor  # (P,) int64, numbers of a query's rows
-    most: int  # of any query's rows
+    rank: Tensor  # (P,) int64, 0, 1, 2, ... over the rows of a query
+    most: int  # rows of the query that has most
 
 
-def _nearest_of(
-    candidates: _Candidates, query: Tensor, bank: Tensor, k: int, memory_budget: int
-) -> tuple[Tensor, Tensor]:
-    """The k nearest of each query's candidates, by differences."""
+def _measure(candidates: _Candidates, query: Tensor, bank: Tensor, k: int, memory_budget: int) -> tuple[Tensor, Tensor]:
+    """Return the k nearest of each query's candidates, by differences."""
     distances = query.new_full((query.shape[0], candidates.most), torch.inf)
     rows = torch.zeros(distances.shape, dtype=torch.int64, device=query.device)
     size = memory_budget // 8
     if query.device.type == "cpu":
         size = min(size, _MEASURED_BYTES)
     chunk = max(1, size // (query.itemsize * query.shape[1]))
-    # Two pieces of memory for all chunks: what is freed and taken anew has to be cleared by the system each time.
+    # The same memory serves all chunks: the system has to clear memory that is freed and allocated anew.
     points, difference = query.new_empty((2, min(chunk, len(candidates.row)), query.shape[1]))
     for begin in range(0, candidates.row.shape[0], chunk):
-        q, row, at = (x[begin : begin + chunk] for x in candidates[:3])
-        here = difference[: len(q)]
+        q, row, rank = (x[begin : begin + chunk] for x in candidates[:3])
+        squares = difference[: len(q)]
         # index_select takes half the time of indexing.
         if bank.dtype == query.dtype and bank.device == query.device:
-            torch.index_select(bank, 0, row, out=here)
+            torch.index_select(bank, 0, row, out=squares)
         else:
-            here.copy_(bank.index_select(0, row.to(bank.device)))
-        here.sub_(torch.index_select(query, 0, q, out=points[: len(q)]))
-        distances[q, at] = here.square_().sum(dim=1)
-        rows[q, at] = row
+            squares.copy_(bank.index_select(0, row.to(bank.device)))
+        squares.sub_(torch.index_select(query, 0, q, out=points[: len(q)]))
+        distances[q, rank] = squares.square_().sum(dim=1)
+        rows[q, rank] = row
     best = distances.topk(k, dim=1, largest=False, sorted=True)
     return best.values, rows.gather(1, best.indices)
 
 
-# --- CPU: by bounds ---
+# --- On a CPU: by bounds ---
 
 
 class _Tile(NamedTuple):
-    """Rows of the bank about its middle; the last set of them is filled up with zeros."""
+    """Rows of the bank, centred; zeros fill up the last set."""
 
     rows: Tensor  # (W, d)
     half: Tensor  # (W,) ½‖b‖²
-    kept: Tensor  # (W,) bool, False for what may not be a neighbour
-    start: int  # the first row's place in the bank
+    allowed: Tensor  # (W,) bool, whether a row may be a neighbour
+    start: int  # number of the first row in the bank
 
 
 class _Values(NamedTuple):
-    """½‖b‖² - q·b of a tile's rows for some queries, up to ``error``, and ``unit`` of what stands in ``value``."""
+    """The values ½‖b‖² - q·b of a tile's rows for some queries, up to ``error`` and ``unit`` · |value|."""
 
-    value: Tensor  # (Q, W), less ``level``; inf for rows that may not be neighbours
-    level: Tensor  # () float64, a common part of ½‖b‖²: without it the rest keeps more digits
+    value: Tensor  # (Q, W), less ``offset``; inf for rows that may not be neighbours
+    offset: Tensor  # () float64, a common part of ½‖b‖²: without it the rest keeps more digits
     error: Tensor  # (Q,) float64
-    unit: float
+    unit: float  # relative error of a stored value
 
     def upper(self, value: Tensor, error: Tensor) -> Tensor:
-        """Upper bounds, float64, on what ``value`` stands for."""
+        """Return upper bounds, float64, on the exact values."""
         value = value.double()
-        return value + self.unit * value.abs() + error + self.level
+        return value + self.unit * value.abs() + error + self.offset
 
     def lower(self, value: Tensor, error: Tensor) -> Tensor:
-        """Lower bounds, float64, on what ``value`` stands for."""
+        """Return lower bounds, float64, on the exact values."""
         value = value.double()
-        return value - self.unit * value.abs() - error + self.level
+        return value - self.unit * value.abs() - error + self.offset
 
     def limit(self, bound: Tensor) -> Tensor:
-        """The greatest value of each query (Q,) whose lower bound does not exceed ``bound``, or a little more."""
-        exact = bound - self.level + self.error
+        """Return each query's largest value (Q,) whose lower bound does not exceed ``bound``, or slightly more."""
+        exact = bound - self.offset + self.error
         exact = exact / (1.0 - self.unit * exact.sign())
         rounded = exact.to(self.value.dtype)
         above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
@@ -188,48 +204,57 @@ class _Hits(NamedTuple):
 
 
 def _search_by_bounds(
-    query: Tensor, bank: Tensor, k: int, center: Tensor, allowed: Tensor | None, width: int
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    center: Tensor,
+    allowed: Tensor | None,
+    width: int,
+    precisions: Sequence[torch.dtype] | None = None,
 ) -> _Candidates:
-    """All rows that may be among the k nearest, by the bounds of the products."""
+    """Return all rows that may be among the k nearest, by the bounds of the products."""
+    if precisions is None:
+        precisions = _fast_precisions()
+        if bank.shape[0] <= _SMALL_BANK or query.shape[0] <= _FEW_QUERIES:
+            precisions = precisions[-1:]
     centered = query - center
-    far = centered.norm(dim=1) > _SAFE_NORM
-    near, far = (~far).nonzero()[:, 0], far.nonzero()[:, 0]
-    most = 2 * k + _SET_ROWS  # more sets or rows of a tile than that are more than a product should leave
-    # Upper bounds on k rows of each query. The rows behind them are always among the hits.
-    least = torch.full((query.shape[0], k), torch.inf, dtype=torch.float64)
-    precisions = _product_precisions()
-    if bank.shape[0] <= _SMALL_BANK or query.shape[0] <= _FEW_QUERIES:
-        precisions = precisions[-1:]
+    is_far = centered.norm(dim=1) > _SAFE_NORM
+    near, far = (~is_far).nonzero()[:, 0], is_far.nonzero()[:, 0]
+    most = 2 * k + _SET_ROWS  # a product that leaves more sets or rows of a tile was too coarse
+    # Upper bounds on k rows of each query, ascending. The rows behind them are always among the hits.
+    bounds = torch.full((query.shape[0], k), torch.inf, dtype=torch.float64)
     hits = []
     for start in range(0, bank.shape[0], width):
         tile = _tile(bank, center, allowed, start, width)
         high = float(tile.half.amax())
-        left, crowded = near, [far]
+        remaining, unsafe = near, [far]
         if not (high == 0 or _SAFE_HALF[0] <= high <= _SAFE_HALF[1]):
-            left, crowded = near[:0], [near, far]
+            remaining, unsafe = near[:0], [near, far]
         for precision in precisions:
-            if left.numel():
-                least[left], found, full = _sift(_multiply(centered[left], tile, precision), least[left], most)
-                hits.append(_Hits(left[found.query], found.row + start, found.lower))
-                if 2 * int(full.sum()) > full.numel():
-                    precisions = precisions[-1:]  # too coarse for this bank
-                left = left[full]
-        rest = torch.cat([*crowded, left])
+            if remaining.numel():
+                bounds[remaining], found, crowded = _select_by_bounds(
+                    _multiply(centered[remaining], tile, precision), bounds[remaining], most
+                )
+                hits.append(_Hits(remaining[found.query], found.row + start, found.lower))
+                if 2 * int(crowded.sum()) > crowded.numel():
+                    precisions = precisions[-1:]  # the others are too coarse for this bank
+                remaining = remaining[crowded]
+        rest = torch.cat([*unsafe, remaining])
         if rest.numel():
-            least[rest], found = _pick(query[rest], bank, tile, center, least[rest], most)
+            bounds[rest], found = _select_in_float64(query[rest], bank, tile, center, bounds[rest], most)
             hits.append(_Hits(rest[found.query], found.row + start, found.lower))
     together = _Hits(*(torch.cat(parts) for parts in zip(*hits, strict=True)))
-    kept = together.lower <= least[:, -1][together.query]
+    kept = together.lower <= bounds[:, -1][together.query]
     q, row = together.query[kept], together.row[kept]
     order = q.argsort(stable=True)
     q, count = q[order], torch.bincount(q, minlength=query.shape[0])
-    place = torch.arange(q.shape[0]) - (count.cumsum(0) - count)[q]
-    return _Candidates(q, row[order], place, int(count.max()))
+    rank = torch.arange(q.shape[0]) - (count.cumsum(0) - count)[q]
+    return _Candidates(q, row[order], rank, int(count.max()))
 
 
 @cache
-def _product_precisions() -> tuple[torch.dtype, ...]:
-    """In which precisions products are tried: bfloat16 only where the CPU multiplies it in hardware."""
+def _fast_precisions() -> tuple[torch.dtype, ...]:
+    """Return the precisions of products, coarsest first: bfloat16 only where the CPU multiplies it in hardware."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     in_hardware = known.get("avx512_bf16") or known.get("amx_bf16")
     return (torch.bfloat16, torch.float32) if in_hardware else (torch.float32,)
@@ -237,109 +262,117 @@ def _product_precisions() -> tuple[torch.dtype, ...]:
 
 def _tile(bank: Tensor, center: Tensor, allowed: Tensor | None, start: int, width: int) -> _Tile:
     rows = bank[start : start + width].to(center) - center
-    kept = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    is_allowed = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     if allowed is not None:
-        kept = allowed[start : start + width].to(rows.device)
-        rows = torch.where(kept[:, None], rows, 0.0)
+        is_allowed = allowed[start : start + width].to(rows.device)
+        rows = torch.where(is_allowed[:, None], rows, 0.0)
     missing = -rows.shape[0] % _SET_ROWS
     if missing:
-        rows, kept = F.pad(rows, (0, 0, 0, missing)), F.pad(kept, (0, missing))
-    return _Tile(rows, torch.linalg.vector_norm(rows, dim=1).square_().mul_(0.5), kept, start)
+        rows, is_allowed = F.pad(rows, (0, 0, 0, missing)), F.pad(is_allowed, (0, missing))
+    return _Tile(rows, torch.linalg.vector_norm(rows, dim=1).square_().mul_(0.5), is_allowed, start)
 
 
 def _multiply(query: Tensor, tile: _Tile, precision: torch.dtype) -> _Values:
-    """The tile's values for centred queries, by a product in ``precision`` that adds up in float32."""
+    """Return the tile's values for centred queries, by a product in ``precision`` that is summed in float32."""
     rows, points = tile.rows.to(precision), query.to(precision)
-    level = tile.half.mean()
-    bias = (tile.half - level).to(precision)
-    against = points.neg()
+    offset = tile.half.mean()
+    bias = (tile.half - offset).to(precision)
+    negated = points.neg()
     if precision == torch.bfloat16:
-        against = F.pad(against, (0, 0, 0, _shared_size(len(points)) - len(points)))
-    value = F.linear(against, rows, torch.where(tile.kept, bias, torch.inf))[: len(points)]
-    # |q·b - q'·b'| ≤ ‖q‖ ‖b - b'‖ + ‖q - q'‖ ‖b'‖ for the rounded q' and b', by what rounding really did.
+        negated = F.pad(negated, (0, 0, 0, _padded_size(len(points)) - len(points)))
+    value = F.linear(negated, rows, torch.where(tile.allowed, bias, torch.inf))[: len(points)]
+    # |q·b - q'·b'| ≤ ‖q‖ ‖b - b'‖ + ‖q - q'‖ ‖b'‖ for the rounded q' and b', by the actual rounding.
     norm, row_norm = query.norm(dim=1).double(), rows.float().norm(dim=1).amax().double()
     if precision == query.dtype:
         row_error, point_error, bias_error = (norm.new_zeros(()) for _ in range(3))
     else:
         row_error = (rows.to(query) - tile.rows).norm(dim=1).amax().double()
         point_error = (points.to(query) - query).norm(dim=1).double()
-        bias_error = (bias.to(query) - (tile.half - level)).abs().amax().double()
-    # And what adding d products up in float32, the centring, and ½‖b‖² itself may have lost.
-    lost = (query.shape[1] + 16) * torch.finfo(torch.float32).eps * (norm + row_norm).square()
-    error = norm * row_error + point_error * row_norm + bias_error + lost
-    return _Values(value, level.double(), error, 1.01 * torch.finfo(precision).eps / 2)
+        bias_error = (bias.to(query) - (tile.half - offset)).abs().amax().double()
+    # The rounding of a float32 sum of d products, of the centring, and of ½‖b‖² itself.
+    summing = (query.shape[1] + 16) * torch.finfo(torch.float32).eps * (norm + row_norm).square()
+    error = norm * row_error + point_error * row_norm + bias_error + summing
+    return _Values(value, offset.double(), error, 1.01 * torch.finfo(precision).eps / 2)
 
 
-def _shared_size(queries: int) -> int:
-    """The next of few numbers of queries, by at most a half larger: 16, 24, 32, 48, 64, ...
+def _padded_size(queries: int) -> int:
+    """Return the next of few numbers of queries, at most half as many again: 16, 24, 32, 48, 64, ...
 
-    oneDNN makes a program for each size of a product in bfloat16, which took longer (2 ms) than the product of a few
-    hundred queries, and keeps the last 1024 of them, in 0.5 MiB each.
+    oneDNN compiles a program for each size of a bfloat16 product. That took longer (2 ms) than the product of a few
+    hundred queries, and the last 1024 programs stay in memory, 0.5 MiB each.
     """
     power = 1 << max(4, (queries - 1).bit_length())
     return power * 3 // 4 if 16 < queries <= power * 3 // 4 else power
 
 
-def _sift(values: _Values, least: Tensor, most: int) -> tuple[Tensor, _Hits, Tensor]:
-    """Hits of a tile, and ``least`` with its values; queries that are left with too many are ``full``, without hits."""
+def _select_by_bounds(values: _Values, bounds: Tensor, most: int) -> tuple[Tensor, _Hits, Tensor]:
+    """Return ``bounds`` lowered by a tile's values, the hits, and the queries with too many, ``crowded`` (Q,).
+
+    Crowded queries have no hits, and their bounds stay as they were.
+    """
     queries, width = values.value.shape
     sets = next((width // size for size in (_SET_ROWS, 8, 2) if width // size >= 2 * most), width)
     grouped = values.value.view(queries, width // sets, sets)  # rows s, sets + s, 2·sets + s, ... are a set
     smallest = grouped.amin(dim=1)
-    best = smallest.topk(min(least.shape[1], sets), dim=1, largest=False, sorted=False).values
-    lowered = _merge(least, values.upper(best, values.error[:, None]))
+    best = smallest.topk(min(bounds.shape[1], sets), dim=1, largest=False, sorted=False).values
+    lowered = _smallest_of(bounds, values.upper(best, values.error[:, None]))
     limit = values.limit(lowered[:, -1])
     near = smallest <= limit[:, None]
-    full = near.sum(dim=1) > most
-    q, s = (near & ~full[:, None]).nonzero(as_tuple=True)
+    crowded = near.sum(dim=1) > most
+    q, s = (near & ~crowded[:, None]).nonzero(as_tuple=True)
     members = grouped[q, :, s]
     pair, member = ((members <= limit[q][:, None]) & (members < torch.inf)).nonzero(as_tuple=True)
     q, row = q[pair], member * sets + s[pair]
     lower = values.lower(members[pair, member], values.error[q])
-    return torch.where(full[:, None], least, lowered), _Hits(q, row, lower), full
+    return torch.where(crowded[:, None], bounds, lowered), _Hits(q, row, lower), crowded
 
 
-def _pick(query: Tensor, bank: Tensor, tile: _Tile, center: Tensor, least: Tensor, most: int) -> tuple[Tensor, _Hits]:
-    """The ``most`` best rows of a tile in float64, where they are better than ``least``: repeated rows are not."""
+def _select_in_float64(
+    query: Tensor, bank: Tensor, tile: _Tile, center: Tensor, bounds: Tensor, most: int
+) -> tuple[Tensor, _Hits]:
+    """Return ``bounds`` lowered by a tile's values in float64, and its ``most`` best rows where they are better.
+
+    Repetitions of the rows that the bounds come from are not better.
+    """
     rows = bank[tile.start : tile.start + tile.rows.shape[0]].double() - center.double()
     points = query.double() - center.double()
-    kept = tile.kept[: rows.shape[0]]
+    allowed = tile.allowed[: rows.shape[0]]
     value = torch.addmm(0.5 * rows.square().sum(dim=1), points, rows.mT, alpha=-1.0)
     largest = torch.finfo(value.dtype).max
-    value = torch.where(kept, value.nan_to_num(largest, largest, -largest), torch.inf)
-    reach = points.norm(dim=1) + torch.where(kept, rows.norm(dim=1), 0.0).amax()
+    value = torch.where(allowed, value.nan_to_num(largest, largest, -largest), torch.inf)
+    reach = points.norm(dim=1) + torch.where(allowed, rows.norm(dim=1), 0.0).amax()
     error = ((rows.shape[1] + 16) * torch.finfo(value.dtype).eps * reach.square()).nan_to_num(largest, largest)[:, None]
     best = value.topk(min(most, value.shape[1]), dim=1, largest=False, sorted=False)
-    better = (best.values < least[:, -1:] - error) & (best.values < torch.inf)
-    q, place = better.nonzero(as_tuple=True)
+    better = (best.values < bounds[:, -1:] - error) & (best.values < torch.inf)
+    q, rank = better.nonzero(as_tuple=True)
     upper = torch.where(better, best.values + error, torch.inf)
-    return _merge(least, upper), _Hits(q, best.indices[q, place], best.values[q, place] - error[q, 0])
+    return _smallest_of(bounds, upper), _Hits(q, best.indices[q, rank], best.values[q, rank] - error[q, 0])
 
 
-def _merge(least: Tensor, more: Tensor) -> Tensor:
-    """The smallest of both, as many as ``least`` has, ascending."""
-    return torch.cat([least, more], dim=1).topk(least.shape[1], dim=1, largest=False, sorted=True).values
+def _smallest_of(bounds: Tensor, more: Tensor) -> Tensor:
+    """Return the smallest entries of both, as many as ``bounds`` has, ascending."""
+    return torch.cat([bounds, more], dim=1).topk(bounds.shape[1], dim=1, largest=False, sorted=True).values
 
 
-# --- GPU: by spare candidates ---
+# --- On a GPU: by spare candidates ---
 
 
 def _search_by_topk(
     query: Tensor, bank: Tensor, k: int, center: Tensor, allowed: Tensor | None, width: int
 ) -> _Candidates:
-    """The best k rows by products, and some to spare, without waiting for the device."""
+    """Return the best k rows by products, and some to spare, without waiting for the device."""
     centered = query - center
     candidates = min(k + _SPARE_CANDIDATES, bank.shape[0])
     best = centered.new_full((query.shape[0], candidates), torch.inf)
     rows = torch.zeros(best.shape, dtype=torch.int64, device=query.device)
     for start in range(0, bank.shape[0], width):
         tile = _tile(bank, center, allowed, start, width)
-        half = torch.where(tile.kept, tile.half, torch.inf)
+        half = torch.where(tile.allowed, tile.half, torch.inf)
         values = torch.addmm(half, centered, tile.rows.mT, alpha=-1.0)
         new = values.topk(min(candidates, values.shape[1]), dim=1, largest=False, sorted=False)
         together = torch.cat([best, new.values], dim=1)
         best, place = together.topk(candidates, dim=1, largest=False, sorted=False)
         rows = torch.cat([rows, new.indices + start], dim=1).gather(1, place)
     q = torch.arange(query.shape[0], device=query.device)[:, None].expand(rows.shape)
-    place = torch.arange(candidates, device=query.device).expand(rows.shape)
-    return _Candidates(q.flatten(), rows.flatten(), place.flatten(), candidates)
+    rank = torch.arange(candidates, device=query.device).expand(rows.shape)
+    return _Candidates(q.flatten(), rows.flatten(), rank.flatten(), candidates)

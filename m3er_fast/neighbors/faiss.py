@@ -1,4 +1,4 @@
-"""Nearest neighbours by FAISS, on the CPU and on a GPU; the only file that imports it.
+"""Nearest neighbours by FAISS, on a CPU and on a GPU; the only file that imports FAISS.
 
 Dimension legend: Q queries, n bank rows, d features, k neighbours.
 """
@@ -13,26 +13,26 @@ from torch import Tensor
 from m3er_fast.neighbors.exact import search_exact
 from m3er_fast.neighbors.index import FaissUnavailableError
 
-# FAISS's own advice on inverted lists: some 4·√n of them, and 39 rows or more to train each.
+# FAISS advises 4·√n inverted lists, and 39 rows or more to train each.
 _LISTS_PER_ROOT = 4
 _ROWS_PER_LIST = 39
-# The share of the lists that is probed, and the least; what that finds on a bank is measured, not promised.
-_PROBED_SHARE = 8
+# One list in this many is probed, and at least so many. The recall on a bank is measured, not promised.
+_LISTS_PER_PROBE = 8
 _LEAST_PROBED = 16
-# Edges a node of the HNSW graph, and candidates of its construction and of its search beyond k.
+# Edges per node of the HNSW graph, and candidates in its construction and in a search.
 _GRAPH_EDGES = 32
-_GRAPH_BUILD = 128
-_GRAPH_SEARCH = 256
+_CONSTRUCTION_CANDIDATES = 128
+_SEARCH_CANDIDATES = 256
 
 
 class FaissIndex:
-    """FAISS on the CPU, in float32: flat (exact), inverted lists, or a graph."""
+    """An index of FAISS on the CPU, in float32: flat (exact), inverted lists, or a graph."""
 
     def __init__(self, bank: Tensor, allowed: Tensor | None, memory_budget: int, *, engine: str) -> None:
         faiss = import_faiss()
         self._bank, self._allowed = bank, allowed
-        self._names = None if allowed is None else allowed.nonzero()[:, 0].to("cpu")
-        rows = bank if self._names is None else bank[self._names.to(bank.device)]
+        self._row_numbers = None if allowed is None else allowed.nonzero()[:, 0].to("cpu")
+        rows = bank if self._row_numbers is None else bank[self._row_numbers.to(bank.device)]
         self._index = _faiss_index(faiss, engine, *rows.shape)
         vectors = rows.detach().to("cpu", torch.float32).contiguous().numpy()
         if not self._index.is_trained:
@@ -40,18 +40,20 @@ class FaissIndex:
         self._index.add(vectors)
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return squared distances (Q, k), ascending, and the numbers of their rows (Q, k)."""
         finite = torch.isfinite(query).all(dim=1)
         points = torch.where(finite[:, None], query, 0.0).detach().to("cpu", torch.float32).contiguous()
         distances, rows = map(torch.from_numpy, self._index.search(points.numpy(), k))
-        if self._names is not None:
-            rows = torch.where(rows >= 0, self._names[rows.clamp(min=0)], rows)
+        if self._row_numbers is not None:
+            rows = torch.where(rows >= 0, self._row_numbers[rows.clamp(min=0)], rows)
         return _complete(query, distances.to(query.device), rows.to(query.device), self._bank, self._allowed)
 
 
 class FaissGpuIndex:
-    """FAISS on the bank's GPU, on torch's current stream: flat on the tensor as it lies there, or inverted lists.
+    """An index of FAISS on the bank's GPU, on torch's current stream: flat, without a copy, or inverted lists.
 
-    Inverted lists, in float32, are spread over all GPUs that FAISS sees. A flat bank in half precision is searched so.
+    Inverted lists, in float32, are spread over all GPUs that FAISS sees. A flat bank in half precision is searched in
+    half precision.
     """
 
     def __init__(self, bank: Tensor, allowed: Tensor | None, memory_budget: int, *, engine: str) -> None:
@@ -59,8 +61,8 @@ class FaissGpuIndex:
         if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
             raise FaissUnavailableError("the faiss installed here has no GPU support: pip install 'm3er-fast[gpu]'")
         self._bank, self._allowed = bank, allowed
-        self._names = None if allowed is None else allowed.nonzero()[:, 0]
-        self._rows = (bank if self._names is None else bank[self._names]).contiguous()
+        self._row_numbers = None if allowed is None else allowed.nonzero()[:, 0]
+        self._rows = (bank if self._row_numbers is None else bank[self._row_numbers]).contiguous()
         self._lists = None
         self._resources = faiss.StandardGpuResources()
         self._resources.setTempMemory(memory_budget)
@@ -75,6 +77,7 @@ class FaissGpuIndex:
             self._rows = self._rows[:0]
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return squared distances (Q, k), ascending, and the numbers of their rows (Q, k)."""
         finite = torch.isfinite(query).all(dim=1)
         points = torch.where(finite[:, None], query, 0.0).detach()
         if self._lists is None:
@@ -82,8 +85,8 @@ class FaissGpuIndex:
         else:
             found = self._lists.search(points.to("cpu", torch.float32).contiguous().numpy(), k)
             distances, rows = (torch.from_numpy(x).to(query.device) for x in found)
-        if self._names is not None:
-            rows = torch.where(rows >= 0, self._names[rows.clamp(min=0)], rows)
+        if self._row_numbers is not None:
+            rows = torch.where(rows >= 0, self._row_numbers[rows.clamp(min=0)], rows)
         return _complete(query, distances, rows, self._bank, self._allowed)
 
     def _search_flat(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +112,7 @@ class FaissGpuIndex:
         arguments.outIndices = faiss.cast_integer_to_idx_t_ptr(rows.data_ptr())
         arguments.outIndicesType = faiss.IndicesDataType_I64
         arguments.device = query.device.index
-        # FAISS has a stream of its own, on which it would read what torch has not written yet.
+        # On its own stream, FAISS would read before torch has written.
         stream = torch.cuda.current_stream(query.device).cuda_stream
         self._resources.setDefaultStream(query.device.index, faiss.cast_integer_to_cudastream_t(stream))
         faiss.bfKnn(self._resources, arguments)
@@ -120,11 +123,11 @@ def _faiss_index(faiss: Any, engine: str, rows: int, features: int) -> Any:
     if engine == "faiss-ivf":
         lists = max(1, min(round(_LISTS_PER_ROOT * rows**0.5), rows // _ROWS_PER_LIST))
         index = faiss.index_factory(features, f"IVF{lists},Flat")
-        index.nprobe = min(lists, max(_LEAST_PROBED, lists // _PROBED_SHARE))
+        index.nprobe = min(lists, max(_LEAST_PROBED, lists // _LISTS_PER_PROBE))
         return index
     if engine == "faiss-hnsw":
         index = faiss.IndexHNSWFlat(features, _GRAPH_EDGES)
-        index.hnsw.efConstruction, index.hnsw.efSearch = _GRAPH_BUILD, _GRAPH_SEARCH
+        index.hnsw.efConstruction, index.hnsw.efSearch = _CONSTRUCTION_CANDIDATES, _SEARCH_CANDIDATES
         return index
     return faiss.IndexFlatL2(features)
 
@@ -132,7 +135,7 @@ def _faiss_index(faiss: Any, engine: str, rows: int, features: int) -> Any:
 def _complete(
     query: Tensor, distances: Tensor, rows: Tensor, bank: Tensor, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What FAISS found. Queries for which it named fewer than k rows (the others are −1) are searched for exactly."""
+    """Return FAISS's result, with an exact search for queries with fewer than k rows; the missing ones are −1."""
     distances = distances.to(torch.promote_types(torch.promote_types(query.dtype, bank.dtype), torch.float32))
     short = ((rows < 0).any(dim=1) | ~torch.isfinite(query).all(dim=1)).nonzero()[:, 0]
     if short.numel():
@@ -142,11 +145,11 @@ def _complete(
 
 
 def import_faiss() -> Any:
-    """The faiss module.
+    """Return the module faiss.
 
     Raises:
-        FaissUnavailableError: saying why it does not load. faiss-gpu raises RuntimeError rather than ImportError where
-            its CUDA libraries are missing.
+        FaissUnavailableError: if it does not load, with the reason. faiss-gpu raises RuntimeError rather than
+            ImportError if its CUDA libraries are missing.
     """
     try:
         import faiss

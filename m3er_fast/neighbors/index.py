@@ -1,4 +1,4 @@
-"""What an index of a bank promises, and what can be asked for.
+"""The interface of an index, and the engines that build one.
 
 Dimension legend: Q queries, k neighbours.
 """
@@ -10,10 +10,13 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 NeighborEngine = Literal["auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw"]
-EXACT_ENGINES = ("auto", "torch", "faiss")
+"""Engines by name."""
+
+EXACT_ENGINES: tuple[NeighborEngine, ...] = ("auto", "torch", "faiss")
+"""Engines that find every neighbour; the others find most."""
 
 MEMORY_BUDGET = 256 * 2**20
-"""Default bytes that a search may take beside its arguments and results."""
+"""Bytes that a search may take beside its arguments and results, by default."""
 
 
 class FaissUnavailableError(RuntimeError):
@@ -21,12 +24,12 @@ class FaissUnavailableError(RuntimeError):
 
 
 class NeighborIndex(Protocol):
-    """A bank prepared for searches.
-
-    Squared distances ascend, every row number is one of the bank's, and a query that is not finite gets distances of
-    inf.
-    """
+    """A bank prepared for searches."""
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Squared distances (Q, k), ascending, and rows of the bank (Q, k), int64; k at most the rows allowed."""
+        """Return squared distances (Q, k), ascending, and the numbers of their rows (Q, k), int64.
+
+        A query that is not finite gets distances of inf and some of the rows. ``k`` must not exceed the number of rows
+        that may be neighbours.
+        """
         ...

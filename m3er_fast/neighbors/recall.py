@@ -8,14 +8,15 @@ from torch import Tensor
 from m3er_fast.neighbors.exact import search_exact
 from m3er_fast.neighbors.index import NeighborIndex
 
-# Rows of the bank that are searched for twice.
+# Rows of the bank that serve as queries.
 _RECALL_QUERIES = 256
 
 
 def measure_recall(index: NeighborIndex, bank: Tensor, k: int, *, allowed: Tensor | None = None) -> float:
-    """Share of the k nearest neighbours that ``index`` finds, of up to 256 rows of its bank, each without itself.
+    """Return the share of the k nearest neighbours that ``index`` finds, averaged over up to 256 rows of its bank.
 
-    A row that is as near as the k-th nearest counts as found: which of several equal ones is named does not matter.
+    A row does not count as its own neighbour. A row as near as the k-th nearest counts as found: the choice among
+    equally distant rows does not matter.
     """
     rows = torch.arange(bank.shape[0]) if allowed is None else allowed.nonzero()[:, 0].cpu()
     k = min(k, len(rows) - 1)
@@ -24,7 +25,7 @@ def measure_recall(index: NeighborIndex, bank: Tensor, k: int, *, allowed: Tenso
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     chosen = rows[order[:_RECALL_QUERIES]].to(bank.device)
     query = bank[chosen]
-    # The nearest of all is the row itself, or one that equals it.
+    # The nearest one is the row itself or an equal one.
     farthest = search_exact(query, bank, k + 1, allowed=allowed)[0][:, -1:]
     _, found = index.search(query, k + 1)
     distances = (bank[found] - query[:, None, :]).square().sum(dim=2)

@@ -1,6 +1,6 @@
 """The local least squares of the proxies (method step 2).
 
-Dimension legend: Q queries, n bank rows, d features, e features of a target, K neighbours.
+Dimension legend: Q queries, n bank rows, d features, e target features, K neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3er_fast.operands import upcast
 
-# Below this ridge the normal equations lose the small singular values, even in float64; the SVD keeps them.
+# With a smaller ridge, the normal equations lose the small singular values even in float64; the SVD keeps them.
 SMALLEST_CHOLESKY_RIDGE = 1e-8
 
 
@@ -38,22 +38,22 @@ def local_least_squares(
     ridge: float = 1e-3,
     affine: bool = False,
 ) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Proxies and coefficients; :func:`m3er_fast.functional.local_least_squares` documents it."""
+    """Return proxies and coefficients; documented at :func:`m3er_fast.functional.local_least_squares`."""
     rows = upcast(bank)[neighbors]  # (Q, K, d)
     wanted = upcast(query)
-    # The coefficients do not change with a common scale of both sides, so that squares need never overflow.
+    # A common scale of both sides does not change the coefficients; with it, squares never overflow.
     tiny = torch.finfo(rows.dtype).tiny
     scale = rows.abs().amax(dim=(1, 2)).maximum(wanted.abs().amax(dim=1)).clamp(min=tiny)
     usable = torch.isfinite(scale)
     scale = torch.where(usable, scale, 1.0)
-    # Float64 inside: Gram matrices square the condition number, and neighbours are nearly collinear by nature.
+    # Float64 inside: a Gram matrix squares the condition number, and neighbours are nearly collinear.
     rows64 = torch.where(usable[:, None, None], rows, 0.0).double() / scale[:, None, None]
     wanted64 = torch.where(usable[:, None], wanted, 0.0).double() / scale[:, None]
     size = rows64.square().sum(dim=(1, 2))  # tr(G)
     penalty = ridge * size / rows.shape[1]
     if affine:
-        # With a = 1/K + b and Σ b = 0 the rows' mean drops out: b solves the same problem about that mean, and Σ b = 0
-        # holds by itself, since a centred Gram matrix sends (1, ..., 1) to zero.
+        # With a = 1/K + b and Σ b = 0, the rows' mean drops out: b solves the same problem for centred rows, and
+        # Σ b = 0 holds by itself, because a centred Gram matrix sends (1, ..., 1) to zero.
         center = rows64.mean(dim=1)
         rows64, wanted64 = rows64 - center[:, None, :], wanted64 - center
     if ridge < SMALLEST_CHOLESKY_RIDGE:
@@ -69,14 +69,14 @@ def local_least_squares(
 
 
 def _combine(coefficients: Tensor, target: Tensor, neighbors: Tensor) -> Tensor:
-    """(Q, e) Σ_r a_r w_r."""
+    """Return Σ_r a_r w_r, (Q, e)."""
     return (coefficients[:, None, :] @ upcast(target)[neighbors].to(coefficients.dtype))[:, 0]
 
 
 def _cholesky_solution(rows: Tensor, wanted: Tensor, penalty: Tensor) -> Tensor:
-    """argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖² by the normal equations."""
+    """Return argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖² by the normal equations."""
     gram = rows @ rows.mT
-    # A Gram matrix of zeros gets a positive ridge, which leaves its zero solution as it is.
+    # A Gram matrix of zeros gets a positive ridge; its solution remains zero.
     penalty = penalty.clamp(min=torch.finfo(gram.dtype).tiny)
     gram = gram + penalty[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     right = rows @ wanted[:, :, None]
@@ -84,10 +84,10 @@ def _cholesky_solution(rows: Tensor, wanted: Tensor, penalty: Tensor) -> Tensor:
 
 
 def _svd_solution(rows: Tensor, wanted: Tensor, penalty: Tensor, precision: float, size: Tensor) -> Tensor:
-    """The same minimum, and the one of least norm where μ = 0, without the directions that rounding made.
+    """Return the same minimum, of least norm where μ = 0, without the directions that are only rounding.
 
-    Those are the singular values below the precision of the data beside the largest, or below the precision of this
-    computation beside ``size``, the norm of the rows before any centring.
+    These are the singular values below ``precision``, the data's, relative to the largest, or below the precision of
+    this computation relative to ``size``, the norm of the rows before any centring.
     """
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
     smallest = torch.maximum(precision * singular.amax(dim=1), torch.finfo(rows.dtype).eps * size)
