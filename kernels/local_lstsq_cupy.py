@@ -1,8 +1,8 @@
-"""Local least squares by CuPy's batched solvers, in float64: for any number of neighbours, and to compare others with.
+"""Local least squares by CuPy's batched solvers in float64: for any number of neighbours, and for comparison.
 
-Tensors are exchanged by DLPack, without a copy, and CuPy works on torch's current stream. Three solvers share the work:
-batched Cholesky of the normal equations; QR of the rows with the ridge below them where the ridge is too small for
-that; and, without any ridge, singular values, since the solution of least norm must not divide by what rounding made.
+Tensors are exchanged by DLPack, without a copy, and CuPy works on torch's current stream. There are three solvers:
+batched Cholesky of the normal equations; for a ridge too small for them, QR of the rows with the ridge below them; and
+singular values for a ridge of 0, since the solution of least norm must not divide by rounding errors.
 
 Dimension legend: Q queries, b queries of a block, n bank rows, d features, K neighbours, e_t features of target t.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from m3er_fast.reference import SMALLEST_CHOLESKY_RIDGE
 
-# Neighbours of a block in float64, of which some four copies are alive at a time.
+# Size of a block's neighbours in float64. About four copies of it are alive at a time.
 _BLOCK_BYTES = 64 * 2**20
 
 
-def cupy_lstsq(
+def local_least_squares(
     query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, *, ridge: float, affine: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Proxies (Q, e_t) of every target and coefficients (Q, K), in at least float32, of checked CUDA tensors."""
+    """Return proxies (Q, e_t) of every target and coefficients (Q, K), in at least float32, of checked CUDA tensors."""
     queries, k = neighbors.shape
     dtype = torch.promote_types(bank.dtype, torch.float32)
     coefficients = torch.empty((queries, k), dtype=dtype, device=query.device)
@@ -43,10 +43,10 @@ def cupy_lstsq(
 
 
 def _coefficients(query: Tensor, rows: Tensor, ridge: float, affine: bool) -> Tensor:
-    """(b, K) float64 for queries (b, d) and their neighbours (b, K, d)."""
+    """Return the coefficients (b, K) in float64 of queries (b, d) from their neighbours (b, K, d)."""
     k = rows.shape[1]
     precision = torch.finfo(torch.promote_types(rows.dtype, torch.float32)).eps
-    # The coefficients do not change with a common scale of both sides: no square may overflow.
+    # A common scale of both sides does not change the coefficients, and keeps squares from overflowing.
     scale = rows.abs().amax(dim=(1, 2)).maximum(query.abs().amax(dim=1)).double().clamp(min=1e-300)
     usable = torch.isfinite(scale)
     scale = torch.where(usable, scale, 1.0)
@@ -73,14 +73,14 @@ def _coefficients(query: Tensor, rows: Tensor, ridge: float, affine: bool) -> Te
 
 
 def _by_cholesky(v: Any, f: Any, mu: Any) -> Any:
-    """argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖² by the normal equations."""
+    """Return argmin_a ‖f - Σ a_r v_r‖² + μ‖a‖² by the normal equations."""
     k = v.shape[1]
     gram = v @ v.transpose(0, 2, 1) + mu[:, None, None] * cupy.eye(k)
     return posv(gram, (v @ f[:, :, None])[:, :, 0])
 
 
 def _by_qr(v: Any, f: Any, mu: Any) -> Any:
-    """The same minimum from the rows with √μ·I below them: the condition is not squared."""
+    """Return the same minimum from the rows with √μ·I below them, without squaring the condition number."""
     queries, k, features = v.shape
     augmented = cupy.zeros((queries, features + k, k))
     augmented[:, :features] = v.transpose(0, 2, 1)
@@ -91,9 +91,9 @@ def _by_qr(v: Any, f: Any, mu: Any) -> Any:
 
 
 def _by_singular_values(v: Any, f: Any, precision: float, size: Any) -> Any:
-    """The minimum of least norm, without the directions that rounding made."""
+    """Return the solution of least norm, without the directions that are rounding errors."""
     left, singular, right = cupy.linalg.svd(v, full_matrices=False)
     smallest = cupy.maximum(precision * singular.max(axis=1), cupy.finfo(cupy.float64).eps * size)
-    kept = singular > max(v.shape[1:]) * smallest[:, None]
-    inverse = cupy.where(kept, 1.0 / cupy.where(kept, singular, 1.0), 0.0)
+    significant = singular > max(v.shape[1:]) * smallest[:, None]
+    inverse = cupy.where(significant, 1.0 / cupy.where(significant, singular, 1.0), 0.0)
     return (left @ (inverse[:, :, None] * (right @ f[:, :, None])))[:, :, 0]
