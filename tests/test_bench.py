@@ -1,4 +1,4 @@
-"""`m3er-fast bench`, on a checkout whose only benchmark is a toy, with the project's own harness."""
+"""``m3er-fast bench`` on a checkout with toy benchmarks and the project's own harness."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speed.operations import TITLES
 from m3er_fast.cli import main
 from m3er_fast.cli.bench import COLUMNS, BenchmarkResult, benchmark_files
 from m3er_fast.cli.bench_display import BenchmarkDisplay
@@ -21,10 +22,11 @@ ROOT = Path(__file__).parents[1]
 pytest.importorskip("pytest_benchmark")
 
 TOY = """
-import harness
 import pytest
 import torch
-from m3er_fast.kernels._target import Work
+
+from benchmarks.speed import harness
+from benchmarks.speed.work import Work
 
 
 @pytest.mark.benchmark(timer=harness.now)
@@ -54,19 +56,19 @@ def test_never(benchmark):
 def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "conftest.py", root)
-    (root / "benchmarks").mkdir()
-    for file in (ROOT / "benchmarks").glob("*.py"):
-        if not file.name.startswith("test_"):
-            shutil.copy(file, root / "benchmarks")
-    (root / "benchmarks" / "test_toy.py").write_text(TOY)
-    (root / "benchmarks" / "test_broken.py").write_text(TOY + BROKEN)
-    (root / "benchmarks" / "test_cut.py").write_text(TOY + BROKEN + INTERRUPTED)
+    shutil.copytree(
+        ROOT / "benchmarks", root / "benchmarks", ignore=shutil.ignore_patterns("test_*.py", "results", "__pycache__")
+    )
+    speed = root / "benchmarks" / "speed"
+    (speed / "test_toy.py").write_text(TOY)
+    (speed / "test_broken.py").write_text(TOY + BROKEN)
+    (speed / "test_cut.py").write_text(TOY + BROKEN + INTERRUPTED)
     return root
 
 
 @pytest.fixture(scope="module")
 def run(checkout, benchmark_environment):
-    """The command in a process of its own, for pytest runs in this one."""
+    """A function that runs the command in a process of its own, because pytest runs in this one."""
 
     def run(*arguments):
         command = [sys.executable, "-m", "m3er_fast.cli", "bench", *map(str, arguments)]
@@ -97,7 +99,7 @@ def test_every_result_is_a_line_below_its_group(toy):
     assert "\x1b" not in toy.stdout
 
 
-def test_the_run_is_written_with_the_reasons_of_what_was_left_out(toy, checkout):
+def test_the_written_run_has_the_results_and_the_reasons_for_leaving_others_out(toy, checkout):
     run = json.loads((checkout / "new" / "run.json").read_text())
     info = {result["extra_info"]["contestant"]: result["extra_info"] for result in run["benchmarks"]}
     assert set(info) == {"ours", "slow"}
@@ -107,7 +109,7 @@ def test_the_run_is_written_with_the_reasons_of_what_was_left_out(toy, checkout)
     assert run["skipped"] == {"toy": {"gpu needs a GPU": ["test_toy[gpu]"]}}
 
 
-def test_the_roofline_is_a_picture_and_nothing_half_written_stays(toy, checkout):
+def test_the_roofline_is_a_picture_and_no_partial_file_stays(toy, checkout):
     assert (checkout / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert not list(checkout.rglob("*.partial"))
 
@@ -115,12 +117,12 @@ def test_the_roofline_is_a_picture_and_nothing_half_written_stays(toy, checkout)
 def test_a_benchmark_that_fails_is_exit_code_1_and_named(run, checkout):
     done = run("broken", "--out", checkout / "broken.json")
     assert done.returncode == 1
-    assert "1 failed, such as benchmarks/test_broken.py::test_broken: assert 1 == 2" in done.stderr
+    assert "1 failed, such as benchmarks/speed/test_broken.py::test_broken: assert 1 == 2" in done.stderr
     assert len(json.loads((checkout / "broken.json").read_text())["benchmarks"]) == 2
 
 
-def test_an_interrupted_run_of_pytest_keeps_its_results_and_says_what_is_missing(checkout, benchmark_environment):
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_cut.py", "-q", "-p", "no:cacheprovider"]
+def test_an_interrupted_run_of_pytest_keeps_its_results_and_lists_the_missing_ones(checkout, benchmark_environment):
+    command = [sys.executable, "-m", "pytest", "benchmarks/speed/test_cut.py", "-q", "-p", "no:cacheprovider"]
     command += ["--benchmark-only", "--benchmark-json=cut.json"]
     done = subprocess.run(command, env=benchmark_environment, cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -133,7 +135,7 @@ def test_an_interrupted_run_of_pytest_keeps_its_results_and_says_what_is_missing
 
 def test_the_benchmarks_of_this_checkout_go_by_their_operation():
     files = benchmark_files()
-    assert {"fusion_loss", "memory_scan", "cca", "reading", "scoring"} <= set(files)
+    assert set(files) == set(TITLES)
     assert all(path.is_file() for path in files.values())
 
 
@@ -142,7 +144,7 @@ def a_result(group, contestant, time):
 
 
 def make_stdout_a_terminal(monkeypatch):
-    """In a test itself: pytest puts its own stdout back between a fixture and its test."""
+    """Replace stdout. Call it in the test: pytest restores its own stdout between a fixture and its test."""
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -155,7 +157,7 @@ def make_stdout_a_terminal(monkeypatch):
     return terminal
 
 
-def test_on_a_terminal_a_row_is_drawn_with_each_result_and_the_bar_with_each_measurement(monkeypatch):
+def test_a_terminal_shows_a_row_with_each_result_and_the_bar_with_each_measurement(monkeypatch):
     terminal = make_stdout_a_terminal(monkeypatch)
     with BenchmarkDisplay.for_stdout() as display:
         display.add(a_result("a group", "ours", "1.23 ms"))
@@ -170,7 +172,7 @@ def test_on_a_terminal_a_row_is_drawn_with_each_result_and_the_bar_with_each_mea
         assert "4.56 ms" in added
 
 
-def test_what_stays_on_a_terminal_is_a_table_a_group(monkeypatch):
+def test_each_group_leaves_one_table_on_a_terminal(monkeypatch):
     terminal = make_stdout_a_terminal(monkeypatch)
     with BenchmarkDisplay.for_stdout() as display:
         for number, (group, contestant) in enumerate([("one", "ours"), ("one", "slow"), ("two", "ours")]):
@@ -183,7 +185,7 @@ def test_what_stays_on_a_terminal_is_a_table_a_group(monkeypatch):
     assert not any("3/3" in line for line in lines)
 
 
-def test_what_was_measured_before_an_interrupt_stays_on_a_terminal(monkeypatch):
+def test_results_before_an_interrupt_stay_on_a_terminal(monkeypatch):
     terminal = make_stdout_a_terminal(monkeypatch)
     with contextlib.suppress(KeyboardInterrupt), BenchmarkDisplay.for_stdout() as display:
         display.add(a_result("a group", "ours", "1.23 ms"))
@@ -192,7 +194,7 @@ def test_what_was_measured_before_an_interrupt_stays_on_a_terminal(monkeypatch):
 
 
 def on_screen(written):
-    """The lines that a terminal shows after this was written to it; knows what moves the cursor and erases lines."""
+    """Return the lines on a terminal to which this was written; cursor movements and erasures are applied."""
     lines, row = [""], 0
     for text, code in re.findall(r"([^\x1b\r\n]+)|(\r|\n|\x1b\[\??\d*[A-Za-z])", re.sub(r"\x1b\[[\d;]*m", "", written)):
         if code == "\n":
@@ -208,7 +210,7 @@ def on_screen(written):
     return [line.rstrip() for line in lines]
 
 
-def test_the_command_knows_a_terminal(checkout, benchmark_environment):
+def test_the_command_draws_tables_on_a_terminal(checkout, benchmark_environment):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "m3er_fast.cli", "bench", "toy", "--benchmarks", str(checkout / "benchmarks")]
@@ -219,7 +221,7 @@ def test_the_command_knows_a_terminal(checkout, benchmark_environment):
         try:
             while part := os.read(ours, 4096):
                 written += part
-        except OSError:  # how Linux says that nobody writes any more
+        except OSError:  # Linux reports in this way that the other end is closed
             pass
         assert process.wait() == 0, process.stderr.read()
     os.close(ours)
@@ -232,7 +234,7 @@ def test_the_command_knows_a_terminal(checkout, benchmark_environment):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no_such"], "no benchmark is called no_such; there are cca, correlation_gate"),
+        (["no_such"], "no benchmark is called no_such; there are cca, check_statistics"),
         (["cca", "--device", "nonsense"], "cannot be used"),
         (["--benchmarks", "elsewhere"], "elsewhere: no benchmarks here; the benchmarks are in a checkout"),
     ],

@@ -1,4 +1,4 @@
-"""Running the benchmarks of a checkout: pytest-benchmark underneath, each result handed on when it is there."""
+"""Run the benchmarks of a checkout with pytest-benchmark, and pass on each result as soon as it is available."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 
 class BenchmarkResult(NamedTuple):
-    """One result, or why there is none."""
+    """One result, or the reason why there is none."""
 
     operation: str
-    group: str  # empty where there is no result
-    contestant: str  # of a result that was left out, the test's name
-    cells: tuple[str, ...]  # in the order of `COLUMNS`; where there is no result, the reason alone
+    group: str  # empty without a result
+    contestant: str  # without a result, the test's name
+    cells: tuple[str, ...]  # in the order of `COLUMNS`; without a result, only the reason
     left_out: bool = False
 
 
@@ -22,21 +22,21 @@ COLUMNS = ("time", "share of floor", "bytes / s", "peak memory", "error", "time 
 
 
 class BenchmarkError(RuntimeError):
-    """A benchmark failed: it is broken, not slow."""
+    """A benchmark failed; it is broken, not slow."""
 
 
 def benchmark_files(folder: Path | None = None) -> dict[str, Path]:
-    """The benchmarks of a checkout by name, such as "fusion_loss".
+    """Return the benchmarks of a checkout by name, such as "fusion_loss".
 
     Args:
-        folder: the checkout's ``benchmarks``; None takes the one beside this package.
+        folder: the folder ``benchmarks`` of a checkout; None means the one beside this package.
 
     Raises:
-        ValueError: there are none in the folder.
+        ValueError: if the folder holds no benchmarks.
     """
-    found = Path(__file__).resolve().parents[1] / "benchmarks" if folder is None else folder
-    files = {path.stem.removeprefix("test_"): path for path in sorted(found.glob("test_*.py"))}
-    if not files or not (found / "harness.py").is_file():
+    found = Path(__file__).resolve().parents[2] / "benchmarks" if folder is None else folder
+    files = {path.stem.removeprefix("test_"): path for path in sorted(found.glob("speed/test_*.py"))}
+    if not files or not (found / "speed" / "harness.py").is_file():
         wanted = "the benchmarks are in a checkout of the project, not in the wheel: --benchmarks CHECKOUT/benchmarks"
         raise ValueError(f"{found}: no benchmarks here; {wanted}")
     return files
@@ -51,21 +51,21 @@ def run_benchmarks(
     show: Callable[[BenchmarkResult], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Measure, and return how many results there are.
+    """Measure, and return the number of results.
 
     Args:
-        files: some of `benchmark_files`.
-        device: where to measure.
-        out: JSON file of pytest-benchmark, as ``benchmarks/report.py`` and ``benchmarks/compare.py`` read it.
+        files: one or more values of `benchmark_files`.
+        device: the device to measure on.
+        out: JSON file of pytest-benchmark, which ``benchmarks.report`` and its ``compare`` read.
         plot: PNG file for the roofline.
         show: called with every result.
-        progress: called with the number of results measured or left out, and of all.
+        progress: called with the number of results measured or left out so far, and the number of all.
 
     Raises:
-        ImportError: pytest, pytest-benchmark or, for ``plot``, matplotlib is missing.
-        ValueError: there was nothing to measure on this device.
-        BenchmarkError: some failed; results of the others are written.
-        KeyboardInterrupt: it was interrupted; nothing is written.
+        ImportError: if pytest, pytest-benchmark or, for ``plot``, matplotlib is missing.
+        ValueError: if there was nothing to measure on this device.
+        BenchmarkError: if some benchmarks failed; the results of the others are written.
+        KeyboardInterrupt: if the run was interrupted; nothing is written.
     """
     try:
         import pytest
@@ -76,8 +76,8 @@ def run_benchmarks(
         import m3er_fast.plots  # noqa: F401  # says which extra is missing
 
     written = [(path, path.with_name(f"{path.name}.partial")) for path in (out, plot) if path is not None]
-    arguments = [*map(str, files), f"--rootdir={files[0].parents[1]}", f"--device={device}", "--benchmark-only"]
-    # The capture that would swallow our report is switched off.
+    arguments = [*map(str, files), f"--rootdir={files[0].parents[2]}", f"--device={device}", "--benchmark-only"]
+    # Capturing would swallow our own output.
     arguments += ["-p", "no:cacheprovider", "--capture=no", "--override-ini=addopts="]
     for (path, partial), option in zip(
         written, [name for name, path in (("benchmark-json", out), ("roofline", plot)) if path is not None], strict=True
@@ -87,7 +87,7 @@ def run_benchmarks(
     listener = _Listener(show, progress)
     try:
         code = pytest.main(arguments, plugins=[listener, _without_report()])
-        if code == pytest.ExitCode.USAGE_ERROR:  # which pytest has explained on stderr
+        if code == pytest.ExitCode.USAGE_ERROR:  # pytest has printed the reason on stderr
             raise BenchmarkError("pytest did not start")
         if code == pytest.ExitCode.INTERRUPTED and not listener.failures:
             raise KeyboardInterrupt
@@ -98,7 +98,7 @@ def run_benchmarks(
             if path not in missing:
                 partial.replace(path)
         if missing and not listener.failures:
-            raise ValueError(f"{missing[0]}: not written, because no result has what belongs into it")
+            raise ValueError(f"{missing[0]}: not written, because no result has the numbers for it")
     finally:
         for _, partial in written:
             partial.unlink(missing_ok=True)
@@ -109,15 +109,15 @@ def run_benchmarks(
 
 
 def _without_report() -> Any:
-    """A plugin that sends pytest's own report nowhere.
+    """Return a plugin that discards pytest's own report.
 
-    With no reporter at all (``-p no:terminal``) pytest 8 and 9.0 cannot say why an assertion failed.
+    Without any reporter (``-p no:terminal``) pytest 8 and 9.0 cannot explain a failed assertion.
     """
     import pytest
     from _pytest.terminal import TerminalReporter
 
     class WithoutReport:
-        @pytest.hookimpl(trylast=True)  # when there is one to replace
+        @pytest.hookimpl(trylast=True)  # after pytest has registered its reporter
         def pytest_configure(self, config: pytest.Config) -> None:
             config.pluginmanager.unregister(name="terminalreporter")
             config.pluginmanager.register(TerminalReporter(config, io.StringIO()), "terminalreporter")
@@ -126,7 +126,7 @@ def _without_report() -> Any:
 
 
 class _Listener:
-    """A plugin of pytest that hands on what the benchmarks' own ``contest`` fixture left with each test."""
+    """A pytest plugin that passes on the results which the benchmarks' ``contest`` fixture attaches to each test."""
 
     def __init__(
         self, show: Callable[[BenchmarkResult], None] | None, progress: Callable[[int, int], None] | None
