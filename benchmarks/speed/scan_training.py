@@ -52,7 +52,7 @@ def main():
     for name, corpus, epochs in corpora(options.data):
         if options.only not in (None, name):
             continue
-        for label, backend in (("the reference", "torch"), ("auto", "auto")):
+        for label, backend in (("reference", "torch"), ("auto", "auto")):
             scan = functools.partial(unchecked.memory_scan, backend=backend)
             with mock.patch.object(unchecked, "memory_scan", scan):
                 losses, seconds = best_losses(corpus, epochs, options.seeds)
