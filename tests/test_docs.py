@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is so: their code runs, their commands parse, their links lead somewhere."""
+"""README.md and docs/ are true: their code runs, their commands parse, their links lead somewhere."""
 
 import ast
 import dataclasses
@@ -48,7 +48,7 @@ def blocks(text):
 
 
 def prose(text):
-    """The text without its blocks of code."""
+    """Return the text without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -57,13 +57,13 @@ def inline_code(text):
 
 
 def console_commands(text):
-    """Every command of the console blocks, as words."""
+    """Return every command of the console blocks, as words."""
     script = "\n".join(block.text for block in blocks(text) if block.language == "console").replace("\\\n", " ")
     return [shlex.split(part) for line in script.splitlines() for part in line.split("&&") if part.strip()]
 
 
 def section(text, heading):
-    """What stands below a second-level heading, up to the next one."""
+    """Return the text below a second-level heading, up to the next one."""
     return re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
@@ -157,10 +157,25 @@ def test_commands_and_options_in_the_text_exist(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
-def test_scripts_in_the_text_exist(path):
-    named = re.findall(r"(?<![\w/])(?:benchmarks|tests|\.ci)/[\w/.-]*\w", path.read_text(encoding="utf-8"))
+def test_files_in_the_text_exist(path):
+    named = re.findall(r"(?<![\w/])(?:benchmarks|m3er_fast|tests|\.ci)/[\w/.-]*\w", path.read_text(encoding="utf-8"))
     given_by_the_reader = {"benchmarks/results/NAME.json", "benchmarks/results/my-gpu.json"}
     assert [name for name in {*named} - given_by_the_reader if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_modules_that_are_run_exist(path):
+    modules = re.findall(r"python -m (benchmarks[\w.]*)", path.read_text(encoding="utf-8"))
+    files = [ROOT / module.replace(".", "/") for module in modules]
+    runnable = [file.with_suffix(".py").is_file() or (file / "__main__.py").is_file() for file in files]
+    assert [module for module, found in zip(modules, runnable, strict=True) if not found] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_tests_in_the_text_exist(path):
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    named = {code for code in inline_code(path.read_text(encoding="utf-8")) if re.fullmatch(r"test_\w+", code)}
+    assert {name for name in named if f"def {name}(" not in sources} == set()
 
 
 def test_exit_codes_are_those_of_the_command_line():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(folder)]
-    # It takes ten seconds; an extension that reads some text in exponential time would take for ever.
+    # It takes ten seconds; an extension that reads some text in exponential time would never end.
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder
