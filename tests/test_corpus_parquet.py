@@ -8,9 +8,12 @@ import pytest
 from corpus_fixtures import assert_same, make_corpus, real_data
 
 from m3er_fast.corpus import (
+    FORMATS,
     CorpusError,
+    Format,
     concatenate,
     convert,
+    describe_formats,
     features_from_table,
     read,
     read_parquet,
@@ -274,7 +277,7 @@ IDS, LENGTHS = pa.array(["a", "b", "c"]), pa.array([2, 1, 0], pa.int32())
         ({"id": IDS, "m": (packed(PADDED, "<f4"), {**COUNT, "dtype": "int8"})}, "column 'm' holds 'int8'"),
         (
             {"id": IDS, "m": (pa.array([b"abc"] * 3, pa.binary(3)), COUNT)},
-            "column 'm' has 3 bytes a row, not a multiple of 4",
+            "column 'm' has 3 bytes per row, not a multiple of 4",
         ),
         (
             {"id": IDS, "m": pa.array([[[1.0]], [[1.0], [1.0, 2.0]], None])},
@@ -353,7 +356,7 @@ def test_writing_refuses_what_would_mix_or_clash(tmp_path):
         write_parquet(make_corpus(), tmp_path / "file")
     with pytest.raises(CorpusError, match="a modality cannot be called 'label'"):
         write_parquet(make_corpus(dims=(("label", 1),)), tmp_path / "d")
-    with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows_per_shard must be a positive int, got 0"):
         write_parquet(make_corpus(), tmp_path / "d", rows_per_shard=0)
 
 
@@ -392,9 +395,18 @@ def test_features_from_a_table_ignore_labels(tmp_path):
 
 def test_convert_splits_by_group_what_has_no_splits(tmp_path, monkeypatch):
     corpus = make_corpus(rows=20, split=None)
-    monkeypatch.setitem(convert.__globals__["FORMATS"], "csd", lambda path: corpus)
+    monkeypatch.setitem(FORMATS, "csd", Format(lambda path: corpus, "nothing"))
     assert_same(convert("anywhere", "csd", tmp_path / "c"), split_by_group(corpus))
     assert_same(read_parquet(tmp_path / "c"), split_by_group(corpus))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_described_and_names_a_source_that_it_cannot_read(tmp_path, name):
+    if name == "csd":
+        pytest.importorskip("h5py")
+    assert f"{name} ({FORMATS[name].about})" in describe_formats()
+    with pytest.raises(CorpusError, match="absent"):
+        read(tmp_path / "absent", name)
 
 
 def test_an_unknown_format_is_refused():

@@ -2,7 +2,7 @@
 
 from m3er_fast.corpus.audit import AuditReport, ModalityAudit, audit_corpus
 from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate
-from m3er_fast.corpus.convert import FORMATS, convert, read
+from m3er_fast.corpus.convert import FORMATS, Format, convert, describe_formats, read
 from m3er_fast.corpus.generate import generate_corpus
 from m3er_fast.corpus.parquet import (
     TableFeatures,
@@ -21,11 +21,13 @@ __all__ = [
     "AuditReport",
     "Corpus",
     "CorpusError",
+    "Format",
     "ModalityAudit",
     "TableFeatures",
     "audit_corpus",
     "concatenate",
     "convert",
+    "describe_formats",
     "ensure_validation",
     "features_from_table",
     "generate_corpus",
