@@ -1,4 +1,4 @@
-"""The bank of neighbours: paired training frames, of which the nearest to a query regenerate its partner.
+"""The bank of neighbours: paired training frames; the ones nearest to a query regenerate its partner.
 
 Dimension legend: M modalities, d_m features of modality m, n bank rows, Q queries, k neighbours.
 """
@@ -37,15 +37,19 @@ class Proxies(NamedTuple):
 class BankSample(NamedTuple):
     """Training frames chosen for a bank, in the order of the data."""
 
-    pieces: list[PairedFrames]  # joined by :meth:`joined` alone: merging many samples must not copy frames each time
-    seen: int  # frames that they were chosen from
+    pieces: list[PairedFrames]  # not joined by :meth:`merge`: merging many samples must not copy frames each time
+    seen: int  # number of frames that they were chosen from
 
     def merge(self, other: BankSample) -> BankSample:
         """Return both samples as one. The frames of ``other`` must follow these; memory is shared with both."""
         return BankSample([*self.pieces, *other.pieces], self.seen + other.seen)
 
+    def consolidated(self) -> BankSample:
+        """Return the same sample in one piece, which takes less memory and transport than many small ones."""
+        return BankSample([self.joined()], self.seen)
+
     def joined(self) -> PairedFrames:
-        """Return all frames in one piece, without a copy where there is one already."""
+        """Return all frames as one record, without a copy if there is only one piece."""
         if len(self.pieces) == 1:
             return self.pieces[0]
         features = [torch.cat(columns) for columns in zip(*(piece.features for piece in self.pieces), strict=True)]
@@ -56,7 +60,7 @@ class NeighbourBank:
     """The kind of bank that keeps training frames and solves for each query over its ``k`` nearest ones.
 
     The learned buffers belong to the proxy generator: ``bank_m`` (n, d_m) for each modality, ``bank_valid`` (n, M),
-    ``recall`` (M,), and ``frames_seen``, the number of training frames of which the bank is a uniform choice.
+    ``recall`` (M,), and ``frames_seen``, the number of training frames that the bank was chosen from.
     """
 
     needs_total = True
@@ -93,7 +97,7 @@ class NeighbourBank:
     def collect(
         self, frames: Iterable[PairedFrames], dtype: torch.dtype, *, total: int | None, start: int, stop: int | None
     ) -> BankSample:
-        """Keep the frames numbered ``start`` to ``stop`` that the seeded choice of ``max_bank`` of ``total`` names."""
+        """Keep those of the frames ``start`` to ``stop`` that are in the seeded choice of ``max_bank`` of ``total``."""
         if total is None or stop is None:
             raise ValueError("total: a bank of neighbours needs the number of frames to choose from, got None")
         chosen = choose_frames(total, self._config.max_bank)

@@ -52,13 +52,17 @@ class BasisSample(NamedTuple):
         merged = {pair: rows.extended(other.pairs[pair]).pivoted(self.limit) for pair, rows in self.pairs.items()}
         return BasisSample(merged, self.limit)
 
+    def consolidated(self) -> BasisSample:
+        """Return this sample, which is always in one piece."""
+        return self
+
 
 class BasisBank:
     """The kind of bank whose rows are a basis of the training frames' span, chosen by column-pivoted QR.
 
     The solution over a fixed basis is one affine map for all inputs, folded when the basis is learned. The learned
     buffers belong to the proxy generator: for each ordered pair (i, m), ``map_i_m`` (d_m, d_i) and ``bias_i_m`` (d_m,),
-    both of no rows if no training frame held both modalities, and the rows that they come from, ``basis_i_m`` (r, d_i)
+    both without rows if no training frame held both modalities, and the rows that they come from, ``basis_i_m`` (r, d_i)
     and ``image_i_m`` (r, d_m).
     """
 
@@ -82,7 +86,7 @@ class BasisBank:
         """Choose each pair's basis in rounds, so that only one round of frames is in memory at a time.
 
         The rows chosen in one round compete with the frames of the next: tournament pivoting (Demmel, Grigori, Gu and
-        Xiang 2015). Numbers of frames (``total``, ``start``, ``stop``) do not matter.
+        Xiang 2015). The numbers of the frames (``total``, ``start``, ``stop``) do not matter.
         """
         pairs = {
             (i, m): PairRows(np.zeros((0, self._dims[i])), np.zeros((0, self._dims[m])), seen=False)
@@ -157,7 +161,7 @@ def _pivots(rows: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _fold(rows: PairRows, config: ProxyConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the solution over a basis as one affine map: proxy = matrix @ f + bias; of no rows for an unseen pair."""
+    """Return the solution over a basis as one affine map, proxy = matrix @ f + bias; no rows for an unseen pair."""
     basis, image = rows.source, rows.target
     if not rows.seen:
         return np.zeros((0, basis.shape[1])), np.zeros(0)

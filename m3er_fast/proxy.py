@@ -60,7 +60,7 @@ class ProxyBank(Protocol):
     def collect(
         self, frames: Iterable[PairedFrames], dtype: torch.dtype, *, total: int | None, start: int, stop: int | None
     ) -> Any:
-        """Return the part of some training frames that :meth:`learn` needs; parts have ``merge``."""
+        """Return the part of some training frames that :meth:`learn` needs, with ``merge`` and ``consolidated``."""
         ...
 
     def learn(self, generator: FittedModule, sample: Any) -> None:
@@ -168,7 +168,8 @@ class ProxyGenerator(FittedModule):
             stop: number after the last frame of ``batches``; None is ``total``.
 
         Returns:
-            A :class:`BankSample` or a :class:`BasisSample`. ``part.merge(other)`` joins it with the part that follows.
+            A :class:`BankSample` or a :class:`BasisSample`. ``part.merge(other)`` joins it with the part that follows;
+            ``part.consolidated()`` is the same in one piece, for storage and transport.
 
         Raises:
             ValueError: if ``batches`` hold another number of frames, or ``total`` is missing.

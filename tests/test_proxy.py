@@ -1,4 +1,4 @@
-"""Proxy feature vectors against NumPy and scikit-learn, and on banks and samples that are not as one would wish."""
+"""Proxy feature vectors against NumPy and scikit-learn, and with degenerate banks and samples."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ DIMS = {"text": 7, "audio": 5, "face": 4}
 
 
 def paired(n, dims=DIMS, *, steps=None, seed=0, noise=0.3):
-    """Views that a linear map relates, up to noise; the maps are the same for every seed."""
+    """Linear views of one latent, with noise; the maps are the same for every seed."""
     maps, rng = np.random.default_rng(99), np.random.default_rng(seed)
     shape = (n,) if steps is None else (n, steps)
     latent = rng.normal(size=(*shape, 3))
@@ -91,7 +91,7 @@ def oracle_basis(query, source, target, *, ridge, affine, max_basis=None):
 def test_neighbour_proxies_equal_scikit_learn_and_an_explicit_solve(k, ridge, affine):
     train, fresh = paired(200), paired(30, seed=1)
     generator = ProxyGenerator(DIMS, k=k, ridge=ridge, affine=affine).fit(train)
-    result = generator.proxy(fresh, lost(30, 1, 2))  # text alone is left
+    result = generator.proxy(fresh, lost(30, 1, 2))  # only text remains
     for name in ("audio", "face"):
         wanted = oracle_neighbours(fresh["text"], train["text"], train[name], k=k, ridge=ridge, affine=affine)
         np.testing.assert_allclose(result.features[name][:, 0].numpy(), wanted, rtol=1e-4, atol=2e-5)
@@ -127,7 +127,7 @@ def test_several_sources_are_averaged(bank):
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
-def test_sequences_get_one_proxy_a_valid_frame_and_zeros_in_padding(bank):
+def test_sequences_get_one_proxy_per_valid_frame_and_zeros_in_padding(bank):
     train, fresh = paired(60, steps=4), paired(5, steps=6, seed=1)
     lengths = torch.tensor([0, 1, 3, 6, 2])
     generator = ProxyGenerator(DIMS, bank=bank).fit(train)
@@ -183,7 +183,7 @@ def test_the_numerical_rank_does_not_fall_with_the_number_of_frames():
     torch.testing.assert_close(proxy.item(), 1.0, rtol=1e-4, atol=0)
 
 
-# --- what is left alone ---
+# --- What stays as it is ---
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
@@ -232,7 +232,7 @@ def test_more_frames_than_are_solved_at_once_give_the_same():
     torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=1e-6)
 
 
-# --- banks that are not as one would wish ---
+# --- Degenerate banks ---
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
@@ -288,7 +288,7 @@ def test_an_empty_bank_gives_zeros(bank):
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
-def test_a_source_never_paired_with_the_lost_modality_has_no_share_in_the_mean(bank):
+def test_a_source_never_paired_with_the_lost_modality_does_not_count_in_the_mean(bank):
     train = paired(200)
     available = torch.ones(200, 3, dtype=torch.bool)
     available[:100, 0] = False  # text and face are never together
@@ -342,12 +342,12 @@ def test_max_bank_is_a_seeded_uniform_choice_that_the_cut_into_batches_does_not_
 
 
 def test_the_choice_of_a_bank_is_uniform_without_a_pattern():
-    """20 000 of a million numbers: equally many everywhere, and gaps as chance has them."""
+    """20 000 of a million numbers: equally dense everywhere, with gaps as by chance."""
     total, limit = 1_000_000, 20_000
     chosen = choose_frames(total, limit)
     assert len(np.unique(chosen)) == limit
     assert (chosen.min() >= 0, chosen.max() < total) == (True, True)
-    # Without replacement the counts vary less, by the share that is not chosen.
+    # Without replacement the counts vary less, by the share of numbers not chosen.
     counts = np.bincount(chosen * 100 // total, minlength=100)
     chi_square = ((counts - limit / 100) ** 2 / (limit / 100)).sum() / (1 - limit / total)
     assert 0.001 < scipy.stats.chi2.sf(chi_square, 99) < 0.999
@@ -438,6 +438,21 @@ def test_merging_many_collected_parts_copies_no_frame():
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_a_consolidated_part_is_one_piece_that_fits_the_same(bank):
+    batch = clean_frames(prepare_batch(paired(60), input_dims=DIMS))
+    generator = ProxyGenerator(DIMS, bank=bank)
+    first, second = (
+        generator.collect([part], total=60, start=start, stop=start + 30)
+        for start, part in zip((0, 30), parts_of(batch, 0, 30, 60), strict=True)
+    )
+    merged = first.merge(second)
+    wanted = ProxyGenerator(DIMS, bank=bank).fit_collected(merged).state_dict()
+    got = ProxyGenerator(DIMS, bank=bank).fit_collected(merged.consolidated()).state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items())
+    assert bank == "basis" or len(merged.consolidated().pieces) == 1
+
+
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
 def test_other_data_than_announced_is_refused(bank):
     batch = clean_frames(prepare_batch(paired(9), input_dims=DIMS))
     for total in (8, 10):
@@ -458,7 +473,7 @@ def test_a_pair_whose_frames_were_all_zeros_stays_known_when_parts_are_merged():
     assert generator.fit_collected(merged).map_0_1.shape == (5, 7)
 
 
-def test_frames_of_a_lone_modality_take_no_place_in_the_bank():
+def test_frames_of_a_single_modality_are_not_in_the_bank():
     available = torch.ones(60, 3, dtype=torch.bool)
     available[::2, 1:] = False
     assert torch.equal(
@@ -470,7 +485,7 @@ def test_max_bank_larger_than_the_data_keeps_all():
     assert torch.equal(ProxyGenerator(DIMS, max_bank=1000).fit(paired(30)).bank_0, paired(30)["text"])
 
 
-# --- inputs that are not as one would wish ---
+# --- Degenerate input ---
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
@@ -515,7 +530,7 @@ def test_a_generator_in_double_precision_learns_in_it():
         np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-9, atol=1e-10)
 
 
-# --- streaming, merging ---
+# --- Streaming and merging ---
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
@@ -562,7 +577,7 @@ def test_a_merged_reservoir_is_a_uniform_choice_from_all_that_was_seen():
     assert np.std(shares) > 0.02
 
 
-def test_what_cannot_be_merged_is_named():
+def test_generators_that_cannot_be_merged_are_named():
     fitted = ProxyGenerator(DIMS).fit(paired(9))
     with pytest.raises(ValueError, match=r"merge: other has .*k=3"):
         fitted.merge(ProxyGenerator(DIMS, k=3).fit(paired(9)))
@@ -582,17 +597,17 @@ def test_a_source_that_changes_between_readings_is_named():
         ProxyGenerator(DIMS).fit(Growing())
 
 
-# --- the engine room ---
+# --- Searches, memory, devices ---
 
 
-def test_each_frame_is_searched_once_a_source_and_only_where_something_is_lost(monkeypatch):
+def test_each_frame_is_searched_once_per_source_and_only_where_something_is_lost(monkeypatch):
     fresh = paired(20, steps=3, seed=1)
     lengths = torch.full((20,), 2)
     generator = ProxyGenerator(DIMS).fit(paired(100))
     effective = torch.ones(20, 3, dtype=torch.bool)
-    effective[4:9, 1:] = False  # text alone is left: 5 samples of 2 frames, two targets
-    effective[9, 0] = False  # audio and face are left
-    effective[10] = False  # nothing is left
+    effective[4:9, 1:] = False  # only text remains: 5 samples of 2 frames, two targets
+    effective[9, 0] = False  # audio and face remain
+    effective[10] = False  # nothing remains
     searched = []
     search = ExactIndex.search
 
@@ -609,8 +624,8 @@ def test_each_frame_is_searched_once_a_source_and_only_where_something_is_lost(m
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
-def test_the_host_asks_the_device_once(monkeypatch, bank):
-    """What would wait for a GPU: numbers that go to Python, and shapes that depend on values."""
+def test_the_host_waits_for_the_device_once(monkeypatch, bank):
+    """The operations that would wait for a GPU: reading numbers, and shapes that depend on values."""
     fresh = paired(20, steps=3, seed=1)
     generator = ProxyGenerator(DIMS, bank=bank).fit(paired(100))
     batch = clean_frames(prepare_batch(fresh, input_dims=DIMS))
@@ -648,7 +663,7 @@ def test_fitting_holds_one_bank_and_answering_keeps_to_the_budget():
 import torch
 from m3er_fast import ProxyGenerator
 torch.set_num_threads(1)
-def peak():  # not ru_maxrss, which starts at that of the process that started this one
+def peak():  # not ru_maxrss, which a child process inherits
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 class Stream:
@@ -661,7 +676,7 @@ def effective(n):
     return torch.tensor([[True, False]]).expand(n, -1)
 generator = ProxyGenerator({"a": 200, "b": 100}, memory_budget=budget)
 few = {"a": torch.randn(99, 200), "b": torch.randn(99, 100)}
-ProxyGenerator({"a": 200, "b": 100}).fit(few).proxy(few, effective(99))  # libraries set up what they need once
+ProxyGenerator({"a": 200, "b": 100}).fit(few).proxy(few, effective(99))  # libraries are set up once
 before = peak()
 generator.fit(Stream())
 fitted = peak()
@@ -674,7 +689,7 @@ print(fitted - before, peak() - ready)
     fitting, answering = map(int, done.stdout.split())
     bank = 60_000 * 300 * 4
     assert 0.9 * bank < fitting < 1.3 * bank
-    # Beside the budget there are the results, the features as they are cleaned, and the sums of several sources.
+    # Beside the budget: the results, the cleaned features, and the sums over several sources.
     assert answering < 32 * 2**20 + 4 * 5000 * 300 * 4
 
 
@@ -702,7 +717,7 @@ def test_engines_are_built_once_and_their_recall_is_kept_with_the_state(engine, 
     assert torch.equal(copied.proxy(fresh, lost(30, 1)).features["audio"], got) or engine != "faiss"
 
 
-def test_a_state_that_is_loaded_later_is_searched_instead():
+def test_a_state_loaded_later_replaces_the_searched_bank():
     train, other, fresh = paired(60), paired(60, seed=5), paired(9, seed=1)
     generator = ProxyGenerator(DIMS).fit(train)
     before = generator.proxy(fresh, lost(9, 1)).features["audio"]
@@ -724,7 +739,7 @@ def test_a_bank_on_the_host_stays_there_and_answers_alike():
     assert torch.equal(*(g.proxy(fresh, lost(9, 1)).features["audio"] for g in (host, plain)))
 
 
-def test_of_a_bank_elsewhere_only_the_rows_that_are_named_move():
+def test_only_the_neighbours_rows_of_a_bank_on_another_device_move():
     bank, partner, near = torch.randn(50, 3), torch.randn(50, 2), torch.tensor([[4, 9], [9, 33]])
     moved, (partners,), places = rows_on_device(torch.device("meta"), bank, [partner], near)
     assert moved.shape == (3, 3)
@@ -732,11 +747,11 @@ def test_of_a_bank_elsewhere_only_the_rows_that_are_named_move():
     assert places.shape == near.shape
 
 
-# --- state and errors ---
+# --- State and errors ---
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
-def test_a_state_with_a_bank_of_another_size_loads_and_lacks_nothing(bank):
+def test_a_state_with_a_bank_of_another_size_loads_and_must_be_complete(bank):
     fitted, other = ProxyGenerator(DIMS, bank=bank).fit(paired(80)), ProxyGenerator(DIMS, bank=bank).fit(paired(9))
     fresh = paired(10, seed=1)
     wanted = fitted.proxy(fresh, lost(10, 0)).features["text"]
@@ -751,7 +766,7 @@ def test_a_state_with_a_bank_of_another_size_loads_and_lacks_nothing(bank):
 
 
 @pytest.mark.parametrize("bank", ["neighbours", "basis"])
-def test_an_unfitted_generator_says_so(bank):
+def test_an_unfitted_generator_is_an_error(bank):
     generator = ProxyGenerator(DIMS, bank=bank)
     assert not generator.is_fitted
     with pytest.raises(NotFittedError, match="call fit with clean training data first"):
