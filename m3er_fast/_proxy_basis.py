@@ -62,7 +62,7 @@ class BasisBank:
 
     The solution over a fixed basis is one affine map for all inputs, folded when the basis is learned. The learned
     buffers belong to the proxy generator: for each ordered pair (i, m), ``map_i_m`` (d_m, d_i) and ``bias_i_m`` (d_m,),
-    both without rows if no training frame held both modalities, and the rows that they come from, ``basis_i_m`` (r, d_i)
+    both without rows if no training frame held both modalities, and the rows behind them, ``basis_i_m`` (r, d_i)
     and ``image_i_m`` (r, d_m).
     """
 
