@@ -1,4 +1,4 @@
-"""What workers of Ray run into in tests/test_scoring_ray.py, in a module of its own because workers import it."""
+"""Faults for the Ray workers of tests/test_scoring_ray.py, in a module of their own because workers import it."""
 
 import errno
 import os
@@ -9,14 +9,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class TrappedFiles(LocalFileSystem):
-    """Local files, some of which harm the workers that open them; the driver opens all of them unharmed.
+    """Local files, some of which kill or fail the workers that open them, but never the driver.
 
     Args:
-        traps: folder of files, each named as the file that it is about, which hold one of
+        traps: folder with a trap per file, of the same name, which contains one of
 
-            * ``kill``: who reads it dies by SIGKILL, each time;
-            * ``kill once``, ``leave once``: the first who reads it dies by SIGKILL, or leaves with exit code 0;
-            * ``full``: it cannot be written, for lack of space.
+            * ``kill``: every worker that reads the file dies by SIGKILL;
+            * ``kill once``, ``leave once``: the first worker that reads it dies by SIGKILL, or exits with code 0;
+            * ``full``: writing the file fails for lack of space.
         driver: process id of the driver.
     """
 
@@ -49,7 +49,7 @@ class TrappedFiles(LocalFileSystem):
 
 
 def slow_first(task):
-    """A task's double; the first takes longest, and the first who does the fourth is killed."""
+    """Return twice the task's number. Task 0 takes longest, and the first worker that runs task 3 is killed."""
     import time
 
     number, mark = task
@@ -61,7 +61,7 @@ def slow_first(task):
 
 
 def held_while_others_begin(task):
-    """Of the first task: how many of all have been begun, a second after eight have; of others, None."""
+    """Return, for task 0, the number of tasks started a second after eight have been; None for the others."""
     import time
 
     number, folder = task

@@ -1,4 +1,4 @@
-"""A folder of scores, as tests compare it with another."""
+"""Comparing folders of scores."""
 
 import json
 
@@ -6,12 +6,12 @@ SUMMARY = ("summary.json", "summary.html")
 
 
 def contents(folder):
-    """Bytes of every file but the summary, which tells times; what else it tells is compared by `counted`."""
+    """Return the bytes of every file except the summary, which holds times; `counted` returns the rest of it."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in SUMMARY}
 
 
 def counted(folder):
-    """What every run that leaves the same scores has to summarise them by."""
+    """Return the summary without the facts that differ between runs with the same scores."""
     summary = json.loads((folder / "summary.json").read_text())
     del summary["run"]
     return summary

@@ -1,4 +1,4 @@
-"""Scoring several tables at a time: the same bytes, in the same order, whatever the number of threads."""
+"""Scoring in several threads gives the bytes of one thread, in the same order."""
 
 import itertools
 import threading
@@ -9,20 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from score_folder import contents
+from scoring_problems import fitted_model, make_corpus, scoring_job
 
-from m3er_fast import M3ERFusion
 from m3er_fast.corpus import CorpusError, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.execution import threads as threads_module
 from m3er_fast.execution.threads import map_in_order
 from m3er_fast.scoring import Scorer, iter_scores, score
 from m3er_fast.scoring import scorer as scorer_module
 from m3er_fast.scoring import shard as shard_module
-from m3er_fast.scoring import threads as threads_module
-from m3er_fast.scoring.output import OutputFolder
-from m3er_fast.scoring.shard import ScoringJob, ShardResult
-from m3er_fast.shards.plan import locate, plan_shards
-
-DIMS = {"text": 6, "audio": 5, "face": 4}
+from m3er_fast.scoring.shard import ShardResult
 
 
 @pytest.fixture(params=[2, 5])
@@ -40,17 +35,14 @@ def small_tables(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    corpus = make_synthetic(200, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
-    torch.manual_seed(0)
-    model = M3ERFusion(DIMS, 3, classes=corpus.classes).eval()
-    return model.fit(corpus.features, corpus.lengths, corpus.available)
+    return fitted_model(make_corpus(200, missing=0.1))
 
 
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory):
     """Three shards, each of several small tables."""
     folder = tmp_path_factory.mktemp("corpus")
-    corpus = make_synthetic(150, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1, seed=1)
+    corpus = make_corpus(150, missing=0.1, seed=1)
     write_parquet(corpus, folder, rows_per_shard=60)
     return folder
 
@@ -63,9 +55,9 @@ def ids_of(folder):
 
 
 def test_any_number_of_threads_leaves_the_bytes_of_one(threads, small_tables, model, corpus_dir, tmp_path):
-    told = []
-    score(corpus_dir, model, tmp_path / "many", batch_frames=40, progress=told.append)
-    assert len(told) > 3 + 2 * 3  # shards, and each in several tables
+    seen = []
+    score(corpus_dir, model, tmp_path / "many", batch_frames=40, progress=seen.append)
+    assert len(seen) > 3 + 2 * 3  # after each shard, and after each of its tables
     torch.set_num_threads(1)
     score(corpus_dir, model, tmp_path / "one", batch_frames=40)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
@@ -121,15 +113,15 @@ def test_scores_can_be_iterated_over_in_order(threads, small_tables, model, corp
     assert list(itertools.chain.from_iterable(table["id"].to_pylist() for table in tables)) == ids_of(corpus_dir)
 
 
-def test_a_shard_is_out_of_the_page_cache_before_its_result_is_told(model, corpus_dir, tmp_path, monkeypatch):
-    plan, scorer, dropped = plan_shards(corpus_dir), Scorer(model, batch_frames=40), []
+def test_a_shard_is_out_of_the_page_cache_before_its_result_is_yielded(model, corpus_dir, tmp_path, monkeypatch):
+    scorer, dropped = Scorer(model, batch_frames=40), []
     monkeypatch.setattr(shard_module, "drop_from_page_cache", dropped.append)
-    output = OutputFolder(locate(tmp_path / "out"), plan.shards, scorer.signature, {})
-    output.begin(resume=False)
-    scored = shard_module.score_shards(ScoringJob(plan, output, keep_cached=False), plan.shards[:1], scorer)
-    next(result for result in scored if isinstance(result, ShardResult))
-    scored.close()  # as a worker of Ray does
-    assert dropped == list(plan.shards[:1])
+    job = scoring_job(corpus_dir, tmp_path / "out", scorer.signature, keep_cached=False)
+    job.output.begin(resume=False)
+    results = shard_module.score_shards(job, job.plan.shards[:1], scorer)
+    next(result for result in results if isinstance(result, ShardResult))
+    results.close()  # as a Ray worker does
+    assert dropped == list(job.plan.shards[:1])
 
 
 # --- what goes wrong ---
@@ -222,7 +214,7 @@ def test_an_exception_comes_where_its_result_would_have(count):
     assert list(results) == []
 
 
-def test_closing_tells_those_that_compute_and_waits_for_them():
+def test_closing_cancels_running_calls_and_waits_for_them():
     ended = []
 
     def patient(item, is_canceled):

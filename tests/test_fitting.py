@@ -1,4 +1,4 @@
-"""Fitting shard by shard gives what fitting at once gives, whatever the shards are like and whoever is killed."""
+"""Fitting shard by shard equals fitting at once, for every kind of shards, and after a run that was killed."""
 
 import copy
 import dataclasses
@@ -16,28 +16,27 @@ import pytest
 import torch
 from corpus_fixtures import real_data
 from pyarrow import fs, ipc
+from scoring_problems import DIMS, edit_shard, make_corpus, with_column
 
 from m3er_fast import M3ERConfig, M3ERFusion
-from m3er_fast.check import CheckStatistics
 from m3er_fast.cli import main
 from m3er_fast.config import CheckConfig, ProxyConfig, TrainingConfig
 from m3er_fast.corpus import CorpusError, convert, read_parquet, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.fitting import fit as fit_module
+from m3er_fast.fitting.passes import CountPass, LearnPass, number_groups
 from m3er_fast.fitting.training_rows import make_reader
 from m3er_fast.scoring import ModelStatistics, fit_statistics
-from m3er_fast.scoring import fit as fit_module
 from m3er_fast.shards.plan import plan_shards
 from m3er_fast.standardize import Standardizer
 from m3er_fast.training import ResumeMismatchError, train
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 BOUNDED = M3ERConfig(proxy=ProxyConfig(max_bank=100))
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    """600 utterances, 420 of them to train with: holes, missing modalities, other scales, rows without a label."""
-    made = make_synthetic(600, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+    """600 utterances, 420 of them for training, with NaN, missing modalities, other scales and missing labels."""
+    made = make_corpus(600, missing=0.1)
     rng = np.random.default_rng(0)
     for name, scale in (("text", 100.0), ("audio", 1e-3)):
         made.features[name][:] = scale * (made.features[name] + 7)
@@ -69,7 +68,7 @@ def fit_at_once(corpus, config):
 
 
 def assert_close(statistics, state, tolerance=1e-6):
-    """Equal to rounding, in every buffer; p-value tables, ranks, bank and counts among them."""
+    """Assert that every buffer is equal to rounding, including p-value tables, ranks, bank and counts."""
     assert statistics.state.keys() == {name for name in state if name.split(".")[0] in PARTS}
     for name, value in statistics.state.items():
         assert value.shape == state[name].shape, name
@@ -81,14 +80,10 @@ def assert_close(statistics, state, tolerance=1e-6):
 PARTS = ("standardizer", "modality_check", "proxy_generator")
 
 
-def edit(path, change):
-    pq.write_table(change(pq.read_table(path)), path)
-
-
 # --- the same as at once ---
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 10_000], ids=lambda rows: f"{rows} a shard")
+@pytest.mark.parametrize("rows", [1, 7, 64, 10_000], ids=lambda rows: f"{rows} per shard")
 @pytest.mark.parametrize("max_bank", [None, 100])
 def test_shard_by_shard_is_the_fit_of_the_training_split_at_once(rows, max_bank, corpus, tmp_path):
     if rows == 1:
@@ -107,9 +102,9 @@ def test_shard_by_shard_is_the_fit_of_the_training_split_at_once(rows, max_bank,
         M3ERConfig(check=None, proxy=None),
         M3ERConfig(check=None, proxy=ProxyConfig(max_bank=50)),
         M3ERConfig(check=CheckConfig(pooling="mean_std", statistic="correlation"), proxy=None),
-        M3ERConfig(proxy=ProxyConfig(max_bank=300, reliability="report")),
+        M3ERConfig(proxy=ProxyConfig(max_bank=300)),
     ],
-    ids=["standardiser", "without check", "without proxies", "reliability"],
+    ids=["standardiser", "without check", "without proxies", "larger bank"],
 )
 def test_settings_decide_what_is_learned(config, corpus, folder):
     assert_close(fit_statistics(folder, config), fit_at_once(corpus, config))
@@ -128,8 +123,8 @@ def test_mean_and_scale_are_those_of_numpy_over_the_finite_values_of_valid_frame
 
 
 def test_correlations_and_energies_are_those_of_numpy(tmp_path):
-    """ρ of a pair is Pearson's over its canonical components, here without weights and ridge, of clean vectors."""
-    made = make_synthetic(500, input_dims=DIMS, num_classes=3, steps=3, latent_dim=4, missing=0.0)
+    """ρ of a pair is Pearson's correlation over its canonical components; here without weights and ridge."""
+    made = make_corpus(500, steps=3, missing=0.0)
     made = dataclasses.replace(made, split=None)
     write_parquet(made, tmp_path / "corpus", rows_per_shard=33)
     config = M3ERConfig(check=CheckConfig(component_weights=None, ridge=0.0), proxy=None)
@@ -178,8 +173,8 @@ def test_the_bank_holds_frames_of_the_training_split_in_their_order(corpus, fitt
 
 
 def test_a_basis_spans_what_that_of_all_at_once_spans(tmp_path):
-    """Latents of 3 dimensions, hardly any noise: every basis has to have their span, though of other rows."""
-    made = make_synthetic(400, input_dims=DIMS, num_classes=3, steps=3, latent_dim=3, missing=0.0)
+    """Three latent dimensions with hardly any noise: every basis must have their span, though of other rows."""
+    made = make_corpus(400, steps=3, latent_dim=3, missing=0.0)
     rng = np.random.default_rng(1)
     latent = rng.normal(size=(400, 3, 3))
     features = {name: (latent @ rng.normal(size=(3, d))).astype(np.float32) for name, d in DIMS.items()}
@@ -199,7 +194,7 @@ def test_real_data_by_shards_are_the_fit_at_once(tmp_path):
     part, model = corpus.subset("train"), M3ERFusion(corpus.input_dims, 3, BOUNDED).eval()
     once = copy.deepcopy(model).fit(part.features, part.lengths, part.available)
     by_shards = fit_statistics(tmp_path / "corpus", BOUNDED).apply(model)
-    with torch.no_grad():  # collinear features leave the matrices open, but not what they say
+    with torch.no_grad():  # collinear features leave the matrices undetermined, but not the results
         found, wanted = (each(corpus.features, corpus.lengths, corpus.available) for each in (by_shards, once))
     for name, value in found._asdict().items():
         torch.testing.assert_close(
@@ -213,14 +208,14 @@ def test_real_data_by_shards_are_the_fit_at_once(tmp_path):
 
 @pytest.mark.parametrize("groups", [1, 3, 10])
 def test_how_shards_are_grouped_changes_no_more_than_rounding(groups, folder, fitted, monkeypatch):
-    monkeypatch.setattr(fit_module, "_MOST_GROUPS", groups)
+    monkeypatch.setattr(fit_module, "MOST_GROUPS", groups)
     assert_close(fit_statistics(folder, BOUNDED), fitted.state)
 
 
 def test_moments_of_parts_merge_in_any_order_to_rounding(folder):
     plan = plan_shards(folder)
     reader = make_reader(plan, None)
-    counted = [fit_module._Count(reader)([shard]) for shard in plan.shards]
+    counted = [CountPass(reader)([shard]) for shard in plan.shards]
     forwards, backwards = Standardizer(DIMS), Standardizer(DIMS)
     for part in counted:
         forwards.merge(part.standardizer)
@@ -229,40 +224,40 @@ def test_moments_of_parts_merge_in_any_order_to_rounding(folder):
     torch.testing.assert_close(forwards.get_extra_state(), backwards.get_extra_state(), rtol=1e-12, atol=1e-9)
 
     rows, frames = sum(part.rows for part in counted), sum(part.frames for part in counted)
-    learn = fit_module._Learn(reader, forwards, CheckConfig(), None, rows, frames)
-    parts = [learn(task).check for task in fit_module._tasks(counted)]
+    learn = LearnPass(reader, forwards, CheckConfig(), None, rows, frames)
+    parts = [learn(group).check for group in number_groups(counted)]
     orders = [parts, parts[::-1], parts[3:] + parts[:3]]
     merged = []
     for order in orders:
         whole = order[0]
         for part in order[1:]:
-            whole = CheckStatistics.merge(whole, part)
+            whole = whole.merge(part)
         merged.append(whole)
     for other in merged[1:]:
-        assert other.folds.keys() == merged[0].folds.keys()
-        for f, moments in other.folds.items():
-            first = merged[0].folds[f]
+        assert other.moments.keys() == merged[0].moments.keys()
+        for f, moments in other.moments.items():
+            first = merged[0].moments[f]
             for mine, theirs in zip((*moments.own, *moments.joint), (*first.own, *first.joint), strict=True):
                 assert mine.count == theirs.count
                 np.testing.assert_allclose(mine.mean, theirs.mean, rtol=0, atol=1e-12)
                 np.testing.assert_allclose(mine.covariance, theirs.covariance, rtol=1e-9, atol=1e-12)
 
 
-def test_what_is_held_of_a_corpus_does_not_grow_with_it(tmp_path):
+def test_what_the_second_pass_learns_does_not_grow_with_the_corpus(tmp_path):
     sizes = []
     for rows in (5000, 20_000):
         rng = np.random.default_rng(0)
-        made = make_synthetic(rows, input_dims={"a": 3, "b": 2}, num_classes=2, steps=1, latent_dim=2, missing=0.0)
+        made = make_corpus(rows, input_dims={"a": 3, "b": 2}, num_classes=2, steps=1, latent_dim=2, missing=0.0)
         made = dataclasses.replace(made, split=None, group=None, ids=rng.permutation(rows).astype(str).astype(object))
         write_parquet(made, tmp_path / str(rows), rows_per_shard=rows // 20)
         plan = plan_shards(tmp_path / str(rows))
         reader = make_reader(plan, None)
-        counted = fit_module._Count(reader)(plan.shards)
-        learn = fit_module._Learn(
+        counted = CountPass(reader)(plan.shards)
+        learn = LearnPass(
             reader, counted.standardizer, CheckConfig(), ProxyConfig(max_bank=500), counted.rows, counted.frames
         )
-        [task] = fit_module._tasks([counted])
-        sizes.append(len(pickle.dumps(learn(task))))
+        [group] = number_groups([counted])
+        sizes.append(len(pickle.dumps(learn(group))))
     assert sizes[1] < 1.02 * sizes[0]
 
 
@@ -271,7 +266,7 @@ def test_what_is_held_of_a_corpus_does_not_grow_with_it(tmp_path):
 
 def test_a_shard_without_a_column_is_one_without_the_modality(corpus, folder):
     path = folder / "part-00004.parquet"
-    edit(path, lambda table: table.drop_columns(["audio"]))
+    edit_shard(path, lambda table: table.drop_columns(["audio"]))
     changed = read_parquet(folder)
     assert not changed.available[256:320, 1].any()
     assert_close(fit_statistics(folder, BOUNDED), fit_at_once(changed, BOUNDED))
@@ -279,7 +274,7 @@ def test_a_shard_without_a_column_is_one_without_the_modality(corpus, folder):
 
 def test_labels_are_not_looked_at(folder, fitted):
     for path in folder.iterdir():
-        edit(path, lambda table: table.drop_columns(["label"]))
+        edit_shard(path, lambda table: table.drop_columns(["label"]))
     assert_close(fit_statistics(folder, BOUNDED), fitted.state, tolerance=0)
 
 
@@ -334,7 +329,7 @@ def test_a_shard_that_cannot_be_read_is_listed_and_the_others_are_learned_from(d
         path.write_bytes(raw)
     else:
         name = "audio" if damage == "another dimension" else "smell"
-        edit(path, lambda table: with_column(table, name, [[[0.0] * 9] * 4] * 64))
+        edit_shard(path, lambda table: with_nested_column(table, name, [[[0.0] * 9] * 4] * 64))
     if damage == "unknown modality":
         statistics = fit_statistics(folder, BOUNDED, input_dims=DIMS)
     else:
@@ -345,7 +340,7 @@ def test_a_shard_that_cannot_be_read_is_listed_and_the_others_are_learned_from(d
     assert_close(statistics, fit_at_once(corpus.select(keep), BOUNDED))
 
 
-def with_column(table, name, values):
+def with_nested_column(table, name, values):
     column = pa.array(values, pa.list_(pa.list_(pa.float32())))
     table = table.drop_columns([name]) if name in table.column_names else table
     return table.append_column(name, column)
@@ -355,9 +350,9 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(corpus, folder):
     def spoil(table):
         lengths = table["length"].to_pylist()
         lengths[0] = lengths[1] = -1
-        return table.set_column(table.column_names.index("length"), "length", pa.array(lengths, pa.int32()))
+        return with_column(table, "length", pa.array(lengths, pa.int32()))
 
-    edit(folder / "part-00003.parquet", spoil)
+    edit_shard(folder / "part-00003.parquet", spoil)
     statistics = fit_statistics(folder, BOUNDED)
     spoiled = [row for row in (192, 193) if corpus.split[row] == "train"]
     assert statistics.errors == len(spoiled) > 0
@@ -376,7 +371,7 @@ def test_a_corpus_that_changes_between_the_passes_is_an_error(replacement, shard
         if progress.done == 10 and replacement is None:  # the first pass has ended
             (folder / shard).write_bytes(b"PAR1")
         elif progress.done == 10:
-            edit(folder / shard, replacement)
+            edit_shard(folder / shard, replacement)
 
     with pytest.raises(CorpusError, match="the corpus has changed while it was read"):
         fit_statistics(folder, BOUNDED, progress=change)
@@ -387,17 +382,17 @@ def test_a_corpus_that_changes_between_the_passes_is_an_error(replacement, shard
     [
         (lambda folder: [path.write_bytes(b"PAR1") for path in folder.iterdir()], "none of its 10 shards can be read"),
         (
-            lambda folder: edit(folder / "part-00002.parquet", lambda table: table.drop_columns(["split"])),
+            lambda folder: edit_shard(folder / "part-00002.parquet", lambda table: table.drop_columns(["split"])),
             "only some of the shards have splits",
         ),
         (
-            lambda folder: [edit(path, lambda t: t.drop_columns(["audio", "face"])) for path in folder.iterdir()],
+            lambda folder: [edit_shard(path, lambda t: t.drop_columns(["audio", "face"])) for path in folder.iterdir()],
             "two modalities or more, got {'text': 6}",
         ),
         (
             lambda folder: [
-                edit(p, lambda t: t.set_column(t.column_names.index("split"), "split", pa.array(["test"] * t.num_rows)))
-                for p in folder.iterdir()
+                edit_shard(path, lambda t: with_column(t, "split", pa.array(["test"] * len(t))))
+                for path in folder.iterdir()
             ],
             "no training utterance to fit to",
         ),
@@ -414,7 +409,7 @@ def test_a_corpus_that_cannot_be_fitted_to_is_named(spoil, message, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engine": "dask"}, "engine must be 'local' or 'ray', got 'dask'"),
+        ({"engine": "dask"}, "engine must be one of 'local', 'ray', got 'dask'"),
         ({"workers": 2}, "address and workers are for engine 'ray'"),
         ({"input_dims": {"text": 0, "audio": 5}}, "input_dims"),
     ],
@@ -433,7 +428,7 @@ def test_progress_counts_both_passes(folder):
 
 def test_without_settings_the_bank_is_bounded(folder, monkeypatch):
     assert fit_statistics(folder).proxy == ProxyConfig(max_bank=2**15)
-    monkeypatch.setattr(fit_module, "_LARGE_BANK", 1000)
+    monkeypatch.setattr(fit_module, "LARGE_BANK_BYTES", 1000)
     with pytest.warns(UserWarning, match="the bank will hold all 1264 frames"):
         fit_statistics(folder, M3ERConfig())
 

@@ -14,25 +14,24 @@ import pytest
 import torch
 from corpus_fixtures import real_data
 from score_folder import SUMMARY, contents
+from scoring_problems import DIMS, edit_shard, fitted_model, make_corpus, probabilities, read_scores, with_column
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, __version__
 from m3er_fast.config import LossConfig, TrainingConfig
 from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, Scorer, load_model, model_signature, score
 from m3er_fast.shards.plan import locate
 from m3er_fast.training import evaluate, train
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
 
 
 @pytest.fixture(scope="module")
 def corpora():
     """One to fit to and one to score, of 200 utterances each."""
-    both = make_synthetic(400, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+    both = make_corpus(400, missing=0.1)
     both.available[205] = False
     return both.select(slice(0, 200)), both.select(slice(200, 400))
 
@@ -66,26 +65,8 @@ def own_corpus_dir(corpus, tmp_path):
     return tmp_path / "corpus"
 
 
-def fitted_model(corpus, seed=0, config=None):
-    torch.manual_seed(seed)
-    model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes).eval()
-    return model.fit(corpus.features, corpus.lengths, corpus.available)
-
-
-def read_scores(folder):
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
-
-
 def matrix(table, prefix, names):
     return np.stack([table[f"{prefix}_{name}"].to_numpy() for name in names], axis=1)
-
-
-def probabilities(table, corpus):
-    return matrix(table, "p", corpus.classes)
-
-
-def edit_shard(path, edit):
-    pq.write_table(edit(pq.read_table(path)), path)
 
 
 # --- what is written ---
@@ -104,7 +85,6 @@ def test_scores_equal_the_model_in_every_column(corpus, model, tmp_path):
     assert table["prediction"].to_pylist() == [corpus.classes[c] for c in expected.argmax(axis=1)]
     np.testing.assert_array_equal(matrix(table, "effective", DIMS), output.effective.numpy())
     np.testing.assert_allclose(matrix(table, "p_value", DIMS), output.p_value.numpy(), rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(matrix(table, "reliability", DIMS), output.reliability.numpy())
     assert table["error"].null_count == len(corpus)
     np.testing.assert_array_equal(table["abstained"].to_numpy(), output.abstained.numpy())
     assert output.abstained.any()
@@ -121,14 +101,17 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
         *("p_angry", "p_happy", "p_neutral"),
         *("effective_text", "effective_audio", "effective_face"),
         *("p_value_text", "p_value_audio", "p_value_face"),
-        *("reliability_text", "reliability_audio", "reliability_face"),
         "abstained",
         "error",
     ]
-    kinds = [pa.string()] * 2 + [pa.float32()] * 3 + [pa.bool_()] * 3 + [pa.float32()] * 6 + [pa.bool_(), pa.string()]
+    kinds = [pa.string()] * 2 + [pa.float32()] * 3 + [pa.bool_()] * 3 + [pa.float32()] * 3 + [pa.bool_(), pa.string()]
     assert schema.types == kinds
     assert schema.metadata[b"m3er_fast.signature"].decode() == model_signature(model)
     assert schema.metadata[b"m3er_fast.version"].decode() == __version__
+    assert json.loads(schema.metadata[b"m3er_fast.columns"]) == {
+        "classes": ["angry", "happy", "neutral"],
+        "modalities": ["text", "audio", "face"],
+    }
 
 
 def test_ids_order_and_shard_names_are_those_of_the_corpus(corpus, model, corpus_dir, tmp_path):
@@ -255,7 +238,7 @@ def test_no_corpus_is_one_error_naming_the_path(name, model, tmp_path):
 
 
 def test_sigmoid_probabilities_are_independent_answers(corpus, training, corpus_dir, tmp_path):
-    model = fitted_model(training, config=M3ERConfig(loss=LossConfig(activation="sigmoid")))
+    model = fitted_model(training, M3ERConfig(loss=LossConfig(activation="sigmoid")))
     score(corpus_dir, model, tmp_path)
     found = probabilities(read_scores(tmp_path), corpus)
     expected = model.predict_proba(corpus.features, corpus.lengths, corpus.available)
@@ -275,13 +258,13 @@ def test_a_model_without_a_check_needs_no_fit(corpus, corpus_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engine": "dask"}, "engine must be 'local' or 'ray', got 'dask'"),
+        ({"engine": "dask"}, "engine must be one of 'local', 'ray', got 'dask'"),
         ({"workers": 2}, "address and workers are for engine 'ray', got None and 2"),
         ({"address": "auto"}, "address and workers are for engine 'ray', got 'auto' and None"),
         ({"devices": []}, r"devices must be a list of one or more, such as \['cpu'\], or None, got \[\]"),
         ({"devices": "cpu"}, r"devices must be a list of one or more, such as \['cpu'\], or None, got 'cpu'"),
-        ({"checksum": "none"}, "checksum must be 'sampled' or 'full', got 'none'"),
-        ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"checksum": "none"}, "checksum must be one of 'sampled', 'full', got 'none'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
         ({"batch_frames": 0}, "batch_frames must be a positive int or 'auto', got 0"),
     ],
 )
@@ -301,7 +284,7 @@ def test_unknown_modalities_are_refused_by_name_before_anything_is_written(train
 
 
 def test_another_feature_count_in_all_shards_is_refused_before_anything_is_written(corpus_dir, tmp_path):
-    other = make_synthetic(200, input_dims={**DIMS, "audio": 7}, num_classes=3, steps=4)
+    other = make_corpus(200, input_dims={**DIMS, "audio": 7})
     with pytest.raises(CorpusError, match=r"'audio'.*\[5, 7\]"):
         score(corpus_dir, fitted_model(other), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -319,7 +302,7 @@ def test_batch_frames_must_be_a_positive_int_or_auto(batch_frames, model):
         Scorer(model, batch_frames=batch_frames)
 
 
-@pytest.mark.parametrize(("dtype", "message"), [("float16", "must be 'float32' or"), ("bfloat16", "is for CUDA")])
+@pytest.mark.parametrize(("dtype", "message"), [("float16", "must be one of 'float32', "), ("bfloat16", "is for CUDA")])
 def test_only_dtypes_that_are_fast_here_are_taken(dtype, message, model):
     with pytest.raises(ValueError, match=message):
         Scorer(model, dtype=dtype)
@@ -440,7 +423,7 @@ def test_another_corpus_is_refused_on_resume(model, corpus_dir, own_corpus_dir, 
 
 
 def test_a_byte_that_changes_amid_a_shard_is_refused_on_resume_with_full_checksums(model, tmp_path):
-    made = make_synthetic(2000, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4)
+    made = make_corpus(2000)
     [path] = write_parquet(made, tmp_path / "corpus")
     chunk = pq.read_metadata(path).row_group(0).column(1)
     assert path.stat().st_size > 3 * 2**16
@@ -458,7 +441,7 @@ def test_a_byte_that_changes_amid_a_shard_is_refused_on_resume_with_full_checksu
         score(tmp_path / "corpus", model, tmp_path / "full", resume=True, checksum="full")
     with pytest.raises(OutputMismatchError, match=r"another setting.*'full'.*'sampled'"):
         score(tmp_path / "corpus", model, tmp_path / "full", resume=True)
-    with pytest.raises(ValueError, match="checksum must be 'sampled' or 'full', got 'md5'"):
+    with pytest.raises(ValueError, match="checksum must be one of 'sampled', 'full', got 'md5'"):
         score(tmp_path / "corpus", model, tmp_path / "other", checksum="md5")
 
 
@@ -483,25 +466,25 @@ def no_ids(table):
 
 
 def null_id(table):
-    return table.set_column(0, "id", pa.array([None, *table["id"].to_pylist()[1:]], pa.string()))
+    return with_column(table, "id", pa.array([None, *table["id"].to_pylist()[1:]], pa.string()))
 
 
 def id_that_is_no_text(table):
     raw = pa.array([b"\xff\xfe", *(name.encode() for name in table["id"].to_pylist()[1:])], pa.binary())
-    return table.set_column(0, "id", pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()))
+    return with_column(table, "id", pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()))
 
 
 def other_feature_count(table):
     values = pa.array([[0.0] * 7] * len(table), pa.list_(pa.float32(), 7))
-    return table.set_column(table.column_names.index("audio"), "audio", values)
+    return with_column(table, "audio", values)
 
 
 def text_for_frames(table):
-    return table.set_column(table.column_names.index("audio"), "audio", pa.array(["loud"] * len(table)))
+    return with_column(table, "audio", pa.array(["loud"] * len(table)))
 
 
 def frames_beyond_the_end(table):
-    return table.set_column(table.column_names.index("length"), "length", pa.array([99] * len(table), pa.int32()))
+    return with_column(table, "length", pa.array([99] * len(table), pa.int32()))
 
 
 def unknown_modality(table):

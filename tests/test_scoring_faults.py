@@ -1,4 +1,4 @@
-"""What damaged, hostile and merely odd corpora, outputs and runs lead to: the fault table of docs/scoring.md."""
+"""The outcome of damaged, hostile and odd corpora, outputs and runs: the fault table of docs/scoring.md."""
 
 import dataclasses
 import json
@@ -18,27 +18,26 @@ import pytest
 import torch
 from pyarrow import fs, ipc
 from score_folder import SUMMARY, contents, counted
+from scoring_problems import DIMS, fitted_model, make_corpus, read_scores
 
-from m3er_fast import M3ERFusion
 from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError, features_from_table, generate_corpus, read_parquet, write_parquet
 from m3er_fast.corpus.generate import _make_shard
-from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.scoring import Scorer, fit_statistics, iter_scores, load_model, page_cache, score
+from m3er_fast.scoring import Scorer, fit_statistics, iter_scores, load_model, score
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.local import make_scorers
+from m3er_fast.shards import page_cache
 from m3er_fast.shards.plan import plan_shards
 from m3er_fast.shards.prefetch import Prefetch
 from m3er_fast.shards.reader import read_windows
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 64
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def both():
-    return make_synthetic(400, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4)
+    return make_corpus(400)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +47,7 @@ def corpus(both):
 
 @pytest.fixture(scope="module")
 def model(both):
-    torch.manual_seed(0)
-    model = M3ERFusion(both.input_dims, 3, classes=both.classes).eval()
-    part = both.select(slice(0, 200))
-    return model.fit(part.features, part.lengths, part.available)
+    return fitted_model(both.select(slice(0, 200)))
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +61,6 @@ def model_dir(model, tmp_path_factory):
 def corpus_dir(corpus, tmp_path):
     write_parquet(corpus, tmp_path / "corpus", rows_per_shard=SHARD_ROWS)
     return tmp_path / "corpus"
-
-
-def scores_of(folder):
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
 
 
 def probabilities(table):
@@ -139,8 +131,8 @@ def test_a_storm_of_nan_abstains_with_finite_scores(corpus, model, tmp_path):
     write_parquet(stormy, tmp_path / "corpus")
     summary = score(tmp_path / "corpus", model, tmp_path / "out")
     assert (summary.quarantined, summary.errors) == ((), 0)
-    assert scores_of(tmp_path / "out")["abstained"].to_numpy().all()
-    assert np.isfinite(probabilities(scores_of(tmp_path / "out"))).all()
+    assert read_scores(tmp_path / "out")["abstained"].to_numpy().all()
+    assert np.isfinite(probabilities(read_scores(tmp_path / "out"))).all()
 
 
 def test_duplicate_ids_are_rows_of_their_own_in_order(corpus_dir, model, tmp_path):
@@ -149,7 +141,7 @@ def test_duplicate_ids_are_rows_of_their_own_in_order(corpus_dir, model, tmp_pat
         table = pq.read_table(path)
         pq.write_table(table.set_column(0, "id", pa.array(["same"] * len(table))), path)
     score(corpus_dir, model, tmp_path / "out")
-    found, distinct = scores_of(tmp_path / "out"), scores_of(tmp_path / "distinct")
+    found, distinct = read_scores(tmp_path / "out"), read_scores(tmp_path / "distinct")
     assert set(found["id"].to_pylist()) == {"same"}
     assert found.drop_columns(["id"]).equals(distinct.drop_columns(["id"]))
 
@@ -370,7 +362,7 @@ def test_killed_at_random_moments_and_resumed_leaves_the_bytes_of_an_uninterrupt
         score(tmp_path / "corpus", load_model(model_dir), out, resume=True)
         assert contents(out) == contents(tmp_path / "whole")
         assert counted(out) == counted(tmp_path / "whole")
-        assert scores_of(out)["id"].to_pylist() == corpus.ids.tolist()
+        assert read_scores(out)["id"].to_pylist() == corpus.ids.tolist()
 
 
 @pytest.mark.parametrize(("number", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
@@ -516,8 +508,8 @@ def test_every_layout_has_the_scores_of_the_fast_one(layout, corpus, corpus_dir,
             pq.write_table(table, tmp_path / "other" / path.name)
     summary = score(tmp_path / "other", model, tmp_path / "out")
     assert (summary.quarantined, summary.errors) == ((), 0)
-    wanted = scores_of(tmp_path / ("fast16" if layout == "float16" else "fast"))
-    assert scores_of(tmp_path / "out").equals(wanted)
+    wanted = read_scores(tmp_path / ("fast16" if layout == "float16" else "fast"))
+    assert read_scores(tmp_path / "out").equals(wanted)
 
 
 def test_compressed_ipc_is_quarantined_because_only_its_data_say_what_it_unpacks_to(corpus_dir, model, tmp_path):
@@ -607,7 +599,7 @@ def test_only_a_corpus_of_more_than_half_the_memory_is_dropped_from_the_page_cac
     )
     names = sorted(path.name for path in corpus_dir.glob("*.parquet"))
     size = sum((corpus_dir / name).stat().st_size for name in names)
-    monkeypatch.setattr(page_cache, "_memory_bytes", lambda: memory * size)
+    monkeypatch.setattr(page_cache, "memory_bytes", lambda: memory * size)
     (corpus_dir / names[0]).write_bytes(bytes((corpus_dir / names[0]).stat().st_size))  # one in quarantine
     score(corpus_dir, model, tmp_path / "out")
     assert dropped == (names if is_dropped else [])
@@ -629,7 +621,7 @@ def test_what_a_scorer_raises_stops_the_run(devices, corpus_dir, model, tmp_path
 
 def test_iter_scores_yields_what_score_writes_and_raises_for_a_bad_shard(corpus_dir, model, tmp_path):
     score(corpus_dir, model, tmp_path / "out")
-    assert pa.concat_tables(iter_scores(corpus_dir, model)).equals(scores_of(tmp_path / "out"))
+    assert pa.concat_tables(iter_scores(corpus_dir, model)).equals(read_scores(tmp_path / "out"))
     (corpus_dir / "part-00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(CorpusError, match="part-00002"):
         list(iter_scores(corpus_dir, model))

@@ -1,4 +1,4 @@
-"""Shards that are odd or hostile in their columns, ids and row groups, and threads that cannot be had."""
+"""Shards with odd or hostile columns, ids and row groups, and threads that cannot be started."""
 
 import copy
 import json
@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import ipc
+from scoring_problems import fitted_model, make_corpus, with_column
 
-from m3er_fast import M3ERFusion
 from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError
-from m3er_fast.corpus.parquet import decode_rows
-from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.execution.threads import map_in_order, usual_threads
+from m3er_fast.corpus.parquet import FrameColumn, decode_rows
+from m3er_fast.execution.threads import map_in_order, torch_threads
 from m3er_fast.scoring import Scorer, iter_scores, score
 from m3er_fast.shards.plan import locate, plan_shards
 from m3er_fast.shards.prefetch import Prefetch
@@ -31,10 +30,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def model():
-    corpus = make_synthetic(200, input_dims=DIMS, num_classes=3, steps=STEPS, latent_dim=4)
-    torch.manual_seed(0)
-    model = M3ERFusion(DIMS, 3, classes=corpus.classes).eval()
-    return model.fit(corpus.features, corpus.lengths)
+    return fitted_model(make_corpus(200, input_dims=DIMS, steps=STEPS))
 
 
 def make_table(rows=ROWS, seed=0):
@@ -55,17 +51,13 @@ def write(table, path):
         file.write_table(table)
 
 
-def with_column(table, name, column):
-    return table.set_column(table.column_names.index(name), name, column)
-
-
 def with_two_lengths(table):
     lengths = pa.array([1] * len(table), pa.int32())
     return table.append_column("length", lengths).append_column("length", lengths)
 
 
 def nested(table):
-    """Frames in lists of their own, which says how many features they have."""
+    """The table with each frame in a list of its own, whose type gives the number of features."""
     for name, dim in DIMS.items():
         frames = pa.FixedSizeListArray.from_arrays(table[name].combine_chunks().flatten(), dim)
         table = with_column(table, name, pa.FixedSizeListArray.from_arrays(frames, STEPS))
@@ -105,7 +97,7 @@ def test_a_feature_count_of_thousands_of_digits_is_none(model, tmp_path):
     assert score(tmp_path / "corpus", model, tmp_path / "out").rows == ROWS
 
 
-def test_two_columns_of_groups_are_told():
+def test_two_columns_of_groups_are_an_error():
     table = make_table().append_column("group", pa.nulls(ROWS, pa.string())).append_column("group", pa.nulls(ROWS))
     with pytest.raises(CorpusError, match="there are 2 columns 'group'"):
         list(groups_of(table))
@@ -143,7 +135,7 @@ def test_a_column_of_nulls_is_an_unavailable_modality_whatever_its_type(kind, mo
     assert not any(found["effective_audio"].to_pylist())
 
 
-def test_a_length_beyond_int64_is_told_as_no_negative_one():
+def test_a_length_beyond_int64_is_not_reported_as_negative():
     lengths = pa.array([2**63 + 1] + [1] * (ROWS - 1), pa.uint64())
     rows = decode_rows(make_table().append_column("length", lengths), DIMS)
     assert set(rows.problems) == {0}
@@ -193,7 +185,7 @@ def test_an_ipc_file_of_which_only_the_dictionary_is_compressed_is_quarantined(m
 
 
 def without_compression_of_batches(content):
-    """An IPC file whose batches of records, not those of dictionaries, say that they are not compressed."""
+    """Return an IPC file whose record batches, but not its dictionaries, claim to be uncompressed."""
     raw, position, changed = bytearray(content), 8, 0
 
     def field(table, number):
@@ -282,15 +274,15 @@ def test_a_batch_that_cannot_be_staged_is_halved_until_it_can(model, monkeypatch
     scorer = Scorer(model)
     table, seen = make_table(), []
     wanted = scorer.score(table)
-    stage = scorer._stager.stage
+    padded = FrameColumn.padded
 
-    def full(rows, batch, dims):
-        seen.append(len(batch))
-        if len(batch) > 4:
+    def full(column, rows, steps, out):
+        seen.append(len(rows))
+        if len(rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.60 GiB")
-        return stage(rows, batch, dims)
+        return padded(column, rows, steps, out)
 
-    monkeypatch.setattr(scorer._stager, "stage", full)
+    monkeypatch.setattr(FrameColumn, "padded", full)
     found = scorer.score(table)
     assert min(seen) <= 4 < max(seen)
     assert found.drop_columns(["p_angry", "p_happy", "p_neutral"]).equals(
@@ -302,14 +294,14 @@ def test_a_batch_that_cannot_be_staged_is_halved_until_it_can(model, monkeypatch
 
 def test_a_row_that_cannot_be_staged_says_so_and_the_others_have_their_scores(model, monkeypatch):
     scorer = Scorer(model)
-    stage = scorer._stager.stage
+    padded = FrameColumn.padded
 
-    def full(rows, batch, dims):
-        if 7 in batch:
+    def full(column, rows, steps, out):
+        if 7 in rows:
             raise MemoryError("no memory for it")
-        return stage(rows, batch, dims)
+        return padded(column, rows, steps, out)
 
-    monkeypatch.setattr(scorer._stager, "stage", full)
+    monkeypatch.setattr(FrameColumn, "padded", full)
     scores = scorer.score(make_table())
     assert scores["error"].to_pylist() == [None] * 7 + ["MemoryError: no memory for it"] + [None] * (ROWS - 8)
     assert scores["prediction"].null_count == 1
@@ -318,10 +310,10 @@ def test_a_row_that_cannot_be_staged_says_so_and_the_others_have_their_scores(mo
 def test_what_else_is_raised_while_a_batch_is_staged_ends_the_run(model, monkeypatch):
     scorer = Scorer(model)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(scorer._stager, "stage", broken)
+    monkeypatch.setattr(FrameColumn, "padded", broken)
     with pytest.raises(RuntimeError, match="the device is lost"):
         scorer.score(make_table())
 
@@ -372,7 +364,7 @@ def test_threads_that_ask_for_the_first_time_take_no_number_that_is_changed_for_
         found = []
 
         def work():
-            found.append(usual_threads())
+            found.append(torch_threads())
             list(map_in_order(lambda item, _: item, range(2), 2))
 
         for _ in range(100):
@@ -424,14 +416,14 @@ def test_an_interrupted_run_leaves_the_whole_list_of_bad_shards(model, tmp_path)
 def test_empty_utterances_that_cannot_be_staged_count_as_one_frame_each(model, monkeypatch):
     scorer = Scorer(model, batch_frames=64)
     table = make_table().append_column("length", pa.array([0] * ROWS, pa.int32()))
-    stage = scorer._stager.stage
+    padded = FrameColumn.padded
 
-    def full(rows, batch, dims):
-        if len(batch) > 16:
+    def full(column, rows, steps, out):
+        if len(rows) > 16:
             raise MemoryError
-        return stage(rows, batch, dims)
+        return padded(column, rows, steps, out)
 
-    monkeypatch.setattr(scorer._stager, "stage", full)
+    monkeypatch.setattr(FrameColumn, "padded", full)
     assert scorer.score(table)["error"].null_count == ROWS
     assert scorer.batch_frames == ROWS // 2
 

@@ -1,4 +1,4 @@
-"""The Ray runner leaves what the local one leaves, whoever dies on the way."""
+"""The Ray runner leaves the bytes of the local one, even if workers or the driver die."""
 
 import dataclasses
 import json
@@ -22,15 +22,15 @@ import torch
 from corpus_fixtures import real_data
 from pyarrow import fs
 from score_folder import contents, counted
+from scoring_problems import fitted_model, make_corpus, probabilities, read_scores, with_column
 
-from m3er_fast import M3ERConfig, M3ERFusion
+from m3er_fast import M3ERConfig
 from m3er_fast.cli import main
 from m3er_fast.config import ProxyConfig
 from m3er_fast.corpus import convert, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.execution.ray_pool import ray_map
 from m3er_fast.metrics import classification_report
 from m3er_fast.scoring import OutputMismatchError, fit_statistics, load_model, score
-from m3er_fast.scoring.ray import ray_map
 from m3er_fast.training import evaluate
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'm3er-fast[ray]'")
@@ -42,7 +42,6 @@ from ray_traps import (  # noqa: E402  (fsspec comes with other packages, Ray's 
     slow_first,
 )
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS, SHARDS, MANY = 20, 10, 300
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
@@ -50,7 +49,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Workers find this folder, and Ray's files are removed; a short path, because sockets are among them."""
+    """Let workers import from this folder, and remove Ray's files; their path is short, since some are sockets."""
     folder = tempfile.mkdtemp(prefix="m3er")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
@@ -77,7 +76,7 @@ def connected(environment):
 
 @pytest.fixture(scope="module")
 def both():
-    return make_synthetic(200 + SHARD_ROWS * SHARDS, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+    return make_corpus(200 + SHARD_ROWS * SHARDS, missing=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def model_dir(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus_dir(both, tmp_path_factory):
-    """Ten shards, of which one cannot be read and another has a row that cannot be scored."""
+    """Ten shards, one of which cannot be read; another has a row that cannot be scored."""
     folder = tmp_path_factory.mktemp("corpus")
     write_parquet(both.select(slice(200, None)), folder, rows_per_shard=SHARD_ROWS)
     (folder / "part-00003.parquet").write_bytes(b"PAR1")
@@ -102,7 +101,7 @@ def corpus_dir(both, tmp_path_factory):
     table = pq.read_table(path)
     ids = table["id"].to_pylist()
     ids[7] = None
-    pq.write_table(table.set_column(0, "id", pa.array(ids, pa.string())), path)
+    pq.write_table(with_column(table, "id", pa.array(ids, pa.string())), path)
     return folder
 
 
@@ -120,12 +119,6 @@ def on_ray(connected, corpus_dir, model, tmp_path_factory):
     return folder, score(corpus_dir, model, folder, engine="ray", workers=2, progress=seen.append), seen
 
 
-def fitted_model(corpus):
-    torch.manual_seed(0)
-    model = M3ERFusion(corpus.input_dims, len(corpus.classes), classes=corpus.classes).eval()
-    return model.fit(corpus.features, corpus.lengths, corpus.available)
-
-
 def copy_unfinished(folder, to, missing):
     shutil.copytree(folder, to)
     for name in ("_SUCCESS", *missing):
@@ -134,7 +127,7 @@ def copy_unfinished(folder, to, missing):
 
 @pytest.fixture
 def trapped(tmp_path):
-    """A filesystem, and what lays a trap in it."""
+    """A filesystem, and a function that lays traps in it."""
     traps = tmp_path / "traps"
     traps.mkdir()
     filesystem = fs.PyFileSystem(fs.FSSpecHandler(TrappedFiles(traps=str(traps), driver=os.getpid())))
@@ -195,10 +188,9 @@ def test_real_data_have_the_metrics_of_evaluation_in_training(connected, tmp_pat
     score(tmp_path / "corpus", model, tmp_path / "local")
     score(tmp_path / "corpus", model, tmp_path / "out", engine="ray", workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
-    table = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out").glob("*.parquet"))])
-    probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in corpus.classes], axis=1)
+    table = read_scores(tmp_path / "out")
     assert table["id"].to_pylist() == corpus.ids.tolist()
-    found = classification_report(probabilities, corpus.target, corpus.classes)
+    found = classification_report(probabilities(table, corpus), corpus.target, corpus.classes)
     expected = evaluate(model, corpus).report
     assert (found.overall, found.per_class) == (expected.overall, expected.per_class)
     np.testing.assert_array_equal(found.confusion, expected.confusion)
@@ -297,13 +289,13 @@ class Unwelcome:
         return task
 
 
-def test_workers_that_cannot_be_started_are_an_error_and_not_tried_for_ever(connected):
+def test_workers_that_cannot_be_started_are_an_error_after_a_few_attempts(connected):
     with pytest.raises(RuntimeError, match=r"no worker can be started: .*division by zero"):
         list(ray_map(Unwelcome(), [1], workers=1))
 
 
-def test_a_cluster_without_room_is_said(connected, monkeypatch):
-    monkeypatch.setattr("m3er_fast.scoring.ray._PATIENCE_S", 0.2)
+def test_a_cluster_without_room_causes_a_warning(connected, monkeypatch):
+    monkeypatch.setattr("m3er_fast.execution.ray_pool.WARN_AFTER_S", 0.2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -317,9 +309,9 @@ def test_a_cluster_without_room_is_said(connected, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--address", "127.0.0.1:1"], "nobody listens at '127.0.0.1:1'"),
+        (["--address", "127.0.0.1:1"], "nothing listens at '127.0.0.1:1'"),
         (["--workers", "0"], "--workers"),
-        (["--device", "cpu,cpu"], "each worker has one"),
+        (["--device", "cpu,cpu"], "has one device"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(options, words, corpus_dir, model_dir, tmp_path, capsys):
@@ -335,7 +327,7 @@ def test_bad_options_are_one_line_and_exit_code_2(options, words, corpus_dir, mo
 def test_a_machine_without_a_cluster_is_said_before_anything_is_written(
     corpus_dir, model_dir, tmp_path, capsys, monkeypatch
 ):
-    """What Ray raises is made up here: "auto" would find any Ray of this machine, whoever started it."""
+    """Ray's exception is simulated: "auto" would find any Ray on this machine, whoever started it."""
 
     def init(**_):
         raise ConnectionError("could not find any running Ray instance")
@@ -345,7 +337,7 @@ def test_a_machine_without_a_cluster_is_said_before_anything_is_written(
     arguments = ["score", str(corpus_dir), "--model", str(model_dir), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--engine", "ray", "--address", "auto"]) == 2
     error = capsys.readouterr().err
-    assert "no Ray cluster to be used answers at 'auto': could not find any" in error
+    assert "no usable Ray cluster answers at 'auto': could not find any" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -362,7 +354,7 @@ def test_without_ray_the_extra_is_named_before_anything_is_written(
 
 @pytest.fixture(scope="module")
 def many_dir(both, tmp_path_factory):
-    """A corpus of so many shards that a run can be caught in the middle."""
+    """A corpus of so many shards that a run can be interrupted in the middle."""
     folder = tmp_path_factory.mktemp("many")
     write_parquet(both.select(slice(200, 202)), folder, rows_per_shard=2)
     content = (folder / "part-00000.parquet").read_bytes()
@@ -373,7 +365,7 @@ def many_dir(both, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many_scores(many_dir, model_dir, tmp_path_factory):
-    """What an uninterrupted local run leaves of it."""
+    """The scores of an uninterrupted local run."""
     folder = tmp_path_factory.mktemp("many-scores")
     score(many_dir, load_model(model_dir), folder)
     return contents(folder)
@@ -397,7 +389,7 @@ def wait_for_scores(out, run, number=1):
 
 
 def processes_of(mark):
-    """Process ids of a run and of everything that it has started."""
+    """Return the ids of a run's process and of all processes that it has started."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -478,7 +470,7 @@ def test_a_machine_of_a_cluster_that_is_lost_takes_no_row_with_it(many_dir, many
     try:
         machine = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
         out = tmp_path / "out"
-        run = start_scoring(many_dir, model_dir, out, "--address", cluster.address)  # one worker a machine
+        run = start_scoring(many_dir, model_dir, out, "--address", cluster.address)  # one worker per machine
         wait_for_scores(out, run, 50)
         cluster.remove_node(machine, allow_graceful=False)
         _, error = run.communicate(timeout=120)

@@ -15,11 +15,10 @@ import pytest
 import torch
 from pyarrow import fs
 from score_folder import SUMMARY, contents
+from scoring_problems import fitted_model, make_corpus
 
-from m3er_fast import M3ERFusion
 from m3er_fast.cli import main
 from m3er_fast.corpus import write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import ModelStatistics, fit_statistics, score
 from m3er_fast.shards.plan import locate
 
@@ -27,7 +26,6 @@ server = pytest.importorskip("moto.server", reason="needs moto[s3], flask and fl
 if not hasattr(fs, "S3FileSystem"):
     pytest.skip("this pyarrow is built without S3", allow_module_level=True)
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 SHARD_ROWS = 16
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
 _NUMBERS = itertools.count()
@@ -70,14 +68,12 @@ def bucket(store):
 
 @pytest.fixture(scope="module")
 def both():
-    return make_synthetic(200 + 6 * SHARD_ROWS, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+    return make_corpus(200 + 6 * SHARD_ROWS, missing=0.1)
 
 
 @pytest.fixture(scope="module")
 def model(both):
-    torch.manual_seed(0)
-    part = both.select(slice(0, 200))
-    return M3ERFusion(DIMS, 3, classes=both.classes).eval().fit(part.features, part.lengths, part.available)
+    return fitted_model(both.select(slice(0, 200)))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""The run summary: what it counts is what the scores say, in bounded memory; its page needs and trusts nothing."""
+"""The run summary counts what the scores say, in bounded memory; its page is self-contained and trusts no file."""
 
 import dataclasses
 import html.parser
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,22 +18,22 @@ import pytest
 import torch
 from pyarrow import ipc
 from score_folder import contents, counted
+from scoring_problems import DIMS, edit_shard, fitted_model, make_corpus, read_scores, with_column
 
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
 from m3er_fast.corpus import CorpusError, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.scoring import Scorer, reader, score, summary
+from m3er_fast.scoring import Scorer, counts, score
 from m3er_fast.scoring.summary_page import render
+from m3er_fast.shards import reader
 
-DIMS = {"text": 6, "audio": 5, "face": 4}
 ROWS, SHARD_ROWS = 700, 300
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp; \u202e\x00 {0} %s"
 
 
 @pytest.fixture(scope="module")
 def both():
-    return make_synthetic(200 + ROWS, input_dims=DIMS, num_classes=3, steps=4, latent_dim=4, missing=0.1)
+    return make_corpus(200 + ROWS, missing=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,11 @@ def corpus(both):
     return dataclasses.replace(part, group=group, available=available)
 
 
-def fitted_model(corpus, classes=None):
+def trained_model(corpus, classes=None):
     part = corpus.select(slice(0, 200))
-    torch.manual_seed(0)
-    model = M3ERFusion(part.input_dims, len(part.classes), classes=classes or part.classes).eval()
-    model.fit(part.features, part.lengths, part.available).train()
+    model = fitted_model(part, classes=classes).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(20):  # untrained, it says the same of all
+    for _ in range(20):  # an untrained model predicts the same class for all
         optimizer.zero_grad()
         output = model(part.features, part.lengths, part.available)
         model.loss(output, torch.from_numpy(part.target)).backward()
@@ -63,7 +62,7 @@ def fitted_model(corpus, classes=None):
 
 @pytest.fixture(scope="module")
 def model(both):
-    return fitted_model(both)
+    return trained_model(both)
 
 
 @pytest.fixture
@@ -88,12 +87,11 @@ def scored(corpus, model, tmp_path_factory):
 
 
 def rows_of(folder):
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]).to_pylist()
+    return read_scores(folder).to_pylist()
 
 
 def replace_column(path, name, column):
-    table = pq.read_table(path)
-    pq.write_table(table.set_column(table.column_names.index(name), name, column), path)
+    edit_shard(path, lambda table: with_column(table, name, column))
 
 
 def summary_of(folder):
@@ -101,7 +99,7 @@ def summary_of(folder):
 
 
 def counts_of(rows):
-    """By hand, what a list of rows is summarised by."""
+    """Return the counts of rows, computed row by row."""
     good = [row for row in rows if row["error"] is None]
     return {
         "rows": len(rows),
@@ -160,7 +158,7 @@ def test_parts_follow_the_order_of_the_corpus_and_say_where_they_begin(scored):
 
 
 def assert_groups(folder, group):
-    """That a summary counts the rows by these groups, None among them, which by hand are counted so."""
+    """Assert that a summary counts the rows by these groups, some of which may be None."""
     found, rows = summary_of(folder)["groups"], rows_of(folder)
     expected = {}
     for name, row in zip(group, rows, strict=True):
@@ -214,8 +212,8 @@ def test_without_groups_there_are_none(model, corpus_dir, tmp_path):
 
 def test_what_is_counted_does_not_depend_on_how_much_is_read_at_a_time(scored, corpus, model, tmp_path, monkeypatch):
     expected = summary_of(scored[0])
-    monkeypatch.setattr(summary, "_ROWS", 17)
-    monkeypatch.setattr(reader, "_GROUP_ROWS", 23)
+    monkeypatch.setattr(counts, "ROWS_PER_READ", 17)
+    monkeypatch.setattr(reader, "ROWS_PER_READ", 23)
     score(scored[0].parent / "corpus", model, tmp_path)
     found = summary_of(tmp_path)
     for name in ("utterances", "shards", "modalities", "order", "groups", "errors"):
@@ -226,7 +224,7 @@ def test_what_is_counted_does_not_depend_on_how_much_is_read_at_a_time(scored, c
 
 @pytest.mark.parametrize("rows_per_shard", [ROWS, 40])
 def test_groups_beyond_the_most_are_counted_together(rows_per_shard, corpus, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "_MOST_GROUPS", 10)
+    monkeypatch.setattr(counts, "MOST_GROUPS", 10)
     write_parquet(corpus, tmp_path / "corpus", rows_per_shard=rows_per_shard)
     score(tmp_path / "corpus", model, tmp_path / "out")
     found = summary_of(tmp_path / "out")["groups"]
@@ -330,7 +328,7 @@ def test_a_corpus_of_nothing_has_a_summary(kind, corpus, model, tmp_path):
     assert found["utterances"] == {"rows": 0, "scored": 0, "errors": 0, "abstained": 0}
     assert found["order"] == []
     page = assert_harmless((tmp_path / "out" / "summary.html").read_text())
-    assert ("1 of 1 shard could not be read" if kind == "quarantined" else "There was no utterance.") in page.text
+    assert ("1 of 1 shard could not be read" if kind == "quarantined" else "The corpus has no utterances.") in page.text
 
 
 @pytest.mark.parametrize("page", ["dictionary", "data"])
@@ -411,7 +409,7 @@ ATTRIBUTES = {
 
 
 class Page(html.parser.HTMLParser):
-    """What a page consists of, as a browser would find it."""
+    """The tags, attributes and text of a page, as a browser would find them."""
 
     def __init__(self, text):
         super().__init__()
@@ -457,7 +455,7 @@ def test_a_page_needs_nothing_beside_it_and_shows_every_number_as_text(scored):
 
 
 def test_names_and_reasons_from_hostile_files_are_shown_as_text(both, corpus, tmp_path):
-    model = fitted_model(both, classes=(f"a{EVIL}", f"b{EVIL}", "c"))
+    model = trained_model(both, classes=(f"a{EVIL}", f"b{EVIL}", "c"))
     hostile = dataclasses.replace(corpus, group=np.array([EVIL] * ROWS, dtype=object))
     write_parquet(hostile, tmp_path / "corpus", rows_per_shard=SHARD_ROWS)
     for number, name in enumerate(("<b onclick=x>'\".parquet", "<svg onload=y>.parquet")):
@@ -509,12 +507,9 @@ _PEAK = """
 import resource, sys
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.scoring import Scorer, summary
-from m3er_fast.scoring.output import OutputFolder
-from m3er_fast.shards.plan import locate, plan_shards
-from m3er_fast.scoring.shard import ScoringJob
-plan = plan_shards(sys.argv[1])
-job = ScoringJob(plan, OutputFolder(locate(sys.argv[2]), plan.shards, "", {}))
-few, many = ({plan.shards[index].name: rows} for index, rows in ((0, 1000), (1, int(sys.argv[3]))))
+from scoring_problems import scoring_job
+job = scoring_job(sys.argv[1], sys.argv[2])
+few, many = ({job.plan.shards[index].name: rows} for index, rows in ((0, 1000), (1, int(sys.argv[3]))))
 summary.summarize(job, few, ())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(summary.summarize(job, many, ())["utterances"]["scored"])
@@ -545,7 +540,8 @@ def test_a_summary_takes_no_more_memory_the_larger_a_shard_is(tmp_path):
         pq.write_table(table, tmp_path / "out" / f"part-{number}.parquet", row_group_size=2**16, compression="none")
     whole = sum(column.nbytes for column in table.columns)
     arguments = [sys.executable, "-c", _PEAK, tmp_path / "corpus", tmp_path / "out", str(rows)]
-    found = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    found = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
     scored_rows, growth_kib = map(int, found.stdout.split())
     assert scored_rows == rows
     assert whole > 100 * 2**20

@@ -1,4 +1,4 @@
-"""The scores of one utterance: those that score writes for the same row, and one clear error for bad input."""
+"""The scores of one utterance equal those that `score` writes for the row; bad input is one clear error."""
 
 import dataclasses
 import subprocess
@@ -7,26 +7,29 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scoring_problems import DIMS, fitted_model, make_corpus
 from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion
-from m3er_fast.config import LossConfig, ProxyConfig
+from m3er_fast.config import LossConfig
 from m3er_fast.corpus import read_table, write_parquet
-from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.scoring import Scorer, predict
 from m3er_fast.scoring.scorer import MOST_FRAMES
-
-DIMS = {"text": 6, "audio": 5, "face": 4}
 
 
 @pytest.fixture(scope="module")
 def both():
-    return make_synthetic(260, input_dims=DIMS, num_classes=3, steps=5, latent_dim=4, missing=0.2)
+    return make_corpus(260, steps=5, missing=0.2)
 
 
 @pytest.fixture(scope="module")
-def model(both):
-    return fitted_model(both)
+def training(both):
+    return both.select(slice(0, 200))
+
+
+@pytest.fixture(scope="module")
+def model(training):
+    return fitted_model(training)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +47,8 @@ def corpus(both):
     return dataclasses.replace(part, features=features, available=available, lengths=lengths)
 
 
-def fitted_model(corpus, config=None):
-    part = corpus.select(slice(0, 200))
-    torch.manual_seed(0)
-    model = M3ERFusion(part.input_dims, len(part.classes), config, classes=part.classes).eval()
-    return model.fit(part.features, part.lengths, part.available)
-
-
 def utterance(corpus, row):
-    """The arrays of one row, without padding; None for what is unavailable."""
+    """Return the arrays of one row without padding; None for an unavailable modality."""
     return {
         name: x[row, : corpus.lengths[row]] if corpus.available[row, m] else None
         for m, (name, x) in enumerate(corpus.features.items())
@@ -71,13 +67,12 @@ def frames(**changes):
     [
         M3ERConfig(),
         M3ERConfig(loss=LossConfig(activation="sigmoid")),
-        M3ERConfig(proxy=ProxyConfig(reliability="report")),
         M3ERConfig(check=None, proxy=None),
     ],
-    ids=["default", "sigmoid", "reliability", "no check"],
+    ids=["default", "sigmoid", "no check"],
 )
-def test_every_value_equals_what_score_writes_for_the_row(config, both, corpus, tmp_path):
-    model = fitted_model(both, config)
+def test_every_value_equals_what_score_writes_for_the_row(config, training, corpus, tmp_path):
+    model = fitted_model(training, config)
     write_parquet(corpus, tmp_path)
     # Each row by itself: in a batch of several the model rounds otherwise.
     rows = Scorer(model, batch_frames=1).score(read_table(tmp_path / "part-00000.parquet")).to_pylist()
@@ -92,7 +87,7 @@ def test_every_value_equals_what_score_writes_for_the_row(config, both, corpus, 
         assert {f"p_{name}": p for name, p in found.probabilities.items()} == {
             f"p_{name}": expected[f"p_{name}"] for name in corpus.classes
         }
-        for field in ("effective", "p_value", "reliability"):
+        for field in ("effective", "p_value"):
             values = getattr(found, field)
             assert list(values) == list(DIMS)
             assert values == {name: expected[f"{field}_{name}"] for name in DIMS}
@@ -107,14 +102,14 @@ def test_an_utterance_without_frames_abstains(model):
     assert sum(found.probabilities.values()) == pytest.approx(1)
 
 
-def test_of_equal_probabilities_the_first_class_is_predicted(both):
-    model = fitted_model(both)
+def test_of_equal_probabilities_the_first_class_is_predicted(training):
+    model = fitted_model(training)
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter.zero_()
     found = predict(model, frames())
     assert len(set(found.probabilities.values())) == 1
-    assert found.prediction == both.classes[0]
+    assert found.prediction == training.classes[0]
 
 
 # --- what is taken ---
@@ -148,8 +143,8 @@ def test_missing_and_none_are_the_same(model):
     assert predict(model, frames(audio=None)).p_value["audio"] == 0
 
 
-def test_each_module_keeps_its_mode_and_features_are_left_alone(both):
-    model = fitted_model(both).train()
+def test_each_module_keeps_its_mode_and_features_are_left_alone(training):
+    model = fitted_model(training).train()
     model.network.eval()
     before, given = [module.training for module in model.modules()], frames()
     found = predict(model, given)
@@ -180,7 +175,7 @@ def test_each_module_keeps_its_mode_and_features_are_left_alone(both):
             "features['face'] has 4 frames, but features['text'] has 3: wanted equally many",
         ),
         (frames(text="loud"), "features['text'] must hold real numbers, got <U4"),
-        (frames(text=[[1, 2], [3]]), "features['text'] is no array of numbers: "),
+        (frames(text=[[1, 2], [3]]), "features['text'] is not an array of numbers: "),
         (frames(text=np.ones((3, 6)) * 1j), "features['text'] must hold real numbers, got complex128"),
         (frames(text=torch.ones(3, 6, dtype=torch.bool)), "features['text'] must hold real numbers, got torch.bool"),
         (frames(text=[[None] * 6]), "features['text'] must hold real numbers, got object"),
@@ -197,7 +192,7 @@ def test_bad_input_is_one_line_naming_the_argument(features, message, model):
     assert "\n" not in str(found.value)
 
 
-def test_an_unfitted_check_is_said(both):
+def test_an_unfitted_check_is_an_error_that_keeps_the_mode():
     model = M3ERFusion(DIMS, 3).train()
     with pytest.raises(NotFittedError, match="not fitted"):
         predict(model, frames())
