@@ -1,1 +1,1 @@
-"""What measures speed (`benchmarks.speed`) and quality (`benchmarks.quality`), and what reports it."""
+"""Benchmarks of speed (`benchmarks.speed`) and quality (`benchmarks.quality`), and reports (`benchmarks.report`)."""

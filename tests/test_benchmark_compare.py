@@ -11,7 +11,7 @@ NOISE = (0.99, 1.0, 1.01)
 
 
 def a_run(seconds, group="loss", noise=NOISE, device="cpu", threads=2, calls=1):
-    """What pytest-benchmark would write of contestants with these median seconds; noise makes their quartiles."""
+    """Return the JSON of contestants with these median seconds; ``noise`` gives their quartiles."""
     results = [
         {
             "name": "test_it",
@@ -34,21 +34,21 @@ def command(tmp_path):
     return run
 
 
-def test_ours_slower_beside_its_baseline_is_exit_code_1(command, capsys):
+def test_ours_slower_relative_to_its_baseline_is_exit_code_1(command, capsys):
     assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.5, "eager": 3.0})) == 1
     assert "| loss | eager | 3.00 (2.94 to 3.06) | 2.00 (1.96 to 2.04) | fallen |" in capsys.readouterr().out
 
 
-def test_a_slower_machine_is_none_of_ours(command):
+def test_a_slower_machine_changes_no_ratio(command):
     assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 5.0, "eager": 15.0})) == 0
 
 
-def test_a_faster_ours_is_exit_code_0_and_said(command, capsys):
+def test_a_faster_ours_is_exit_code_0_and_reported(command, capsys):
     assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 0.5, "eager": 3.0})) == 0
     assert "| risen |" in capsys.readouterr().out
 
 
-def test_one_baseline_among_several_is_enough(command):
+def test_one_fallen_ratio_among_several_is_enough(command):
     before = a_run({"ours": 1.0, "eager": 3.0, "compiled": 2.0})
     assert command(before, a_run({"ours": 1.0, "eager": 3.0, "compiled": 1.0})) == 1
 
@@ -61,28 +61,28 @@ def test_within_the_noise_of_the_rounds_nothing_has_fallen(command):
 
 
 @pytest.mark.parametrize(("least", "code"), [("0.0", 1), ("0.1", 0)])
-def test_a_small_loss_counts_only_where_it_is_asked_for(command, least, code):
+def test_a_small_loss_counts_only_with_a_smaller_least(command, least, code):
     assert command(a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.08, "eager": 3.0}), "--least", least) == code
 
 
-def test_the_range_is_of_the_quartiles_of_both():
+def test_the_range_of_a_ratio_comes_from_the_quartiles_of_both():
     run = a_run({"ours": 0.5})
     run["benchmarks"] += a_run({"eager": 3.0}, noise=(0.5, 1.0, 2.0))["benchmarks"]
     ratio = compare.ratios(run)["loss", "eager"]
     assert ratio == pytest.approx((1.5 / 0.505, 6.0, 6.0 / 0.495))
 
 
-def test_what_counts_several_calls_as_one_is_divided_by_them():
+def test_a_result_of_several_calls_is_divided_by_their_number():
     ratio = compare.ratios(a_run({"ours": 1.0, "eager, graphed": 32.0}, calls=16))["loss", "eager, graphed"]
     assert ratio.median == pytest.approx(2.0)
 
 
-def test_other_ways_of_ours_are_no_baselines():
+def test_other_contestants_of_ours_are_no_baselines():
     run = a_run({"ours": 1.0, "ours, graphed": 0.5, "eager": 3.0})
     assert list(compare.ratios(run)) == [("loss", "eager")]
 
 
-def test_what_only_one_run_has_is_said_and_not_judged(command, capsys):
+def test_a_ratio_in_only_one_run_is_reported_and_not_judged(command, capsys):
     before, after = a_run({"ours": 1.0, "eager": 3.0}), a_run({"ours": 1.0, "eager": 3.0})
     before["benchmarks"] += a_run({"ours": 1.0, "eager": 9.0}, group="gone")["benchmarks"]
     assert command(before, after) == 0
@@ -99,14 +99,14 @@ def test_what_only_one_run_has_is_said_and_not_judged(command, capsys):
         (a_run({"ours": 1.0, "eager": 3.0}), "[]", "no list of benchmarks"),
     ],
 )
-def test_what_cannot_be_compared_is_exit_code_2_in_one_line(command, capsys, before, after, said):
+def test_incomparable_runs_are_exit_code_2_and_one_line(command, capsys, before, after, said):
     assert command(before, after) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
-def test_a_committed_run_has_fallen_where_all_of_ours_is_made_ten_times_slower():
+def test_every_ratio_of_a_committed_run_falls_if_ours_is_made_ten_times_slower():
     text = (Path(compare.__file__).parents[1] / "results" / "cpu-2-cores" / "one-call.json").read_text()
     before, after = json.loads(text), json.loads(text)
     for result in after["benchmarks"]:

@@ -1,4 +1,4 @@
-"""What is made of benchmark runs: the generated part of the performance page, goals, curves, one run of its parts."""
+"""Reports of benchmark runs: the generated part of the performance page, goals, curves, and merging parts of a run."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
 
 
 def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, **more):
-    """What a run writes of contestants with these median seconds."""
+    """Return the JSON of a run whose contestants have these median seconds."""
     rows = [
         {
             "operation": "fusion_loss",
@@ -61,7 +61,7 @@ def page(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, page):
-    """Reports runs on the page: the exit code."""
+    """Reports runs on the page and returns the exit code."""
 
     def run(*runs):
         paths = []
@@ -73,7 +73,7 @@ def command(tmp_path, page):
     return run
 
 
-def test_only_what_stands_between_the_markers_is_written_anew(command, page):
+def test_only_the_part_between_the_markers_is_replaced(command, page):
     assert command(a_run({"ours": 0.01, "eager": 0.04})) == 0
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
@@ -104,7 +104,7 @@ def test_a_goal_is_met_missed_or_not_measured(command, page):
     assert "| check, 8192 samples, k = 30 | ≥ 1.70 × eager |  | not measured |" in text
 
 
-def test_a_goal_of_a_gpu_is_not_measured_by_a_cpu(command, page):
+def test_a_run_on_a_cpu_does_not_measure_the_goals_of_a_gpu(command, page):
     group = "fusion loss and gradient, 1M samples, 6 classes, m3er"
     command(a_run({"ours": 0.01, "eager": 0.1}, group))
     assert "| loss and gradient, 1M × 6 | ≥ 6.00 × eager |  | not measured |" in page.read_text()
@@ -112,12 +112,12 @@ def test_a_goal_of_a_gpu_is_not_measured_by_a_cpu(command, page):
     assert "| loss and gradient, 1M × 6 | ≥ 6.00 × eager | 10.00 × | met |" in page.read_text()
 
 
-def test_of_several_runs_all_must_meet_a_goal(command, page):
+def test_a_goal_is_met_only_if_every_run_meets_it(command, page):
     command(a_run({"ours": 0.01, "eager": 0.04}), a_run({"ours": 0.01, "eager": 0.02}))
     assert "| ≥ 3.00 × eager | 2.00 × to 4.00 × | missed |" in page.read_text()
 
 
-def test_of_several_groups_the_worst_counts():
+def test_the_worst_of_several_groups_decides_a_goal():
     rows = [
         {"contestant": "ours", "group": group, "ratios": {"eager": ratio}, "error": error}
         for group, ratio, error in (("scan, B=1", 3.0, 1e-7), ("scan, B=2", 0.5, 1e-3), ("other", 0.1, 1.0))
@@ -133,17 +133,17 @@ def test_an_error_and_a_time_are_met_below_their_limit():
         assert not goal.met(1e-2)
 
 
-def test_what_was_left_out_has_its_reason(command, page):
+def test_results_that_were_left_out_are_counted_by_reason(command, page):
     command(a_run({"ours": 0.01}))
     assert "| Fusion loss and gradient | liger-kernel cross entropy needs a GPU | 2 |" in page.read_text()
 
 
-def test_an_inexact_contestant_is_no_baseline_of_the_bars():
+def test_an_inexact_contestant_is_no_baseline_in_the_figure():
     rows = [
         {"group": "g", "contestant": name, "median": median, "error": error}
         for name, median, error in (("ours", 1.0, 0.0), ("exact", 3.0, 0.0), ("index", 0.1, 0.2), ("other", 0.1, None))
     ]
-    assert report._best_baseline(rows[0], rows) == ("exact", 3.0)
+    assert report.best_baseline(rows[0], rows) == ("exact", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -182,25 +182,25 @@ def test_the_exponent_is_that_of_a_power_and_bends_show_between_sizes():
         scaling.exponents(sizes, [1, 1, 0, 1])
 
 
-def test_peak_memory_is_what_a_call_holds_at_once_whoever_allocates():
+def test_peak_memory_counts_all_that_a_call_holds_at_once_in_torch_and_numpy():
 
     def step():
-        # 64 MiB each: beside which the 2 MiB that a process may take or give back meanwhile are little.
+        # 64 MiB each: the 2 MiB that a process may take or release meanwhile are negligible.
         return torch.ones(2**24), np.ones(2**23)
 
-    step()  # as a benchmark has, before memory is measured: what is loaded once is loaded by then
+    step()  # as in a benchmark before memory is measured: everything that is loaded once is loaded now
     held = harness.peak_bytes(torch.device("cpu"), step)
     if held is None:
         pytest.skip("this system has no high-water mark")
     assert held == pytest.approx(2**27, rel=0.05)
 
 
-def test_peak_memory_is_not_the_sum_of_what_a_call_holds_in_turn():
+def test_peak_memory_is_not_the_sum_of_successive_allocations():
 
     held = harness.peak_bytes(torch.device("cpu"), lambda: [float(torch.ones(2**24).sum()) for _ in range(8)])
     if held is None:
         pytest.skip("this system has no high-water mark")
-    assert held < 3 * 2**26  # of eight; an allocator may keep one and take another
+    assert held < 3 * 2**26  # instead of eight; an allocator may keep one block and take another
 
 
 def test_the_relative_error_is_of_the_worst_tensor():
@@ -210,7 +210,7 @@ def test_the_relative_error_is_of_the_worst_tensor():
     assert harness.relative_error([torch.tensor([1.0, -3.0]), torch.tensor([11.0])], wanted) == pytest.approx(0.25)
 
 
-def test_missed_neighbours_are_counted_in_whatever_order():
+def test_missed_neighbours_are_counted_in_any_order():
 
     wanted = torch.tensor([[0, 1], [2, 3]])
     assert harness.missed(torch.tensor([[1, 0], [3, 2]]), wanted) == 0.0
@@ -224,7 +224,9 @@ def test_a_scoring_run_becomes_curves_over_workers_without_the_local_runner(with
     held = {"local": 1, "ray, 4 workers": 400, "ray, 1 workers": 100, "ray, 2 workers": 200}
     memory = {"full": {name: {"peak_bytes": bytes_, "peak_bytes_with_ray": 999} for name, bytes_ in held.items()}}
     scored = {"cores": 2, "medians": medians, "utterances_per_shard": {"full": 1024}}
-    sweep = scaling.over_workers(scored | {"memory": memory if with_memory else {}})  # elsewhere than on Linux
+    sweep = scaling.over_workers(
+        scored | {"memory": memory if with_memory else {}}
+    )  # systems other than Linux have no memory
     assert sweep["sizes"] == [1, 2, 4]
     [(name, shown)] = sweep["contestants"].items()
     assert name == "1,024 utterances"
@@ -255,7 +257,7 @@ def test_the_committed_runs_are_drawn_in_one_figure(tmp_path, capsys):
     [
         ([], 0.0),
         ([(1.0, 3.0)], 2.0),
-        ([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0)], 4.0),  # two streams at a time, in whatever order
+        ([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0)], 4.0),  # two streams at a time, in any order
         ([(0.0, 10.0), (1.0, 2.0), (9.0, 10.0)], 10.0),
     ],
 )
@@ -263,11 +265,11 @@ def test_a_gpu_is_busy_while_any_of_its_streams_is(spans, length):
     assert harness.covered(spans) == length
 
 
-def test_what_a_gpu_does_is_not_asked_of_a_cpu():
+def test_the_use_of_the_device_is_not_traced_on_a_cpu():
     assert harness.device_use(torch.device("cpu"), lambda: pytest.fail("called"), 1.0) == {}
 
 
-def test_what_failed_or_was_not_come_to_is_left_out_with_its_reason(command, page):
+def test_failed_and_unreached_benchmarks_are_left_out_with_their_reason(command, page):
     failed = {"memory_scan": {"test_a": "wrong by | 1", "test_b": "wrong by | 1"}}
     assert command(a_run({"ours": 1.0}, failed=failed, not_run={"cca": ["test_c"]})) == 0
     assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in page.read_text()
@@ -325,7 +327,7 @@ def test_the_generated_part_of_the_performance_page_is_that_of_its_committed_run
 
 @pytest.fixture
 def parts(tmp_path):
-    """Writes the files of a part, and merges all: the exit code, and the JSON."""
+    """Writes the files of each part, then merges them and returns the exit code and the JSON."""
 
     class Parts:
         names = ()
@@ -352,7 +354,7 @@ JUNIT = """<?xml version="1.0"?><testsuites><testsuite errors="0" failures="1" s
 </testsuite></testsuites>"""
 
 
-def test_parts_that_all_went_well_are_one_run_that_can_be_reported(parts, command):
+def test_successful_parts_become_one_run_that_can_be_reported(parts, command):
     parts.add("loss", 0, json=a_part("loss"))
     parts.add("scan", 0, json=a_part("scan"))
     code, run = parts.merge()
@@ -363,7 +365,7 @@ def test_parts_that_all_went_well_are_one_run_that_can_be_reported(parts, comman
     assert command(run) == 0
 
 
-def test_a_part_that_was_killed_or_cut_short_takes_nothing_from_the_others(parts, capsys):
+def test_a_killed_or_truncated_part_leaves_the_others_complete(parts, capsys):
     parts.add("tests", 1, xml=JUNIT)
     parts.add("large", 137, xml="<testsui")
     parts.add("loss", 124, json=a_part("loss", not_run={"loss": ["test_b", "test_c"]}))

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks, by two small groups; how long anything takes is not asserted."""
+"""The harness of the benchmarks on two small groups; no test asserts a time."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ _ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, benchmark_environment):
-    """What a run printed, and its JSON."""
+    """The output of a run, and its JSON."""
     pytest.importorskip("pytest_benchmark")
     out = tmp_path_factory.mktemp("benchmarks") / "run.json"
     loss, check = "test_fusion_loss.py::test_loss_and_gradient", "test_check_statistics.py::test_check_statistics"
@@ -46,7 +46,7 @@ def test_a_run_has_ours_and_a_baseline_in_each_group(run):
     assert list(groups.values()) == [{"ours", "eager"}] * 2
 
 
-def test_every_result_says_what_it_must_do_at_least(run):
+def test_every_result_has_the_floor_of_its_work(run):
     rates = run[1]["machine_info"]["m3er_fast"]
     for result in run[1]["benchmarks"]:
         info = result["extra_info"]
@@ -57,7 +57,7 @@ def test_every_result_says_what_it_must_do_at_least(run):
         assert info["median"] > 0
 
 
-def test_a_run_says_where_and_of_which_commit_it_is(run):
+def test_a_run_records_its_device_and_commit(run):
     about = run[1]["machine_info"]["m3er_fast"]
     assert about["kind"] == "cpu"
     assert about["device"] in Path("/proc/cpuinfo").read_text() or about["device"] in (platform.processor(), "cpu")
@@ -68,7 +68,7 @@ def test_a_run_says_where_and_of_which_commit_it_is(run):
         assert about["commit"] == head.stdout.strip()
 
 
-def test_a_run_ends_in_one_table_a_group(run):
+def test_a_run_ends_with_one_table_per_group(run):
     printed, content = run
     for group in {result["extra_info"]["group"] for result in content["benchmarks"]}:
         assert f"**{group}**" in printed

@@ -8,7 +8,7 @@ writes OUT/check_quality.json and two figures:
 * check_calibration.png: the share of clean utterances that lose a modality, over alpha; ``fit`` has not seen them.
 * check_roc.png: the same clean utterances against copies in which one modality is corrupted.
 
-The 95 % intervals are those of Clopper and Pearson. They treat utterances as independent, but utterances of one video
+The 95 % intervals follow Clopper and Pearson. They treat utterances as independent, but utterances of one video
 are not.
 """
 

@@ -180,7 +180,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
         path = folder / f"roofline-{about['kind']}.png"
         figures.roofline(points, about["copy_bytes_per_second"], about["operations_per_second"], path)
         drawn.append(("Operations per second over operations per byte, below the rates of the device", path))
-    bars = [(row["group"], *best) for row in rows if row["contestant"] == OURS and (best := _best_baseline(row, rows))]
+    bars = [(row["group"], *best) for row in rows if row["contestant"] == OURS and (best := best_baseline(row, rows))]
     if bars:
         path = folder / f"ratios-{about['kind']}.png"
         figures.ratios(bars, path)
@@ -188,7 +188,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
     return drawn
 
 
-def _best_baseline(ours: dict[str, Any], rows: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
+def best_baseline(ours: dict[str, Any], rows: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
     """Return the fastest other contestant with the same answer, and its time divided by ours."""
     others = [
         (row["median"] / ours["median"], row["contestant"])

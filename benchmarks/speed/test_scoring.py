@@ -30,7 +30,7 @@ from m3er_fast.shards.prefetch import Prefetch
 from m3er_fast.shards.reader import read_windows
 
 MODEL, THREADS, READING = "the model alone", "the model alone, one batch per thread", "reading alone"
-COMPARED = 128  # utterances whose scores are compared with those of the model in float64
+COMPARED = 128  # utterances whose scores are compared with the model in float64
 
 
 @functools.cache

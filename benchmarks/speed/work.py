@@ -27,7 +27,7 @@ class Work(NamedTuple):
 
 
 class ScanSizes(NamedTuple):
-    """Sizes of a memory scan, beside those of its features."""
+    """Sizes of a memory scan, except for its features."""
 
     modalities: int
     hidden: int  # of each modality's LSTM
