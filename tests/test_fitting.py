@@ -516,7 +516,7 @@ def test_training_takes_statistics_and_its_settings_from_them(corpus, fitted, tm
     result = train(corpus, statistics=fitted, out=tmp_path / "run")
     assert_close(fitted, result.model.state_dict(), tolerance=0)
     assert (result.model.config.check, result.model.config.proxy) == (fitted.check, fitted.proxy)
-    assert "fitted to 420 utterances" in (tmp_path / "run" / "README.md").read_text()
+    assert "fitted separately, to 420 utterances" in (tmp_path / "run" / "README.md").read_text()
     assert train(corpus, statistics=fitted, out=tmp_path / "run").history == result.history
     for other in (None, dataclasses.replace(fitted, state={**fitted.state, "standardizer.mean_0": torch.zeros(6)})):
         with pytest.raises(ResumeMismatchError, match="other statistics"):
