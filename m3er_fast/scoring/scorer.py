@@ -45,7 +45,7 @@ _CPU_FRAMES = 10240
 _MAX_CUDA_FRAMES = 2**20
 _PROBE_FRAMES = 2**14
 MOST_FRAMES = 2**16
-"""Frames of the longest utterance that is scored: it would be a batch of its own, and half an hour of words is none."""
+"""Most frames of an utterance that is scored. A longer one would be a batch of its own, and none lasts half an hour."""
 
 
 class Scorer:
