@@ -93,7 +93,7 @@ def test_longer_utterances_keep_their_first_words(folder):
     corpus = read(folder, max_steps=1)
     assert corpus.lengths.tolist() == [1, 1, 1]
     np.testing.assert_array_equal(corpus.features["text"][0], [[1, 1]])
-    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_steps must be a positive int, got 0"):
         read(folder, max_steps=0)
 
 

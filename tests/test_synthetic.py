@@ -1,4 +1,4 @@
-"""Each knob of the generated corpus does what it says, measured in NumPy and scikit-learn."""
+"""Each setting of the generated corpus does what it says, measured in NumPy and scikit-learn."""
 
 import itertools
 
@@ -161,7 +161,7 @@ def test_frames_are_stationary_of_unit_variance_and_smooth_in_time():
     x = corpus.features["text"].astype(np.float64)
     np.testing.assert_allclose((x**2).mean(axis=(0, 2)), np.ones(10), atol=0.05)
     lagged = [(x[:, 0] * x[:, lag]).mean() / (x[:, 0] ** 2).mean() for lag in (1, 2, 9)]
-    # Half of the variance stays, half forgets by 0.8 a frame.
+    # Half of the variance is constant; the other half has a correlation of 0.8 per frame.
     np.testing.assert_allclose(lagged, [0.5 + 0.5 * 0.8**lag for lag in (1, 2, 9)], atol=0.03)
 
 
@@ -254,13 +254,13 @@ def test_small_and_lopsided_settings_are_finite(arguments):
         ({"input_dims": {}}, "input_dims must be one or more modalities"),
         ({"input_dims": {"text": 0}}, "input_dims must be"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"latent_dim": 0}, "latent_dim must be at least 1"),
-        ({"difficulty": 0.0}, "difficulty must be positive"),
-        ({"correlation": 1.1}, r"correlation must be in \[0, 1\], got 1.1"),
-        ({"nonlinearity": -0.1}, "nonlinearity must be in"),
-        ({"noise": float("nan")}, "noise must be finite"),
-        ({"imbalance": 0.5}, "imbalance must be finite and at least 1"),
+        ({"steps": 0}, "steps must be a positive int"),
+        ({"latent_dim": 0}, "latent_dim must be a positive int"),
+        ({"difficulty": 0.0}, "difficulty must be a finite number > 0"),
+        ({"correlation": 1.1}, r"correlation must be a finite number in \[0, 1\], got 1.1"),
+        ({"nonlinearity": -0.1}, "nonlinearity must be a finite number in"),
+        ({"noise": float("nan")}, "noise must be a finite number ≥ 0"),
+        ({"imbalance": 0.5}, "imbalance must be a finite number ≥ 1"),
         ({"missing": 1.0}, "missing must be in"),
         ({"groups": 2}, r"groups must be in 3\.\.2000, got 2"),
         ({"task": "ranking"}, "task must be one of"),

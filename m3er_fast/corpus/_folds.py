@@ -1,4 +1,4 @@
-"""What the pickles of MMSA and MulT share: ``{train, valid, test}`` of modalities, aligned or not."""
+"""The layout that the pickles of MMSA and MulT share: ``{train, valid, test}`` -> modalities, aligned or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Fold(NamedTuple):
     """One split of a pickle."""
 
     features: dict[str, np.ndarray]  # modality -> (N, T_m, d_m) float32
-    fields: dict[str, Any]  # everything the pickle has for this split
+    fields: dict[str, Any]  # the whole dict of the split
 
     @property
     def rows(self) -> int:
@@ -28,7 +28,7 @@ class Fold(NamedTuple):
 
 
 def read_folds(data: Any, path: Path) -> dict[str, Fold]:
-    """Return the splits of a loaded pickle that hold any utterance, in the usual order."""
+    """Return the splits of a loaded pickle that hold an utterance, in the usual order."""
     if not isinstance(data, dict) or not any(split in data for split in SPLITS):
         raise CorpusError(f"{path}: wanted a dict with the keys {', '.join(SPLITS)}, got {_summary(data)}")
     folds = {}
@@ -47,7 +47,7 @@ def read_folds(data: Any, path: Path) -> dict[str, Fold]:
 
 
 def _sequences(fields: Mapping[str, Any], path: Path, split: str) -> dict[str, np.ndarray]:
-    """Return the modalities of a split as float32 (N, T_m, d_m) with one N; none if it has no rows."""
+    """Return the modalities of a split as float32 (N, T_m, d_m), with the same N for all; none if it has no rows."""
     features: dict[str, np.ndarray] = {}
     for name in MODALITIES:
         if fields.get(name) is None:
@@ -67,15 +67,15 @@ def _sequences(fields: Mapping[str, Any], path: Path, split: str) -> dict[str, n
 def on_one_axis(
     features: Mapping[str, np.ndarray], known_lengths: Mapping[str, np.ndarray], steps: int | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Bring every modality of a split on one time axis.
+    """Bring all modalities of a split onto one time axis.
 
-    Modalities with equal T and no lengths of their own are aligned already: only padding is trimmed. Otherwise each
-    modality's valid frames are cut into as many equal parts as the utterance has text frames (``steps`` if it has none
-    or if ``steps`` is given) and averaged over each part.
+    Modalities with equal T and no lengths of their own are aligned already: only padding is trimmed. Otherwise the
+    valid frames of each modality are cut into S equal parts and averaged over each part. S is ``steps`` if given, else
+    the number of the utterance's text frames, else 50.
 
     Args:
         features: modality -> (N, T_m, d_m).
-        known_lengths: modality -> (N,) leading valid frames, for those whose lengths the file gives.
+        known_lengths: modality -> (N,) leading valid frames, for modalities whose lengths the file states.
         steps: number of parts, or None for the number of text frames.
 
     Returns:
@@ -104,7 +104,7 @@ def on_one_axis(
 
 
 def _valid_frames(value: np.ndarray, lengths: np.ndarray | None) -> list[np.ndarray]:
-    """Return the (L, d) valid frames of each row; a row of zeros throughout has none."""
+    """Return the (L, d) valid frames of each row; a row of zeros has none."""
     if lengths is None:
         trimmed, lengths, _ = trim_padding({"": value})
         value = trimmed[""]

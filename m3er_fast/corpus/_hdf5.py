@@ -1,8 +1,7 @@
-"""Reading untrusted HDF5: hard links to plain, stored data only.
+"""Reading of untrusted HDF5 files: only hard links to plain data that the file itself stores.
 
-A file may point outside itself (external and soft links, virtual datasets, external storage), which would read other
-files on the reader's behalf, or declare a shape far larger than what it stores. Both are refused by name, before
-anything is read.
+A file may point outside itself (external and soft links, virtual datasets, external storage) and so make the reader
+open other files, or it may declare a shape far larger than its data. Both are refused by name, before anything is read.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 
 from m3er_fast.corpus.base import CorpusError
 
-# Deflate, the strongest filter HDF5 ships with, cannot shrink data further than this.
+# The highest compression ratio of Deflate, the strongest filter that HDF5 ships with.
 _MAX_COMPRESSION = 1032
 
 
@@ -25,8 +24,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     """Open a file for `child` and `read_array`.
 
     Raises:
-        CorpusError: there is no such file, or it is not HDF5 or cut short.
-        ImportError: h5py is not installed.
+        CorpusError: if there is no such file, or it is not HDF5 or is truncated.
+        ImportError: if h5py is not installed.
     """
     try:
         import h5py
@@ -47,7 +46,7 @@ def _unreadable(path: Path, error: Exception) -> CorpusError:
 
 
 def names_in(group: Any, path: Path) -> list[str]:
-    """Return the names of a group's members, whatever kind of link they are."""
+    """Return the names of a group's members, including every kind of link."""
     try:
         return list(group.keys())
     except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -58,7 +57,7 @@ def child(group: Any, name: str, path: Path) -> Any:
     """Return the member ``name`` of a group, which must be stored in the file itself.
 
     Raises:
-        CorpusError: there is no such member, or it is a soft, external or user-defined link.
+        CorpusError: if there is no such member, or it is a soft, external or user-defined link.
     """
     import h5py
 
@@ -93,8 +92,8 @@ def read_array(group: Any, name: str, path: Path) -> np.ndarray:
     """Read the dataset ``name`` of a group; see `child`.
 
     Raises:
-        CorpusError: not a dataset of numbers or strings, virtual, stored in another file, or declared larger than the
-            bytes it stores could unpack to.
+        CorpusError: if it is not a dataset of numbers or strings, is virtual, is stored in another file, or declares a
+            larger shape than its stored bytes could unpack to.
     """
     import h5py
 

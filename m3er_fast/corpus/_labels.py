@@ -1,4 +1,4 @@
-"""Turning the scores and ids of published files into classes and groups."""
+"""Classes and groups from the scores and ids of published files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SENTIMENT = ("negative", "neutral", "positive")
 
 
 def sentiment_classes(scores: np.ndarray, what: str) -> np.ndarray:
-    """Return the index into `SENTIMENT` of (N,) signed scores, by their sign; a NaN score is no label.
+    """Return the sign of (N,) scores as an index into `SENTIMENT`; a NaN score is no label.
 
     Raises:
-        CorpusError: every score is 0 or 1, which reads as two classes rather than as signed sentiment.
+        CorpusError: if every score is 0 or 1: these are two classes rather than signed sentiment.
     """
     known = scores[~np.isnan(scores)]
     if known.size and np.isin(known, (0, 1)).all() and (known == 1).any() and (known == 0).any():
@@ -24,11 +24,11 @@ def sentiment_classes(scores: np.ndarray, what: str) -> np.ndarray:
 
 
 def video_of(utterance: str) -> str:
-    """Return the video part of an utterance id: ``video$_$clip``, ``video[k]`` or ``video_k``; else the id itself."""
+    """Return the video part of an id ``video$_$clip``, ``video[k]`` or ``video_k``; any other id is returned whole."""
     video, separator, _ = utterance.partition("$_$")
     return video if separator else re.sub(r"(?:\[\d+\]|_\d+)$", "", utterance)
 
 
 def row_ids(split: str, rows: int) -> np.ndarray:
-    """Return ids for the rows of a file that has none."""
+    """Return ids for the rows of a file without ids."""
     return np.array([f"{split}_{row:05d}" for row in range(rows)], dtype=object)

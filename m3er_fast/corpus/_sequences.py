@@ -1,6 +1,6 @@
-"""What readers of padded or unaligned sequences share: cast, trim, resample.
+"""Helpers for readers of padded or unaligned sequences: cast, trim, resample.
 
-Dimension legend: N utterances, T time steps, d features, L frames of one utterance, S steps it is cut into.
+Dimension legend: N utterances, T time steps, d features, L frames of an utterance, S parts that it is cut into.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from m3er_fast.corpus.base import CorpusError
 
 
 def as_float32(value: Any, what: str) -> np.ndarray:
-    """Return real numbers of any dtype as float32; what float32 cannot hold becomes ±inf.
+    """Return real numbers of any dtype as float32; numbers beyond its range become ±inf.
+
+    Args:
+        value: the numbers.
+        what: their name in the error message.
 
     Raises:
-        CorpusError: ``what`` is not an array of real numbers.
+        CorpusError: if ``value`` is not an array of real numbers.
     """
     try:
         array = np.asarray(value)
@@ -35,10 +39,10 @@ def trim_padding(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Turn zero padding on either side into right padding with lengths.
 
-    The frames before the first and after the last frame that is not zero in every modality are padding; zero rows
-    between them stay (a lost face track, an unknown word). Both ends are looked at because published files of one
-    family are padded on different sides. A modality that is zero throughout an utterance holds no measurement there
-    and is unavailable.
+    A frame counts as zero if it is zero in every modality. Frames before the first and after the last non-zero frame
+    are padding; zero frames between them stay (a lost face track, an unknown word). Both ends are examined, because
+    published files of one family are padded on different sides. A modality that is zero throughout an utterance holds
+    no measurement and is unavailable.
 
     Args:
         features: modality -> (N, T, d_m), on one time axis.
@@ -73,7 +77,7 @@ def right_pad(sequences: Sequence[np.ndarray], steps: int, features: int) -> np.
 def equal_parts(frames: np.ndarray, steps: int) -> np.ndarray:
     """Average (L, d) frames over ``steps`` parts of equal duration, giving (steps, d).
 
-    Part s covers frames ⌊sL/S⌋ up to ⌊(s+1)L/S⌋; fewer frames than parts are repeated. L ≥ 1.
+    Part s covers frames ⌊sL/S⌋ up to ⌊(s+1)L/S⌋. If there are fewer frames than parts, frames repeat. L ≥ 1.
     """
     length = len(frames)
     edges = np.arange(steps + 1) * length // steps

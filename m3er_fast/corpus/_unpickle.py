@@ -1,7 +1,7 @@
-"""Reading untrusted pickles: NumPy arrays and plain builtins, nothing else.
+"""Reading of untrusted pickles: NumPy arrays and plain builtins, nothing else.
 
-A pickle is a program: it may call whatever `find_class` hands it, and set the state of what those calls return. So
-nothing of NumPy itself is handed out, only stand-ins that check what they are given: a crafted dtype state could
+A pickle is a program: it may call anything that `find_class` returns, and set the state of the results. `find_class`
+therefore returns nothing of NumPy itself, only stand-ins that check their arguments: a crafted dtype state could
 otherwise make NumPy read bytes as object pointers.
 """
 
@@ -21,11 +21,11 @@ from m3er_fast.corpus.base import CorpusError
 _BUILTINS = {kind.__name__: kind for kind in (bool, complex, dict, float, frozenset, int, list, set, str, tuple)}
 _COLLECTIONS = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}
 _DTYPE_NAME_KINDS = "biufcSUO"
-_NDARRAY = object()  # what a pickle gets for numpy.ndarray: good as an argument, not callable
+_NDARRAY = object()  # stands for numpy.ndarray: an argument of _reconstruct, not callable
 
 
 class _RefusedError(Exception):
-    """What the pickle asks for is not admitted."""
+    """The pickle asks for something that is not admitted."""
 
 
 def load_pickle(path: Path, *, encoding: str = "latin1") -> Any:
@@ -33,10 +33,10 @@ def load_pickle(path: Path, *, encoding: str = "latin1") -> Any:
 
     Args:
         path: the file.
-        encoding: how byte strings of Python 2 are decoded; ``"latin1"`` is what Python 2 arrays need.
+        encoding: how to decode byte strings of Python 2; arrays of Python 2 need ``"latin1"``.
 
     Raises:
-        CorpusError: the file asks for anything else (the message names it), or is not a whole pickle.
+        CorpusError: if the file asks for anything else, which the message names, or is not a complete pickle.
     """
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
@@ -55,7 +55,7 @@ def load_pickle(path: Path, *, encoding: str = "latin1") -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Hands out bound methods rather than functions, because a pickle could set attributes of a function."""
+    """An unpickler that returns bound methods rather than functions: a pickle could set attributes of a function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__"):
@@ -69,7 +69,7 @@ class _Unpickler(pickle.Unpickler):
             return self._encode
         if module == "numpy" and name in ("ndarray", "dtype"):
             return _NDARRAY if name == "ndarray" else self._dtype
-        # NumPy 2 renamed numpy.core to numpy._core; pickles name whichever wrote them.
+        # NumPy 2 renamed numpy.core to numpy._core; a pickle has the name of its writer.
         numpy_functions: dict[tuple[str, str], Callable[..., Any]] = {
             ("multiarray", "_reconstruct"): self._reconstruct,
             ("multiarray", "scalar"): self._scalar,
@@ -107,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _PickledDtype:
-    """A dtype in a pickle: a name such as ``f8``, then a state of which only the byte order is taken."""
+    """A dtype in a pickle: a name such as ``f8``, then a state, of which only the byte order is used."""
 
     def __init__(self, name: str) -> None:
         self.dtype = np.dtype(name) if isinstance(name, str) else np.dtype("V")
@@ -122,7 +122,7 @@ class _PickledDtype:
 
 
 class _PickledArray(np.ndarray):
-    """An array whose state is checked before it is taken."""
+    """An array whose state is checked before it is set."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
@@ -132,7 +132,7 @@ class _PickledArray(np.ndarray):
 
 
 def _checked(shape: Any, dtype: Any, data: Any) -> tuple[tuple[int, ...], np.dtype, Any]:
-    """Return shape, dtype and content of an array once they are known to fit each other."""
+    """Check that shape, dtype and content of an array fit each other, and return them."""
     if not isinstance(dtype, _PickledDtype):
         raise _RefusedError("an array without a dtype")
     if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):

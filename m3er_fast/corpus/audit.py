@@ -1,4 +1,4 @@
-"""What is in a corpus, and what is wrong with it. Looks at the data alone, without any model."""
+"""An audit of a corpus: its content, and what is suspicious in it. It needs no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_SPLIT = "all"
 
 @dataclass(frozen=True)
 class ModalityAudit:
-    """Counts and shares of one modality; shares are in 0..1 and NaN where there is nothing to take a share of."""
+    """Counts and shares of one modality; shares lie in 0..1, and a share of nothing is NaN."""
 
     features: int
     unavailable: dict[str, float]  # split -> share of its utterances
@@ -28,7 +28,7 @@ class ModalityAudit:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Everything `audit_corpus` found; ``warnings`` lists in words what deserves a look."""
+    """The result of `audit_corpus`; ``warnings`` lists in words everything suspicious."""
 
     utterances: int
     splits: dict[str, int]  # split -> utterances; "all" if the corpus has none
@@ -37,7 +37,7 @@ class AuditReport:
     length_quantiles: dict[str, float]  # min, 25 %, median, 75 %, max, in frames
     empty: int  # utterances of length 0
     modalities: dict[str, ModalityAudit]
-    labels: dict[str, dict[str, float]]  # split -> class -> utterances (their sum of answers or probabilities)
+    labels: dict[str, dict[str, float]]  # split -> class -> utterances (or the sum of answers or probabilities)
     unlabelled: int
     shared_groups: tuple[str, ...]  # groups in more than one split
     duplicates: tuple[tuple[str, ...], ...]  # ids of utterances with equal frames
@@ -70,7 +70,7 @@ class AuditReport:
 
 
 def audit_corpus(corpus: Corpus) -> AuditReport:
-    """Count what a corpus holds and list what is suspicious in it.
+    """Count the content of a corpus and list everything suspicious in it.
 
     Args:
         corpus: any corpus, with or without labels, splits and groups.
@@ -144,7 +144,7 @@ def _shared_groups(corpus: Corpus, masks: dict[str, np.ndarray]) -> tuple[str, .
 
 
 def _duplicates(corpus: Corpus) -> tuple[tuple[str, ...], ...]:
-    """Return the ids of utterances whose valid frames are equal in every modality; empty ones are left out."""
+    """Return the ids of utterances whose valid frames are equal in every modality, except empty utterances."""
     found: dict[bytes, list[str]] = {}
     for row in np.flatnonzero(corpus.lengths > 0):
         digest = hashlib.blake2b(corpus.available[row].tobytes(), digest_size=16)

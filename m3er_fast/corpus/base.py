@@ -1,4 +1,4 @@
-"""The one form in which every data set reaches the model: `Corpus`, whatever file format it came from.
+"""`Corpus`, the one form in which every data set reaches the model, whatever its file format.
 
 Dimension legend: N utterances, M modalities, T time steps, d_m features of modality m, C classes.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 NO_LABEL = -100
-"""Class index of an utterance without a label; what torch's losses call ``ignore_index``."""
+"""Class index of an utterance without a label: the default ``ignore_index`` of torch's losses."""
 
 SPLITS = ("train", "valid", "test")
 TASKS = ("single", "multi", "distribution")
 
-# Text first, because the published files and the slides list it so; names are kept as the files spell them.
+# Text first, as in the published files and the slides; names keep the spelling of the files.
 _USUAL_ORDER = ("text", "audio", "face", "video", "vision", "visual")
 
 
@@ -29,7 +29,7 @@ class CorpusError(ValueError):
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Put the name of the file in front of a `CorpusError` that does not have it yet."""
+    """Prefix a `CorpusError` with the name of the file, unless it has it already."""
     try:
         yield
     except CorpusError as error:
@@ -42,13 +42,13 @@ def naming(path: str | Path) -> Iterator[None]:
 class Corpus:
     """Labelled or unlabelled utterances of M modalities on one time axis.
 
-    Feature values may be non-finite (the field's files hold NaN and −inf); they are kept as they are.
+    Feature values may be non-finite, because the field's files hold NaN and −inf; they are not changed.
 
     Args:
         ids: (N,) distinct strings.
         features: modality -> (N, T, d_m) float32, right-padded with zeros; utterance vectors have T = 1.
         lengths: (N,) int64 in 0..T, the number of leading frames that are not padding.
-        available: (N, M) bool in the order of ``features``; False where the data hold nothing of a modality.
+        available: (N, M) bool in the order of ``features``; False where a modality is missing.
         target: None, or for task ``"single"`` (N,) int64 class indices with −100 for "no label", for ``"multi"``
             (N, C) float32 answers 0 or 1, for ``"distribution"`` (N, C) float32 rows that sum to 1.
         classes: C class names, in the order of the target.
@@ -57,7 +57,7 @@ class Corpus:
         group: (N,) strings, the video or speaker that splits must not share, or None.
 
     Raises:
-        CorpusError: naming the argument, what it holds and what was wanted.
+        CorpusError: naming the argument, its value and what was wanted.
     """
 
     ids: np.ndarray
@@ -139,7 +139,7 @@ class Corpus:
 
     @property
     def input_dims(self) -> dict[str, int]:
-        """Feature count of each modality, as the model wants it."""
+        """Feature count of each modality, as the model takes it."""
         return {name: value.shape[2] for name, value in self.features.items()}
 
     @property
@@ -167,7 +167,7 @@ class Corpus:
         )
 
     def subset(self, split: str) -> Corpus:
-        """Return the utterances of one split (possibly none).
+        """Return the utterances of one split, possibly none.
 
         Raises:
             CorpusError: if the corpus has no splits, or ``split`` is not the name of one.
@@ -182,12 +182,13 @@ class Corpus:
 def concatenate(corpora: Sequence[Corpus]) -> Corpus:
     """Join corpora of the same task and classes, one after the other.
 
-    A modality that a part lacks is unavailable in its rows; shorter time axes are padded with zeros; a part without
-    groups gives every row a group of its own. Parts with different modalities give the usual order: text, audio, face.
+    A modality that a part lacks is unavailable in its rows. Shorter time axes are padded with zeros. In a part without
+    groups, every row becomes a group of its own. If the parts differ in modalities, the result has the usual order:
+    text, audio, face.
 
     Raises:
         CorpusError: if the parts differ in task, classes or feature counts, if only some have splits, or if only some
-            have targets where the task has no way to say "no label".
+            have targets and the task cannot express "no label".
     """
     if not corpora:
         raise CorpusError("there is nothing to concatenate")
@@ -229,7 +230,7 @@ def concatenate(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def order_modalities(names: Iterable[str]) -> list[str]:
-    """Sort modality names as the field lists them: text, audio, face (video, vision, visual), then others by name."""
+    """Sort modality names in the field's order: text, audio, face (video, vision, visual), then all others by name."""
     known = {name: rank for rank, name in enumerate(_USUAL_ORDER)}
     return sorted(names, key=lambda name: (known.get(name, len(known)), name))
 

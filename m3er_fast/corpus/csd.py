@@ -1,4 +1,4 @@
-"""The ``.csd`` files of the CMU Multimodal SDK (HDF5): one file a feature set, frames with their time intervals.
+"""The ``.csd`` files of the CMU Multimodal SDK (HDF5): one file per feature set, frames with their time intervals.
 
 Layout: ``/<root>/data/<id>/features`` (n, d) and ``/intervals`` (n, 2) in seconds, ``/<root>/metadata/<key>`` of one
 JSON string. Ids are ``video``, or ``video[k]`` once aligned to utterances. One file holds the labels of the utterances.
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus._hdf5 import group_at, names_in, open_hdf5, read_array
 from m3er_fast.corpus._labels import SENTIMENT, sentiment_classes, video_of
 from m3er_fast.corpus._sequences import as_float32, finite_mean, right_pad
@@ -34,7 +35,7 @@ _PAUSE = b"sp"
 
 
 class _Sequences:
-    """One open ``.csd`` file. Entries are read when asked for: whole feature sets exceed most machines' memory."""
+    """An open ``.csd`` file. Entries are read on demand: whole feature sets exceed the memory of most machines."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path = path
@@ -55,7 +56,7 @@ class _Sequences:
 
     def entry(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return features, (n, d) float32 or (n,) bytes, and intervals (n, 2) in seconds, in order of time."""
-        # The utterances of a video follow each other: keeping the latest entry saves reading it for each of them.
+        # The utterances of a video follow each other: with the latest entry cached, each entry is read once.
         if self._latest is None or self._latest[0] != name:
             group = group_at(self._data, name, self.path)
             what = f"{self.path}: features of {name!r}"
@@ -70,7 +71,7 @@ class _Sequences:
         return self._latest[1]
 
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return `entry`, which must hold as many features as the first one."""
+        """Return `entry`, which must have as many features as the first entry."""
         features, intervals = self.entry(name)
         if features.shape[1:] != (self.width,):
             raise CorpusError(f"{self.path}: {name!r} has features {features.shape}, wanted (n, {self.width})")
@@ -86,28 +87,28 @@ def read(
 ) -> Corpus:
     """Read ``.csd`` files as utterances on the time axis of their words.
 
-    An utterance is one row of the label file. Its steps are the words spoken in it, without pauses: the intervals of
-    the word file, or else of the text vectors; every modality's frames that overlap a word are averaged, and a word
-    without any gets a zero row. An utterance without words is cut into ``max_steps`` equal parts. Longer utterances
-    keep their first ``max_steps`` words. A modality without any frame in an utterance is unavailable there. The group
-    is the video.
+    An utterance is one row of the label file. Its steps are its words, without pauses: the intervals of the word file,
+    or of the text vectors if there is no word file. In every modality, the frames that overlap a word are averaged, and
+    a word without frames gets a zero row. An utterance without words is cut into ``max_steps`` equal parts. A longer
+    utterance keeps its first ``max_steps`` words. A modality without frames in an utterance is unavailable there. The
+    group is the video.
 
-    Labels by their dimension names, or else by their number: seven are sentiment and the six emotions of MOSEI, six the
-    emotions: multi-label, present when > 0; one is sentiment, whose sign is the class.
+    Label columns are identified by their dimension names, or by their number if there are none. Seven columns are
+    sentiment and the six emotions of MOSEI, six are the emotions: multi-label, present when > 0. One column is
+    sentiment, whose sign is the class.
 
     Args:
         source: a folder of ``.csd`` files, or the files.
         modalities: root name or file stem -> modality, overriding the guess from the name (GloVe: text, COVAREP and
             openSMILE: audio, FACET and OpenFace: face); ``"words"`` and ``"labels"`` name those two files.
         max_steps: T, the longest time axis kept.
-        folds: split -> videos, such as the SDK's standard folds; videos in no fold are left out. None: no splits.
+        folds: split -> videos, such as the SDK's standard folds; videos in no fold are left out. None gives no splits.
 
     Raises:
-        CorpusError: naming the file and what is refused, missing or contradictory in it.
-        ValueError: ``max_steps`` < 1 or a fold that is no split.
+        CorpusError: naming the file and the part that is refused, missing or contradictory.
+        ValueError: if ``max_steps`` is not a positive int, or a fold is no split.
     """
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    check_positive_int("max_steps", max_steps)
     for name in folds or ():
         if name not in SPLITS:
             raise ValueError(f"folds: {name!r} is not a split, wanted {', '.join(SPLITS)}")
@@ -120,7 +121,9 @@ def read(
             opened = _Sequences(file, stack.enter_context(open_hdf5(file)))
             name = _modality(opened, modalities or {})
             if name in sequences:
-                raise CorpusError(f"{file}: looks like {name}, as does {sequences[name].path.name}: say which is which")
+                raise CorpusError(
+                    f"{file}: looks like {name}, as does {sequences[name].path.name}: name both in modalities"
+                )
             sequences[name] = opened
         labels = sequences.pop("labels", None)
         if labels is None:
@@ -184,7 +187,7 @@ def _check_features(features: np.ndarray, what: str) -> np.ndarray:
 
 
 def _dimension_names(root: Any, path: Path) -> tuple[str, ...] | None:
-    """Return the column names in the metadata, if there are any that can be read."""
+    """Return the column names in the metadata, or None if they are missing or cannot be read."""
     if "metadata" not in names_in(root, path):
         return None
     metadata = group_at(root, "metadata", path)
@@ -211,12 +214,12 @@ def _modality(sequences: _Sequences, given: Mapping[str, str]) -> str:
         for modality, hints in _GUESSES.items():
             if any(hint in name.replace("_", "").replace(" ", "") for hint in hints):
                 return modality
-    raise CorpusError(f"{sequences.path}: no modality is known by the name {sequences.name!r}: give it in modalities")
+    raise CorpusError(f"{sequences.path}: no modality is known by the name {sequences.name!r}: name it in modalities")
 
 
 @dataclass(frozen=True)
 class _Utterance:
-    """One row of the label file: what to look up in the other files, and when it was spoken."""
+    """One row of the label file: the ids to look up in the other files, and the time interval."""
 
     id: str
     video: str

@@ -1,6 +1,6 @@
-"""A generated corpus of any size, written shard by shard: for measuring, and for trying out what runs overnight.
+"""A generated corpus of any size, written shard by shard: for measurements and for trials of long runs.
 
-Dimension legend: N utterances of a shard, T time steps, d features, q latent dimensions.
+Dimension legend: N utterances per shard, T time steps, d features, q latent dimensions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.parquet import new_folder, write_shard
@@ -28,29 +29,28 @@ def generate_corpus(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write a corpus without labels, one shard in memory at a time.
+    """Write a corpus without labels, with one shard in memory at a time.
 
-    Frames are linear views of latents that the modalities share, plus noise; lengths are uniform in ⌈T/2⌉..T; one in
-    twenty modalities is replaced by noise alone, so that the check has something to find. A shard depends on the seed,
-    its number and the sizes alone: the same arguments give the same bytes.
+    Frames are linear views of latents that the modalities share, plus noise. Lengths are uniform in ⌈T/2⌉..T. Each
+    modality of an utterance is noise alone with probability 1/20, for the check to find. A shard depends only on the
+    seed, its number and the sizes: the same arguments give the same bytes.
 
     Args:
         out: a folder, created if need be.
-        utterances: of all shards.
-        rows_per_shard: utterances a shard.
+        utterances: number of utterances in all shards.
+        rows_per_shard: utterances per shard.
         input_dims: features of each modality; None means text 300, audio 74, face 36.
         steps: T.
-        seed: of everything random.
-        progress: called with the number of shards written, and of all.
+        seed: seeds all random numbers.
+        progress: called with the number of shards written and the number of all shards.
 
     Raises:
-        ValueError: a number is less than 1.
-        CorpusError: ``out`` is a file or holds a corpus already.
-        OSError: it cannot be written to, for example for lack of space.
+        ValueError: if a number is not a positive int.
+        CorpusError: if ``out`` is a file or holds a corpus already.
+        OSError: if it cannot be written to, for example for lack of space.
     """
     for name, value in (("utterances", utterances), ("rows_per_shard", rows_per_shard), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive_int(name, value)
     folder = new_folder(out)
     dims = dict(SCALE_DIMS if input_dims is None else input_dims)
     shards = -(-utterances // rows_per_shard)

@@ -1,4 +1,4 @@
-"""The IEMOCAP raw-features pickles of the conversation-emotion field: a tuple of dicts keyed by dialogue.
+"""The pickles of IEMOCAP's raw features used in conversational emotion recognition: a tuple of dicts per dialogue.
 
 Layout, by the number of members: 9 (DialogueRNN), 10 (COSMIC: four RoBERTa layers, text only) or 12 (RoBERTa layers,
 audio and visual). Frames are utterances: one vector each.
@@ -28,15 +28,15 @@ _LAYOUTS = {
 def read(path: Path, *, encoding: str = "latin1") -> Corpus:
     """Read an IEMOCAP raw-features pickle of 9, 10 or 12 members.
 
-    T = 1; the four RoBERTa layers of the longer variants are averaged, as COSMIC does. The group is the dialogue.
-    Only dialogues that the file puts in a split are read.
+    T = 1. The four RoBERTa layers of the longer variants are averaged, as in COSMIC. The group is the dialogue. Only
+    dialogues in one of the file's splits are read.
 
     Args:
         path: the pickle.
         encoding: see `load_pickle`; the published files were written by Python 2.
 
     Raises:
-        CorpusError: naming the file and what is refused, missing or contradictory in it.
+        CorpusError: naming the file and the part that is refused, missing or contradictory.
     """
     data = load_pickle(path, encoding=encoding)
     if not isinstance(data, tuple | list) or len(data) not in _LAYOUTS:
@@ -50,7 +50,7 @@ def read(path: Path, *, encoding: str = "latin1") -> Corpus:
     dialogues = [
         (split, dialogue)
         for split in ("train", "valid", "test")
-        # Sorted, because the published splits are sets, whose order differs from run to run.
+        # Sorted: the published splits are sets, and their order differs from run to run.
         for dialogue in sorted(map(str, members.get(split, ())))
     ]
     if not dialogues:
@@ -79,7 +79,7 @@ def read(path: Path, *, encoding: str = "latin1") -> Corpus:
         )
 
 
-def _of_dialogue(members: dict[str, Any], name: str, dialogue: str, path: Path) -> Any:
+def _entry(members: dict[str, Any], name: str, dialogue: str, path: Path) -> Any:
     try:
         return members[name][dialogue]
     except KeyError:
@@ -87,7 +87,7 @@ def _of_dialogue(members: dict[str, Any], name: str, dialogue: str, path: Path) 
 
 
 def _labels(members: dict[str, Any], dialogue: str, path: Path) -> np.ndarray:
-    labels = as_float32(_of_dialogue(members, "labels", dialogue, path), f"{path}: labels of {dialogue!r}")
+    labels = as_float32(_entry(members, "labels", dialogue, path), f"{path}: labels of {dialogue!r}")
     if labels.ndim != 1 or not np.isin(labels, range(len(CLASSES))).all():
         raise CorpusError(
             f"{path}: labels of {dialogue!r} are {labels.tolist()}, wanted classes in 0..{len(CLASSES) - 1}"
@@ -98,7 +98,7 @@ def _labels(members: dict[str, Any], dialogue: str, path: Path) -> np.ndarray:
 def _ids(members: dict[str, Any], dialogue: str, count: int, path: Path) -> np.ndarray:
     if "ids" not in members:
         return np.array([f"{dialogue}_{turn:03d}" for turn in range(count)], dtype=object)
-    ids = np.array([str(name) for name in _of_dialogue(members, "ids", dialogue, path)], dtype=object)
+    ids = np.array([str(name) for name in _entry(members, "ids", dialogue, path)], dtype=object)
     if len(ids) != count:
         raise CorpusError(f"{path}: dialogue {dialogue!r} has {count} labels but {len(ids)} ids")
     return ids
@@ -110,7 +110,7 @@ def _vectors(
     """Return the vectors of all utterances as float32 (N, d)."""
     blocks: list[np.ndarray] = []
     for (_, dialogue), count in zip(dialogues, counts, strict=True):
-        block = as_float32(list(_of_dialogue(members, name, dialogue, path)), f"{path}: {name} of {dialogue!r}")
+        block = as_float32(list(_entry(members, name, dialogue, path)), f"{path}: {name} of {dialogue!r}")
         if count == 0:
             continue
         if block.ndim != 2 or len(block) != count or (blocks and block.shape[1] != blocks[0].shape[1]):

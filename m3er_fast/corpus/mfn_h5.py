@@ -1,7 +1,7 @@
-"""The ``.h5`` files of MFN (Zadeh et al., AAAI 2018): one file a modality and split.
+"""The ``.h5`` files of MFN (Zadeh et al., AAAI 2018): one file per modality and split.
 
 Layout: ``{audio,video}_{train,valid,test}.h5``, ``text_{split}_emb.h5`` of (N, T, d) and ``y_{split}.h5``, under the
-key ``d1``; or, older, ``X_{split}.h5`` of (N, T, 325) = text 300 | audio 5 | face 20 under the key ``data``.
+key ``d1``; or, in older files, ``X_{split}.h5`` of (N, T, 325) = text 300 | audio 5 | face 20 under the key ``data``.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _FILES = {"text": "text_{}_emb.h5", "audio": "audio_{}.h5", "video": "video_{}.h
 _JOINT_COLUMNS = {"text": slice(0, 300), "audio": slice(300, 305), "face": slice(305, 325)}
 _YOUTUBE = ("positive", "neutral", "negative")
 _MOSEI = ("anger", "disgust", "fear", "happy", "sad", "surprise")
-# MMMO's scores run from 1 upwards; those who publish results on it call a review positive above 3.5.
+# MMMO's scores run from 1 upwards; published results call a review positive above 3.5.
 _MMMO_MIDDLE = 3.5
 
 
 def read(path: Path) -> Corpus:
     """Read a folder of MFN's ``.h5`` files.
 
-    A split may lack a modality's file, which is then unavailable there, or its labels. The files name no utterances:
-    ids are ``<split>_<row>`` and there are no groups. Zero frames at either end of an utterance are padding (the
-    published YouTube files are padded on the right, others on the left).
+    A split may lack its labels, or the file of a modality, which is then unavailable there. The files do not name
+    utterances: ids are ``<split>_<row>``, and there are no groups. Zero frames at either end of an utterance are
+    padding: the published YouTube files are padded on the right, other files on the left.
 
     Labels, by the shape of y:
         (N, 3) one-hot: positive, neutral, negative (YouTube).
@@ -40,7 +40,7 @@ def read(path: Path) -> Corpus:
         scales differ), multi-label.
 
     Raises:
-        CorpusError: naming the file that is unreadable, contradicts another or holds labels of no known kind.
+        CorpusError: naming the file that is unreadable, contradicts another file or holds labels of an unknown kind.
     """
     if not path.is_dir():
         raise CorpusError(f"{path}: not a folder of .h5 files")
@@ -79,7 +79,7 @@ def _part(
 
 
 def _features(folder: Path, split: str) -> dict[str, np.ndarray]:
-    """Return the modalities of a split, none if it has no files."""
+    """Return the modalities of a split; none if it has no files."""
     joint = folder / f"X_{split}.h5"
     if joint.exists():
         value = _sequences(joint)
@@ -136,7 +136,7 @@ def _targets(folder: Path, labels: dict[str, np.ndarray]) -> tuple[dict[str, np.
         return {split: (value > 0).astype(np.float32) for split, value in labels.items()}, _MOSEI, "multi"
     if width > 1:
         if "train" not in labels:
-            raise CorpusError(f"{folder}: scores of {width} traits need y_train.h5, whose medians divide them")
+            raise CorpusError(f"{folder}: scores of {width} traits need y_train.h5, whose medians are the thresholds")
         middle = np.median(labels["train"], axis=0)
         names = tuple(f"trait_{index}" for index in range(width))
         return {split: (value > middle).astype(np.float32) for split, value in labels.items()}, names, "multi"
@@ -145,7 +145,7 @@ def _targets(folder: Path, labels: dict[str, np.ndarray]) -> tuple[dict[str, np.
     if not everything.min() <= _MMMO_MIDDLE < everything.max():
         raise CorpusError(
             f"{folder}: scores in y run from {everything.min():g} to {everything.max():g}, neither signed sentiment "
-            f"nor on both sides of {_MMMO_MIDDLE}, so no classes can be made of them"
+            f"nor on both sides of {_MMMO_MIDDLE}, so they give no classes"
         )
     return (
         {split: (value[:, 0] > _MMMO_MIDDLE).astype(np.int64) for split, value in labels.items()},

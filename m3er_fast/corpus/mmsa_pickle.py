@@ -21,10 +21,10 @@ from m3er_fast.corpus.base import NO_LABEL, Corpus, CorpusError, concatenate, na
 def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> Corpus:
     """Read an MMSA pickle.
 
-    Aligned files keep their time axis; in unaligned ones audio and vision frames are averaged over as many equal parts
-    of the utterance as it has words (see ``steps``). The attention mask in ``text_bert`` tells which words are padding.
-    Labels are the annotations (negative, neutral, positive, or whatever names the file uses); without them the
-    classification labels 0, 1, 2 for negative, neutral, positive; without those the sign of the regression labels.
+    Aligned files keep their time axis. In unaligned files, the audio and vision frames of an utterance are averaged
+    over equal parts, one per word (see ``steps``). The attention mask in ``text_bert`` marks padding words.
+    Labels are the annotations (negative, neutral, positive, or any other names in the file); without annotations, the
+    classification labels 0, 1, 2 for negative, neutral, positive; without either, the sign of the regression labels.
     The group is the video.
 
     Args:
@@ -33,7 +33,7 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
         encoding: see `load_pickle`.
 
     Raises:
-        CorpusError: naming the file and what is refused, missing or contradictory in it.
+        CorpusError: naming the file and the part that is refused, missing or contradictory.
     """
     folds = read_folds(load_pickle(path, encoding=encoding), path)
     targets, classes = _targets(folds, path)
@@ -67,7 +67,7 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
 
 
 def _blank_text_padding(features: dict[str, np.ndarray], text_bert: Any, what: str) -> None:
-    """Zero the text frames that the attention mask calls padding: BERT puts numbers there too."""
+    """Zero the text frames that the attention mask marks as padding: BERT computes numbers for them too."""
     if "text" not in features or text_bert is None:
         return
     rows, steps = features["text"].shape[:2]

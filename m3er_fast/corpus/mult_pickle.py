@@ -22,13 +22,15 @@ IEMOCAP = ("neutral", "happy", "sad", "angry")
 def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> Corpus:
     """Read a MulT or MultiBench pickle.
 
-    Zero padding becomes right padding with lengths. In unaligned files, audio and vision frames are averaged over as
-    many equal parts of the utterance as it has words (see ``steps``).
+    Zero padding becomes right padding with lengths. In unaligned files, the audio and vision frames of an utterance are
+    averaged over equal parts, one per word (see ``steps``).
 
-    Labels, by shape: (N, 4, 2) pairs of (no, yes) are IEMOCAP's neutral, happy, sad, angry, multi-label; (N, 1, 1),
-    (N, 1) or (N,) scores are sentiment, whose sign is the class: negative, neutral, positive.
+    The shape of the labels decides their meaning. (N, 4, 2) pairs of (no, yes) are IEMOCAP's neutral, happy, sad and
+    angry, multi-label. (N, 1, 1), (N, 1) or (N,) scores are sentiment, whose sign is the class: negative, neutral,
+    positive.
 
-    An ``id`` of (N, 3) is (video, start, end), any other the name of the utterance; the group is the video.
+    An ``id`` of shape (N, 3) is (video, start, end); any other ``id`` is the name of the utterance. The group is the
+    video.
 
     Args:
         path: the pickle.
@@ -36,7 +38,7 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
         encoding: see `load_pickle`.
 
     Raises:
-        CorpusError: naming the file and what is refused, missing or contradictory in it.
+        CorpusError: naming the file and the part that is refused, missing or contradictory.
     """
     folds = read_folds(load_pickle(path, encoding=encoding), path)
     with naming(path):
@@ -70,7 +72,7 @@ def _names(value: Any, split: str, rows: int, path: Path) -> tuple[np.ndarray, n
         raise CorpusError(f"{path}: {split}: id has {len(table)} entries, wanted {rows}")
     texts = [[item.decode("latin1") if isinstance(item, bytes) else str(item) for item in row] for row in table]
     ids = np.array(["_".join(row) for row in texts], dtype=object)
-    # With start and end in columns of their own, the first column is the video already.
+    # If start and end have columns of their own, the first column is the video.
     videos = [row[0] if len(row) > 1 else video_of(row[0]) for row in texts]
     return ids, np.array(videos, dtype=object)
 

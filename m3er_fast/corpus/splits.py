@@ -1,4 +1,4 @@
-"""Train, validation and test splits that never share a video or speaker."""
+"""Train, validation and test splits that share no video or speaker."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError
 
 
 def split_by_group(corpus: Corpus, *, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2), seed: int = 0) -> Corpus:
-    """Split a corpus into train, valid and test so that no group is in two of them.
+    """Split a corpus into train, valid and test, with no group in two of them.
 
-    Groups are dealt out greedily, largest first and otherwise in random order, each to the split in which it brings
-    row and label counts closest to the fractions. A corpus without groups is split row by row.
+    Groups are assigned greedily, largest first and groups of equal size in random order. Each goes to the split in
+    which it brings row and label counts closest to the fractions. A corpus without groups is split row by row.
 
     Args:
-        corpus: any corpus; splits it has are replaced.
+        corpus: any corpus; existing splits are replaced.
         fractions: share of rows wanted in train, valid and test; non-negative, summing to 1.
-        seed: seed of the order in which groups of equal size are dealt out.
+        seed: seeds the order of groups of equal size.
 
     Raises:
-        ValueError: fractions that are negative or do not sum to 1, or fewer groups than splits that were asked for.
+        ValueError: if fractions are negative or do not sum to 1, or there are fewer groups than non-empty splits.
     """
     if len(fractions) != len(SPLITS) or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-9):
         raise ValueError(f"fractions must be three non-negative numbers that sum to 1, got {fractions}")
@@ -31,7 +31,7 @@ def split_by_group(corpus: Corpus, *, fractions: tuple[float, float, float] = (0
 
 
 def ensure_validation(corpus: Corpus, *, fraction: float = 0.125, seed: int = 0) -> Corpus:
-    """Return a corpus with a validation split, moving whole groups of train there if it has none.
+    """Return a corpus with a validation split; if it has none, whole groups of train are moved there.
 
     Args:
         corpus: a corpus with splits.
@@ -39,7 +39,8 @@ def ensure_validation(corpus: Corpus, *, fraction: float = 0.125, seed: int = 0)
         seed: as in `split_by_group`.
 
     Raises:
-        ValueError: the corpus has no splits, the fraction is not inside 0..1, or train has only one group.
+        ValueError: if the corpus has no splits, the fraction is not strictly between 0 and 1, or train has only one
+            group.
     """
     if corpus.split is None:
         raise ValueError("the corpus has no splits: make them with split_by_group")
@@ -55,7 +56,7 @@ def ensure_validation(corpus: Corpus, *, fraction: float = 0.125, seed: int = 0)
 
 
 def _deal_groups(corpus: Corpus, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """Return the part (N,) that each row goes to."""
+    """Return the index (N,) of the part that each row is assigned to."""
     rows = len(corpus)
     if not rows:
         return np.zeros(0, dtype=np.int64)
@@ -88,7 +89,7 @@ def _deal_groups(corpus: Corpus, fractions: Sequence[float], seed: int) -> np.nd
 
 
 def _label_mass(corpus: Corpus) -> np.ndarray:
-    """Return (N, C): how much of each class a row carries."""
+    """Return (N, C): the amount of each class in a row."""
     if corpus.target is None:
         return np.zeros((len(corpus), len(corpus.classes)))
     if corpus.task != "single":

@@ -1,4 +1,4 @@
-"""Utterance vectors in CSV: one headerless file a modality and split, features then the label in the last column.
+"""Utterance vectors in CSV: a headerless file per modality and split, features first and the label last.
 
 Layout: ``<modality>_<split>.csv`` with rows aligned across modalities, and optionally ``<split>_index.csv`` with a
 header and the columns id, transcript, label.
@@ -21,12 +21,12 @@ from m3er_fast.corpus.base import SPLITS, Corpus, CorpusError, concatenate, nami
 def read(path: Path) -> Corpus:
     """Read a folder of utterance CSV files.
 
-    Every utterance has one vector a modality, so T = 1 and every length is 1. A split may lack a modality's file: it is
-    then unavailable there. The group is the video, the part of the id before its last number. Labels 0 and 1 are
-    negative and positive; more classes are named ``class_0`` and so on.
+    Every utterance has one vector per modality, so T = 1 and every length is 1. A split may lack the file of a
+    modality, which is then unavailable there. The group is the video: the part of the id before its last number. Labels
+    0 and 1 are negative and positive; more than two classes are named ``class_0`` and so on.
 
     Raises:
-        CorpusError: naming the file that is empty, ragged or not numeric, or disagrees with another on rows or labels.
+        CorpusError: naming the file that is empty, ragged or not numeric, or differs from another in rows or labels.
     """
     if not path.is_dir():
         raise CorpusError(f"{path}: not a folder of CSV files")
@@ -53,7 +53,7 @@ def _table(file: Path) -> np.ndarray:
     """Return a headerless CSV as float64 (N, d + 1)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty file is named in the error below
+            warnings.simplefilter("ignore", UserWarning)  # the error below names an empty file
             table = np.loadtxt(file, delimiter=",", quotechar='"', ndmin=2, encoding="utf-8-sig", comments=None)
     except ValueError as error:
         raise CorpusError(f"{file}: {str(error).splitlines()[0].split(';')[0]}") from error
@@ -78,7 +78,7 @@ def _labels(tables: dict[str, np.ndarray], files: dict[str, Path]) -> np.ndarray
         differs = labels != tables[first][:, -1]
         if differs.any():
             raise CorpusError(
-                f"{files[name]}: the label in row {int(differs.argmax()) + 1} is not that of {files[first].name}: "
+                f"{files[name]}: the label in row {int(differs.argmax()) + 1} differs from {files[first].name}: "
                 f"the rows are not aligned"
             )
     return tables[first][:, -1].astype(np.int64)
@@ -103,7 +103,7 @@ def _part(
 
 
 def _index(file: Path, labels: np.ndarray) -> np.ndarray:
-    """Return the ids (N,) of an index file, which must agree with the features on rows and labels."""
+    """Return the ids (N,) of an index file, whose rows and labels must agree with the feature files."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
@@ -116,7 +116,7 @@ def _index(file: Path, labels: np.ndarray) -> np.ndarray:
             raise CorpusError(f"{file}: row {number} has no id")
         if row.get("label") and row["label"] != str(label):
             raise CorpusError(
-                f"{file}: the label in row {number} is {row['label']}, but the features' files say {label}: "
+                f"{file}: the label in row {number} is {row['label']}, but {label} in the feature files: "
                 f"the rows are not aligned"
             )
     return np.array([row["id"] for row in rows], dtype=object)
