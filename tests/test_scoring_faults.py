@@ -709,5 +709,5 @@ def test_a_generated_corpus_does_not_depend_on_the_shards_before(tmp_path):
     assert pq.read_table(tmp_path / "a" / "part-00002.parquet").num_rows == 50
     with pytest.raises(CorpusError, match="holds a corpus already"):
         generate_corpus(tmp_path / "a", utterances=250)
-    with pytest.raises(ValueError, match="utterances must be at least 1"):
+    with pytest.raises(ValueError, match="utterances must be a positive int, got 0"):
         generate_corpus(tmp_path / "c", utterances=0)
