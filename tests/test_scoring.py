@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -306,6 +307,16 @@ def test_batch_frames_must_be_a_positive_int_or_auto(batch_frames, model):
 def test_only_dtypes_that_are_fast_here_are_taken(dtype, message, model):
     with pytest.raises(ValueError, match=message):
         Scorer(model, dtype=dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_scores_on_cuda_are_those_of_the_cpu_to_rounding(dtype, tolerance, corpus, model, corpus_dir):
+    table = read_table(corpus_dir / "part-00000.parquet")
+    expected = Scorer(model).score(table)
+    found = Scorer(copy.deepcopy(model).to("cuda"), dtype=dtype).score(table)
+    assert found.schema.names == expected.schema.names
+    np.testing.assert_allclose(probabilities(found, corpus), probabilities(expected, corpus), rtol=0, atol=tolerance)
 
 
 def test_a_class_named_like_a_p_value_column_is_refused(training):

@@ -25,6 +25,7 @@ from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.scoring.batching import plan_batches
 from m3er_fast.scoring.columns import ScoreColumns
 from m3er_fast.scoring.model import model_signature
@@ -384,15 +385,15 @@ def _buffer(buffers: dict[str, Tensor], name: str, size: int, dtype: torch.dtype
 class _AutocastNetwork(nn.Module):
     """A model's network, computing in a lower precision."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: MemoryFusionNetwork, dtype: torch.dtype) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
 
-    def classify(self, features: Sequence[Tensor], lengths: Tensor) -> Any:
+    def classify(self, features: Sequence[Tensor], lengths: Tensor) -> NetworkOutput:
         with torch.autocast(lengths.device.type, self.dtype):
-            answer = self.network.classify(features, lengths)  # type: ignore[operator]
-        return tuple(value.float() for value in answer)
+            output = self.network.classify(features, lengths)
+        return NetworkOutput._make(value.float() for value in output)
 
 
 def _with_network_in(model: M3ERFusion, dtype: torch.dtype) -> M3ERFusion:
