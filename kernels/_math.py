@@ -19,10 +19,10 @@ def exp(x):
 @triton.jit
 def sigmoid(x):
     """Return 1 / (1 + e^-x)."""
-    return 1.0 / (1.0 + tl.exp2(-LOG2_E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
 def tanh(x):
     """Return the hyperbolic tangent, with an absolute error of 1e-7."""
-    return 2.0 / (1.0 + tl.exp2(-2.0 * LOG2_E * x)) - 1.0
+    return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2_E))) - 1.0

@@ -1,7 +1,7 @@
-"""What the memory scan's kernels share: a layer of one step, and dropout.
+"""Parts of the memory scan's kernels: the layers of one step, and dropout.
 
-Dropout is drawn by a counter: whether a unit of a frame is dropped depends on the seed, the frame, the layer and the
-unit only. The way back draws nothing: a unit that was dropped is one whose value is zero.
+Dropout has a counter-based generator: whether a unit is dropped depends on the seed, the frame, the layer and the unit
+only. The backward pass draws zeros: a dropped unit is one whose value is zero.
 
 Dimension legend: N frames, SIZE numbers of a frame; ROWS frames and COLUMNS or OUT numbers of a tile.
 """
@@ -11,41 +11,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Layers with a dropout of their own.
+# Numbers of the layers with dropout, which draw different random numbers.
 ATTENTION = tl.constexpr(0)
 CANDIDATE = tl.constexpr(1)
 GATES = tl.constexpr(2)
-# Nothing is compiled anew for a batch size or a number of steps.
+# Neither batch sizes nor numbers of steps cause a recompilation.
 RUNTIME = ["B", "T", "slots", "N"]
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
-def tanh(x):
-    """To 1e-7 absolute."""
-    return 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0
-
-
-@triton.jit
-def tile(ptr, row, start, mask, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of a matrix whose rows are STRIDE apart, from column ``start``; zeros where the mask is off."""
+def load_tile(ptr, row, start, mask, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load (ROWS, COLUMNS) from column ``start`` of a matrix with rows STRIDE apart; zeros where the mask is off."""
     offsets = row[:, None] * STRIDE + (start + tl.arange(0, COLUMNS))[None, :]
     return tl.load(ptr + offsets, mask=mask[:, None], other=0.0)
 
 
 @triton.jit
-def put(ptr, row, start, mask, value, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+def store_tile(ptr, row, start, mask, value, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store (ROWS, COLUMNS) from column ``start`` of a matrix with rows STRIDE apart, where the mask is on."""
     offsets = row[:, None] * STRIDE + (start + tl.arange(0, COLUMNS))[None, :]
     tl.store(ptr + offsets, value, mask=mask[:, None])
 
 
 @triton.jit
-def bias(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A piece of a bias, the same in each row."""
+def load_bias(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load COLUMNS numbers of a bias, repeated in each row."""
     bias = tl.load(ptr + start + tl.arange(0, COLUMNS)).to(tl.float32)
     return tl.zeros([ROWS, COLUMNS], tl.float32) + bias[None, :]
 
@@ -56,7 +46,7 @@ def add_product(
     x_ptr,  # rows STRIDE apart, SIZE of their columns
     row,
     mask,
-    weight_ptr,  # SIZE · OUT numbers, IN_STRIDE apart along what is summed over and OUT_STRIDE along the other
+    weight_ptr,  # (SIZE, OUT) with strides IN_STRIDE and OUT_STRIDE
     STRIDE: tl.constexpr,
     IN_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -65,9 +55,9 @@ def add_product(
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``total`` + x · weight."""
+    """Return ``total`` + x · weight."""
     for start in range(0, SIZE, CHUNK):
-        x = tile(x_ptr, row, start, mask, STRIDE, CHUNK)
+        x = load_tile(x_ptr, row, start, mask, STRIDE, CHUNK)
         k = start + tl.arange(0, CHUNK)
         weight = tl.load(weight_ptr + (k[:, None] * IN_STRIDE + tl.arange(0, OUT)[None, :] * OUT_STRIDE))
         total = tl.dot(x, weight.to(tl.float32), total, input_precision=PRECISION)
@@ -80,7 +70,7 @@ def add_products(
     x_ptr,
     row,
     mask,
-    weight_ptr,  # of the first; that of each other starts NEXT later
+    weight_ptr,  # the first of four weights, NEXT apart
     STRIDE: tl.constexpr,
     NEXT: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -89,9 +79,9 @@ def add_products(
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same for the four gates of an LSTM: one x, four weights."""
+    """Return ``totals`` + x · weights, for the four gates of an LSTM."""
     for start in range(0, SIZE, CHUNK):
-        x = tile(x_ptr, row, start, mask, STRIDE, CHUNK)
+        x = load_tile(x_ptr, row, start, mask, STRIDE, CHUNK)
         k = start + tl.arange(0, CHUNK)
         added = ()
         for i in tl.static_range(4):
@@ -103,18 +93,18 @@ def add_products(
 
 
 @triton.jit
-def kept(seed_ptr, row, start, dropout, LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of 1 / (1 - dropout), and of 0 for the units that are dropped."""
-    nothing = tl.zeros([ROWS, COLUMNS], tl.int32)
-    low, high = row.to(tl.int32)[:, None] + nothing, (row >> 32).to(tl.int32)[:, None] + nothing
-    unit = (start + tl.arange(0, COLUMNS)).to(tl.int32)[None, :] + nothing
-    draw, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, unit, nothing + LAYER)
+def dropout_mask(seed_ptr, row, start, dropout, LAYER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return (ROWS, COLUMNS) of 0 for the units that are dropped, and of 1 / (1 - dropout) for the others."""
+    zeros = tl.zeros([ROWS, COLUMNS], tl.int32)
+    low, high = row.to(tl.int32)[:, None] + zeros, (row >> 32).to(tl.int32)[:, None] + zeros
+    unit = (start + tl.arange(0, COLUMNS)).to(tl.int32)[None, :] + zeros
+    draw, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, unit, zeros + LAYER)
     return tl.where(tl.uint_to_uniform_float(draw) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def memory_scan_dropout_kernel(
-    x_ptr,  # (N, SIZE), the inner layer of û: before its relu, then after dropout
+    x_ptr,  # (N, SIZE), the inner layer of û: before relu, and on return after relu and dropout
     seed_ptr,
     N,
     dropout,
@@ -123,11 +113,11 @@ def memory_scan_dropout_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Relu and dropout of ROWS frames, in place."""
+    """Apply relu and dropout to ROWS frames, in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for start in range(0, SIZE, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = (row < N)[:, None] & (column < SIZE)[None, :]
         offsets = row[:, None] * SIZE + column[None, :]
         x = tl.maximum(tl.load(x_ptr + offsets, mask=mask, other=0.0), 0.0)
-        tl.store(x_ptr + offsets, x * kept(seed_ptr, row, start, dropout, LAYER, ROWS, COLUMNS), mask=mask)
+        tl.store(x_ptr + offsets, x * dropout_mask(seed_ptr, row, start, dropout, LAYER, ROWS, COLUMNS), mask=mask)

@@ -1,68 +1,77 @@
-"""The memory scan: two loops over time in one kernel each, and everything between them one product over all steps.
+"""The memory scan: two loops over time in one kernel each, and one product over all steps for everything between them.
 
-The memory u never reaches the LSTMs, so that the recurrence falls into two parts. ``cells`` runs the LSTMs, with the
-attention and its feedback, from the first step to the last, and leaves what was attended, r. From that torch's matrix
-products make û and r's share of the inner layers of both γ, for all steps at once; ``memory`` then runs the memory
-alone. The input's share of the gates is one product ahead of both. The way back is the reverse: two loops that leave
-the gradients before each activation, from which the weights' gradients are again products over all steps.
+The memory u never reaches the LSTMs, so the recurrence splits into two loops. ``cells`` runs the LSTMs, the attention
+and its feedback from the first step to the last, and stores the attended cells r. From r, torch's matrix products
+compute û and r's share of the inner layers of both γ, for all steps at once. ``memory`` then runs the memory alone. The
+input's share of the gates is one product before both loops. The backward pass runs in reverse: two loops store the
+gradients before each activation, and from these the weights' gradients are again products over all steps.
 
-A program takes ROWS samples through all steps, and a step is a few layers, one after the other. What a layer gives goes
-to memory, where the way back wants it anyway, and where the next layer, behind a barrier, finds it in the cache: so
-registers hold one tile of one layer, whatever the sizes are. Weights are read in every step, from the cache that all
-programs share. Without gradients the states of two steps are kept, in turns.
+A program takes ROWS samples through all steps. A step is a few layers, one after the other. The output of a layer goes
+to memory, where the backward pass needs it anyway; the next layer, behind a barrier, finds it in the cache. Registers
+therefore hold one tile of one layer, whatever the sizes are. Weights are read in every step, from the cache that all
+programs share. Without gradients only the states of two steps are stored, in turns.
 
-Dot products are tf32x3, three passes of the matrix unit that keep float32's digits; of weights in half precision one
-pass is exact enough, since tf32 holds them exactly. States and all that is kept are float32.
+Dot products are tf32x3: three passes of the matrix unit, which keep float32's digits. One pass is exact enough for
+weights in half precision, which tf32 holds exactly. States and everything stored for the backward pass are float32.
 
-Dimension legend: M modalities, B samples, T time steps, N = T · B frames, step by step; H hidden size, U memory size,
-A and G inner sizes of attention and gates, CELLS = 2MH: the old cells of every modality, and then the new ones.
+Dimension legend: M modalities, B samples, T time steps, N = T · B frames, ordered by step; H hidden size, U memory
+size, A, b and G inner sizes of attention, candidate and gates, CELLS = 2MH: the old cells of every modality, then the
+new cells.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from m3er_fast import reference
+from m3er_fast.kernels._device import capability
 from m3er_fast.kernels._memory_scan_cells import memory_scan_cells_bwd_kernel, memory_scan_cells_fwd_kernel
 from m3er_fast.kernels._memory_scan_layers import CANDIDATE, memory_scan_dropout_kernel
 from m3er_fast.kernels._memory_scan_memory import memory_scan_memory_bwd_kernel, memory_scan_memory_fwd_kernel
-from m3er_fast.kernels._target import TRITON_TYPE, Specialization, Work, capability
-from m3er_fast.operands import arguments_of, reference_gradients, tensors_of
-from m3er_fast.reference import MemoryScanWeights
+from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
+from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
-# --- How they are launched ---
+# --- Sizes and tiles ---
 
 
 class Sizes(NamedTuple):
-    """What the kernels are compiled for."""
+    """Sizes of the layers."""
 
     modalities: int
     hidden: int
     attention: int
+    candidate: int
     gates: int
     memory: int
 
     @classmethod
     def of(cls, weights: MemoryScanWeights) -> Sizes:
-        """Of checked weights."""
+        """Return the sizes of checked weights."""
         modalities, _, hidden = weights.recurrent.shape
         return cls(
-            modalities, hidden, weights.attention[0].shape[0], weights.retain[0].shape[0], weights.candidate[2].shape[0]
+            modalities,
+            hidden,
+            attention=weights.attention.first.shape[0],
+            candidate=weights.candidate.first.shape[0],
+            gates=weights.retain.first.shape[0],
+            memory=weights.candidate.second.shape[0],
         )
 
     @property
     def states(self) -> int:
-        """MH."""
+        """Number of hidden units of all modalities, MH."""
         return self.modalities * self.hidden
 
     @property
     def cells(self) -> int:
-        """2MH."""
+        """Number of old and new cells, 2MH."""
         return 2 * self.states
 
 
@@ -73,27 +82,27 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Matrix units multiply sixteen rows at least: few samples a program leave more multiprocessors work, many read the
-# weights less often. Before Hopper the pieces of both factors wait in registers: more samples do not fit, and eight
-# warps are needed for sixteen. None of these has been timed.
+# Matrix units multiply at least 16 rows. With few samples per program, more multiprocessors have work; with many, the
+# weights are read less often. Before Hopper the parts of both tf32x3 factors wait in registers: more than 16 samples do
+# not fit, and these need eight warps. None of the tiles has been timed.
 AMPERE, LATENCY, THROUGHPUT = Tile(16, 8), Tile(16, 4), Tile(32, 8)
-_MOST_FOR_LATENCY = 2048  # samples: about as many programs as the largest GPUs hold at once
+MOST_FOR_LATENCY = 2048  # samples: their programs are about as many as the largest GPUs hold at once
 
 
 def tile_for(batch: int, generation: int) -> Tile:
-    """The table of tiles, by generation of GPU (80, 90, ...) and number of samples."""
+    """Return the tile for a number of samples on a generation of GPU (80, 90, ...)."""
     if generation < 90:
         return AMPERE
-    return LATENCY if batch <= _MOST_FOR_LATENCY else THROUGHPUT
+    return LATENCY if batch <= MOST_FOR_LATENCY else THROUGHPUT
 
 
-def _piece(size: int, most: int) -> int:
-    """The largest power of two that a size is a multiple of, up to ``most``."""
+def _tile_columns(size: int, most: int) -> int:
+    """Return the largest power of two, up to ``most``, that divides the size."""
     return min(size & -size, most)
 
 
 def _compile_options(tile: Tile) -> dict[str, Any]:
-    # One stage: a load moved ahead by a step would overtake the store that it reads.
+    # One stage: a load prefetched one step ahead would overtake the store that it reads.
     return {"num_warps": tile.warps, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
 
 
@@ -106,8 +115,8 @@ def _cells_constants(sizes: Sizes, tile: Tile, dtype: torch.dtype, *, feedback: 
         "M": sizes.modalities,
         "H": sizes.hidden,
         "A": sizes.attention,
-        "H_PIECE": _piece(sizes.hidden, 32),
-        "A_PIECE": _piece(sizes.attention, 64),
+        "H_TILE": _tile_columns(sizes.hidden, 32),
+        "A_TILE": _tile_columns(sizes.attention, 64),
         "FEEDBACK": feedback,
         "PRECISION": _precision(dtype),
         "ROWS": tile.rows,
@@ -119,49 +128,61 @@ def _memory_constants(sizes: Sizes, tile: Tile, dtype: torch.dtype) -> dict[str,
         "CELLS": sizes.cells,
         "U": sizes.memory,
         "G": sizes.gates,
-        "U_PIECE": _piece(sizes.memory, 64),
-        "G_PIECE": _piece(sizes.gates, 64),
+        "U_TILE": _tile_columns(sizes.memory, 64),
+        "G_TILE": _tile_columns(sizes.gates, 64),
         "PRECISION": _precision(dtype),
         "ROWS": tile.rows,
     }
 
 
-# --- What is kept, and the products over all steps ---
+# --- Forward pass ---
 
 
-class _Kept(NamedTuple):
-    """Results of the layers, float32, in one piece of memory; all but the gates step by step."""
+class _Activations(NamedTuple):
+    """Outputs of the layers in one float32 buffer, ordered by step unless noted.
+
+    A slot is a step whose states are stored: every step if the activations are saved, else the last two in turns.
+    """
 
     hidden: Tensor  # (slots · B, MH)
     cells: Tensor  # (slots · B, MH)
-    inner: Tensor  # (slots · B, A), of the attention
+    inner: Tensor  # (slots · B, A), the attention's inner layer
     memory: Tensor  # (slots · B, U)
     attended: Tensor  # (N, CELLS), r
-    share: Tensor  # (slots · B, CELLS), the softmax
+    softmax: Tensor  # (slots · B, CELLS), of the attention
     retain_update: Tensor  # (slots · B, 2U), γ1 and γ2
-    gates: Tensor  # (M · N, 4H), sample by sample
+    gates: Tensor  # (M · N, 4H), ordered by sample
     context: Tensor  # (N, 2G), inner layers of both γ
     candidate: Tensor  # (N, U), û
     candidate_inner: Tensor  # (N, b)
 
     @classmethod
-    def shapes(cls, frames: int, states: int, sizes: Sizes, candidate: int) -> list[tuple[int, int]]:
-        """Of all steps' frames, and of those of the steps whose states are kept."""
-        modalities, hidden, attention, gates, memory = sizes
-        return [
-            (states, sizes.states), (states, sizes.states), (states, attention), (states, memory),
-            (frames, sizes.cells), (states, sizes.cells), (states, 2 * memory),
-            (modalities * frames, 4 * hidden), (frames, 2 * gates), (frames, memory), (frames, candidate),
-        ]  # fmt: skip
+    def shapes(cls, batch: int, steps: int, slots: int, sizes: Sizes) -> dict[str, tuple[int, int]]:
+        """Return the shape of every field."""
+        frames, states = batch * steps, batch * slots
+        return {
+            "hidden": (states, sizes.states),
+            "cells": (states, sizes.states),
+            "inner": (states, sizes.attention),
+            "memory": (states, sizes.memory),
+            "attended": (frames, sizes.cells),
+            "softmax": (states, sizes.cells),
+            "retain_update": (states, 2 * sizes.memory),
+            "gates": (sizes.modalities * frames, 4 * sizes.hidden),
+            "context": (frames, 2 * sizes.gates),
+            "candidate": (frames, sizes.memory),
+            "candidate_inner": (frames, sizes.candidate),
+        }
 
     @classmethod
-    def of(cls, piece: Tensor, shapes: Sequence[tuple[int, int]]) -> _Kept:
-        parts = piece.split([math.prod(shape) for shape in shapes])
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+    def of(cls, buffer: Tensor, shapes: Mapping[str, tuple[int, int]]) -> _Activations:
+        """Return the parts of the buffer."""
+        parts = buffer.split([math.prod(shape) for shape in shapes.values()])
+        return cls(**{name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})
 
 
-class _Merged(NamedTuple):
-    """The gates' weights, of γ1 and then γ2, as the kernels take them."""
+class _MemoryGates(NamedTuple):
+    """Weights of γ1 and γ2, joined in this order as the kernels read them."""
 
     context: Tensor  # (2G, CELLS + U)
     context_bias: Tensor  # (2G,)
@@ -169,121 +190,112 @@ class _Merged(NamedTuple):
     second_bias: Tensor  # (2, U)
 
     @classmethod
-    def of(cls, weights: MemoryScanWeights) -> _Merged:
-        first, first_bias, second, second_bias = zip(weights.retain, weights.update, strict=True)
-        return cls(torch.cat(first), torch.cat(first_bias), torch.stack(second), torch.stack(second_bias))
+    def of(cls, weights: MemoryScanWeights) -> _MemoryGates:
+        """Return the joined weights."""
+        gates = (weights.retain, weights.update)
+        return cls(
+            context=torch.cat([gate.first for gate in gates]),
+            context_bias=torch.cat([gate.first_bias for gate in gates]),
+            second=torch.stack([gate.second for gate in gates]),
+            second_bias=torch.stack([gate.second_bias for gate in gates]),
+        )
 
 
 def _contiguous(weights: MemoryScanWeights) -> MemoryScanWeights:
-    def one(value: Any) -> Any:
-        return (
-            value.contiguous() if isinstance(value, Tensor) else None if value is None else type(value)(map(one, value))
-        )
-
-    return MemoryScanWeights(*map(one, weights))
+    return MemoryScanWeights.of(len(weights.input), [x if x is None else x.contiguous() for x in weights.tensors()])
 
 
 def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Put x · weightᵀ + bias into a float32 matrix, in the weight's precision."""
+    """Write x · weightᵀ + bias, computed in the weight's precision, into a float32 matrix."""
     if weight.dtype == out.dtype:
         return torch.addmm(bias, x, weight.mT, out=out)
     return out.copy_(torch.addmm(bias, x.to(weight.dtype), weight.mT))
 
 
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Product of matrices, or of a batch of them, in a precision."""
-    return x.to(dtype) @ y.to(dtype)
-
-
-def _scan(
+def _forward(
     features: Sequence[Tensor],
     lengths: Tensor,
     weights: MemoryScanWeights,
     dropout: float,
     seed: Tensor | None,
     *,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Last hidden states, memory, and what the way back needs (empty if not wanted)."""
+    """Return the last hidden states, the memory and the activations, which are empty without ``save``."""
     weights, sizes, dtype = _contiguous(weights), Sizes.of(weights), weights.recurrent.dtype
     batch, steps = features[0].shape[:2]
     hidden = lengths.new_zeros((sizes.modalities, batch, sizes.hidden), dtype=torch.float32)
     memory = lengths.new_zeros((batch, sizes.memory), dtype=torch.float32)
     if not batch or not steps:
         return hidden.to(dtype), memory.to(dtype), hidden.new_empty(0)
-    slots = steps if keep else 2
-    shapes = _Kept.shapes(batch * steps, batch * slots, sizes, weights.candidate[0].shape[0])
-    piece = hidden.new_empty(sum(map(math.prod, shapes)))
-    kept = _Kept.of(piece, shapes)
-    if keep:  # products over all frames also meet those that are not valid: these must be finite
-        piece[: sum(map(math.prod, shapes[:5]))] = 0.0
-    merged = _Merged.of(weights)
+    slots = steps if save else 2
+    shapes = _Activations.shapes(batch, steps, slots, sizes)
+    buffer = hidden.new_empty(sum(map(math.prod, shapes.values())))
+    activations = _Activations.of(buffer, shapes)
+    if save:
+        # The backward pass multiplies these for all frames, also for those that are not valid: they must be finite.
+        torch._foreach_zero_(  # type: ignore[no-untyped-call]
+            [activations.hidden, activations.cells, activations.inner, activations.memory, activations.attended]
+        )
+    joined = _MemoryGates.of(weights)
     tile = tile_for(batch, capability(lengths))
     grid = (triton.cdiv(batch, tile.rows),)
-    drawn = {"DROPOUT": dropout > 0, "KEEP": keep}
-    # What a kernel does not read it is given all the same: any tensor will do.
+    flags = {"DROPOUT": dropout > 0, "SAVE": save}
+    # Every argument of a kernel needs a tensor. Others stand in for what it does not read.
     seed = lengths if seed is None else seed
-    gates = kept.gates.view(sizes.modalities, batch * steps, 4 * sizes.hidden)
+    gates = activations.gates.view(sizes.modalities, batch * steps, 4 * sizes.hidden)
     with torch.autocast(lengths.device.type, enabled=False), torch.cuda.device_of(lengths):
         for m, (x, weight) in enumerate(zip(features, weights.input, strict=True)):
             _linear(gates[m], x.flatten(0, 1), weight, weights.bias[m])
         memory_scan_cells_fwd_kernel[grid](
-            kept.gates,
+            activations.gates,
             lengths,
             weights.recurrent,
             weights.recurrent if weights.feedback is None else weights.feedback,
             *weights.attention,
             seed,
             hidden,
-            kept.hidden,
-            kept.cells,
-            kept.inner,
-            kept.share,
-            kept.attended,
+            activations.hidden,
+            activations.cells,
+            activations.inner,
+            activations.softmax,
+            activations.attended,
             batch,
             steps,
             slots,
             dropout,
             **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
-            **drawn,
+            **flags,
             **_compile_options(tile),
         )
         first, first_bias, second, second_bias = weights.candidate
-        _linear(kept.candidate_inner, kept.attended, first, first_bias)
+        _linear(activations.candidate_inner, activations.attended, first, first_bias)
         if dropout:
-            count, size = kept.candidate_inner.shape
-            memory_scan_dropout_kernel[(triton.cdiv(count, _DROPOUT_ROWS),)](
-                kept.candidate_inner,
-                seed,
-                count,
-                dropout,
-                **_dropout_constants(size, CANDIDATE.value),
-                **_DROPOUT_OPTIONS,
-            )
+            relu_dropout_(activations.candidate_inner, seed, dropout, CANDIDATE.value)
         else:
-            kept.candidate_inner.relu_()
-        _linear(kept.candidate, kept.candidate_inner, second, second_bias).tanh_()
-        _linear(kept.context, kept.attended, merged.context[:, : sizes.cells], merged.context_bias)
+            activations.candidate_inner.relu_()
+        _linear(activations.candidate, activations.candidate_inner, second, second_bias).tanh_()
+        _linear(activations.context, activations.attended, joined.context[:, : sizes.cells], joined.context_bias)
         memory_scan_memory_fwd_kernel[grid](
-            kept.candidate,
-            kept.context,
+            activations.candidate,
+            activations.context,
             lengths,
-            merged.context,
-            merged.second,
-            merged.second_bias,
+            joined.context,
+            joined.second,
+            joined.second_bias,
             seed,
             memory,
-            kept.retain_update,
-            kept.memory,
+            activations.retain_update,
+            activations.memory,
             batch,
             steps,
             slots,
             dropout,
             **_memory_constants(sizes, tile, dtype),
-            **drawn,
+            **flags,
             **_compile_options(tile),
         )
-    return hidden.to(dtype), memory.to(dtype), piece if keep else piece.new_empty(0)
+    return hidden.to(dtype), memory.to(dtype), buffer if save else buffer.new_empty(0)
 
 
 _DROPOUT_ROWS = 16
@@ -294,50 +306,66 @@ def _dropout_constants(size: int, layer: int) -> dict[str, Any]:
     return {"LAYER": layer, "SIZE": size, "COLUMNS": min(64, triton.next_power_of_2(size)), "ROWS": _DROPOUT_ROWS}
 
 
-class _Slopes(NamedTuple):
-    """Gradients before each activation, frame by frame; zero where a frame is not valid."""
+def relu_dropout_(x: Tensor, seed: Tensor, dropout: float, layer: int) -> None:
+    """Apply relu and dropout to a layer's values (N, size), in place."""
+    count, size = x.shape
+    memory_scan_dropout_kernel[(triton.cdiv(count, _DROPOUT_ROWS),)](
+        x, seed, count, dropout, **_dropout_constants(size, layer), **_DROPOUT_OPTIONS
+    )
+
+
+# --- Backward pass ---
+
+
+class _PreactivationGradients(NamedTuple):
+    """Gradients before each activation, frame by frame; zero for frames that are not valid."""
 
     gates: Tensor  # (N, 4MH)
-    inner: Tensor  # (N, A), of the attention
-    logits: Tensor  # (N, CELLS), of its softmax
+    inner: Tensor  # (N, A), the attention's inner layer
+    logits: Tensor  # (N, CELLS), of the attention's softmax
     candidate_inner: Tensor  # (N, b)
     candidate: Tensor  # (N, U)
-    context: Tensor  # (N, 2G), of the inner layers of both γ
-    retain: Tensor  # (N, U), of γ1
-    update: Tensor  # (N, U), of γ2
+    context: Tensor  # (N, 2G), inner layers of both γ
+    retain: Tensor  # (N, U), γ1
+    update: Tensor  # (N, U), γ2
 
 
-def _slopes(
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product of matrices, or of batches of them, in a precision."""
+    return x.to(dtype) @ y.to(dtype)
+
+
+def _preactivation_gradients(
     hidden_grad: Tensor,
     memory_grad: Tensor,
-    kept: _Kept,
+    activations: _Activations,
     lengths: Tensor,
     weights: MemoryScanWeights,
     steps: int,
     dropout: float,
-) -> _Slopes:
-    """Both loops over time backwards, the memory's and then the cells'."""
+) -> _PreactivationGradients:
+    """Run both loops over time backward, the memory's and then the cells'."""
     sizes, dtype, batch = Sizes.of(weights), weights.recurrent.dtype, lengths.shape[0]
-    merged = _Merged.of(weights)
+    joined = _MemoryGates.of(weights)
     tile = tile_for(batch, capability(lengths))
     grid = (triton.cdiv(batch, tile.rows),)
     scale = 1.0 / (1.0 - dropout)
-    slope = kept.cells.new_zeros((batch * steps, 3 * sizes.memory))
-    context, inner, logits = map(torch.zeros_like, (kept.context, kept.inner, kept.attended))
-    gates = slope.new_zeros((batch * steps, 4 * sizes.states))
-    # A backward pass may run again: what came in stays as it is.
+    of_memory = activations.cells.new_zeros((batch * steps, 3 * sizes.memory))
+    context, inner, logits = map(torch.zeros_like, (activations.context, activations.inner, activations.attended))
+    gates = of_memory.new_zeros((batch * steps, 4 * sizes.states))
+    # A backward pass may run again: its incoming gradients are copied before the kernels overwrite them.
     memory_state = memory_grad.to(torch.float32, copy=True).contiguous()
     hidden_state = hidden_grad.to(torch.float32, copy=True).contiguous()
     memory_scan_memory_bwd_kernel[grid](
-        kept.candidate,
-        kept.context,
-        kept.retain_update,
-        kept.memory,
+        activations.candidate,
+        activations.context,
+        activations.retain_update,
+        activations.memory,
         lengths,
-        merged.context,
-        merged.second,
+        joined.context,
+        joined.second,
         memory_state,
-        slope,
+        of_memory,
         context,
         batch,
         steps,
@@ -345,26 +373,26 @@ def _slopes(
         **_memory_constants(sizes, tile, dtype),
         **_compile_options(tile),
     )
-    retain, update, candidate = slope.split(sizes.memory, 1)
-    candidate_inner = _product(candidate, weights.candidate[2], dtype).float()
-    candidate_inner.mul_(scale).masked_fill_(kept.candidate_inner <= 0, 0.0)
-    attended_grad = _product(context, merged.context[:, : sizes.cells], dtype).float()
-    attended_grad += _product(candidate_inner, weights.candidate[0], dtype)
+    retain, update, candidate = of_memory.split(sizes.memory, 1)
+    candidate_inner = _product(candidate, weights.candidate.second, dtype).float()
+    candidate_inner.mul_(scale).masked_fill_(activations.candidate_inner <= 0, 0.0)
+    attended_grad = _product(context, joined.context[:, : sizes.cells], dtype).float()
+    attended_grad += _product(candidate_inner, weights.candidate.first, dtype)
     memory_scan_cells_bwd_kernel[grid](
-        kept.gates,
-        kept.cells,
-        kept.inner,
-        kept.share,
-        kept.attended,
+        activations.gates,
+        activations.cells,
+        activations.inner,
+        activations.softmax,
+        activations.attended,
         lengths,
         weights.recurrent,
         weights.recurrent if weights.feedback is None else weights.feedback,
-        weights.attention[0],
-        weights.attention[2],
+        weights.attention.first,
+        weights.attention.second,
         attended_grad,
         hidden_state,
-        torch.zeros_like(kept.hidden[:batch]),
-        torch.zeros_like(kept.attended[:batch]),
+        torch.zeros_like(activations.hidden[:batch]),
+        torch.zeros_like(activations.attended[:batch]),
         gates,
         logits,
         inner,
@@ -374,285 +402,243 @@ def _slopes(
         **_cells_constants(sizes, tile, dtype, feedback=weights.feedback is not None),
         **_compile_options(tile),
     )
-    return _Slopes(gates, inner, logits, candidate_inner, candidate, context, retain, update)
+    return _PreactivationGradients(gates, inner, logits, candidate_inner, candidate, context, retain, update)
 
 
-def _gradients(
+def _backward(
     hidden_grad: Tensor,
     memory_grad: Tensor,
-    piece: Tensor,
+    buffer: Tensor,
     features: Sequence[Tensor],
     lengths: Tensor,
     weights: MemoryScanWeights,
     dropout: float,
     wanted: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of features (empty where not wanted) and weights, in the order of :func:`scan_weights.tensors_of`."""
-    given = [*features, *(x for x in tensors_of(weights) if x is not None)]
+) -> tuple[list[Tensor], MemoryScanWeights]:
+    """Return the gradients of the features, empty where not wanted, and of the weights."""
     batch, steps = features[0].shape[:2]
     if not batch or not steps:
-        return [torch.zeros_like(x) for x in given]
-    weights, sizes, frames = _contiguous(weights), Sizes.of(weights), batch * steps
-    kept = _Kept.of(piece, _Kept.shapes(frames, frames, sizes, weights.candidate[0].shape[0]))
-    with torch.autocast(piece.device.type, enabled=False), torch.cuda.device_of(piece):
-        slopes = _slopes(hidden_grad, memory_grad, kept, lengths, weights, steps, dropout)
-        return _products_over_frames(slopes, kept, features, lengths, weights, wanted)
+        zeros = [x if x is None else torch.zeros_like(x) for x in weights.tensors()]
+        return [torch.zeros_like(x) for x in features], MemoryScanWeights.of(len(features), zeros)
+    weights = _contiguous(weights)
+    activations = _Activations.of(buffer, _Activations.shapes(batch, steps, steps, Sizes.of(weights)))
+    with torch.autocast(buffer.device.type, enabled=False), torch.cuda.device_of(buffer):
+        grads = _preactivation_gradients(hidden_grad, memory_grad, activations, lengths, weights, steps, dropout)
+        return _products_over_frames(grads, activations, features, lengths, weights, wanted)
 
 
 def _products_over_frames(
-    slopes: _Slopes,
-    kept: _Kept,
+    grads: _PreactivationGradients,
+    activations: _Activations,
     features: Sequence[Tensor],
     lengths: Tensor,
     weights: MemoryScanWeights,
     wanted: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients as :func:`_gradients` gives them: slopes times what a layer was given, summed over all frames."""
+) -> tuple[list[Tensor], MemoryScanWeights]:
+    """Return what :func:`_backward` returns: gradients times the inputs of a layer, summed over all frames."""
     sizes, dtype = Sizes.of(weights), weights.recurrent.dtype
     modalities, size = sizes.modalities, sizes.hidden
     batch, steps = features[0].shape[:2]
-    before = batch * steps - batch  # frames that have a next step; their states meet the slopes of that
+    before = batch * steps - batch  # frames with a next step, whose gradients their states are multiplied by
 
-    def of_weight(slope: Tensor, x: Tensor) -> Tensor:
-        return _product(slope.mT, x, dtype)
+    def of_weight(grad: Tensor, x: Tensor) -> Tensor:
+        return _product(grad.mT, x, dtype)
 
-    def of_bias(slope: Tensor) -> Tensor:
-        return slope.sum(0).to(dtype)
+    def of_bias(grad: Tensor) -> Tensor:
+        return grad.sum(0).to(dtype)
 
-    by_modality = slopes.gates.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
+    def of_memory_gate(inner_grad: Tensor, grad: Tensor, inner: Tensor) -> TwoLayers:
+        first = [
+            of_weight(inner_grad, activations.attended),
+            of_weight(inner_grad[batch:], activations.memory[:before]),
+        ]
+        return TwoLayers(torch.cat(first, 1), of_bias(inner_grad), of_weight(grad, inner), of_bias(grad))
+
+    by_modality = grads.gates.unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, N, 4H)
     later = by_modality[:, batch:]
-    recurrent = of_weight(later, kept.hidden[:before].unflatten(1, (modalities, size)).transpose(0, 1))
-    feedback = []
+    recurrent = of_weight(later, activations.hidden[:before].unflatten(1, (modalities, size)).transpose(0, 1))
+    feedback = None
     if weights.feedback is not None:
-        attended = kept.attended[:before].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
-        feedback = [torch.cat([of_weight(later, r) for r in attended], 2)]
+        attended = activations.attended[:before].unflatten(1, (2, modalities, size)).permute(1, 2, 0, 3)
+        feedback = torch.cat([of_weight(later, r) for r in attended], 2)
     alive = torch.arange(steps, device=lengths.device)[:, None] < lengths
     of_inputs, of_features = [], []
-    for x, weight, slope, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
-        # Padding may hold anything.
+    for x, weight, grad, is_wanted in zip(features, weights.input, by_modality, wanted, strict=True):
+        # Padding may hold anything, NaN too.
         valid = torch.where(alive[:, :, None], x.transpose(0, 1), x.new_zeros(())).reshape(batch * steps, -1)
-        of_inputs.append(of_weight(slope, valid))
-        of_feature = _product(slope, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
+        of_inputs.append(of_weight(grad, valid))
+        of_feature = _product(grad, weight, dtype).view(steps, batch, -1).transpose(0, 1) if is_wanted else None
         of_features.append(x.new_empty(0) if of_feature is None else of_feature.contiguous())
-    cells = [of_weight(slopes.inner[batch:], kept.cells[:before]), of_weight(slopes.inner, kept.cells)]
-    of_gates = []
-    for inner_slope, slope, inner in zip(
-        slopes.context.split(sizes.gates, 1),
-        (slopes.retain, slopes.update),
-        kept.context.split(sizes.gates, 1),
-        strict=True,
-    ):
-        first = [of_weight(inner_slope, kept.attended), of_weight(inner_slope[batch:], kept.memory[:before])]
-        of_gates += [torch.cat(first, 1), of_bias(inner_slope), of_weight(slope, inner), of_bias(slope)]
-    return [
-        *of_features,
-        *of_inputs,
-        recurrent,
-        of_bias(slopes.gates).view(modalities, -1),
-        *feedback,
-        torch.cat(cells, 1),
-        of_bias(slopes.inner),
-        of_weight(slopes.logits, kept.inner),
-        of_bias(slopes.logits),
-        of_weight(slopes.candidate_inner, kept.attended),
-        of_bias(slopes.candidate_inner),
-        of_weight(slopes.candidate, kept.candidate_inner),
-        of_bias(slopes.candidate),
-        *of_gates,
-    ]
-
-
-# --- The ops and their gradients ---
-
-
-@torch.library.custom_op("m3er_fast::memory_scan", mutates_args=())
-def memory_scan_op(
-    features: Sequence[Tensor],
-    lengths: Tensor,
-    inputs: Sequence[Tensor],
-    recurrent: Tensor,
-    bias: Tensor,
-    feedback: Tensor | None,
-    layers: Sequence[Tensor],
-    dropout: float,
-    seed: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Last hidden states, memory, and what the way back needs. Autocast changes nothing.
-
-    ``layers`` are the four tensors of each two-layer part, one after the other; ``lengths`` int64 in 0..T.
-    """
-    _, _, weights = arguments_of([*features, *inputs, recurrent, bias, feedback, *layers], lengths)
-    return _scan(features, lengths, weights, dropout, seed, keep=keep)
-
-
-@memory_scan_op.register_fake
-def _memory_scan_fake(
-    features: Sequence[Tensor],
-    lengths: Tensor,
-    inputs: Sequence[Tensor],
-    recurrent: Tensor,
-    bias: Tensor,
-    feedback: Tensor | None,
-    layers: Sequence[Tensor],
-    dropout: float,
-    seed: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, weights = arguments_of([*features, *inputs, recurrent, bias, feedback, *layers], lengths)
-    sizes = Sizes.of(weights)
-    batch, steps = features[0].shape[:2]
-    shapes = _Kept.shapes(batch * steps, batch * steps, sizes, weights.candidate[0].shape[0])
-    return (
-        recurrent.new_empty((sizes.modalities, batch, sizes.hidden)),
-        recurrent.new_empty((batch, sizes.memory)),
-        recurrent.new_empty(sum(rows * columns for rows, columns in shapes) if keep else 0, dtype=torch.float32),
+    cells = [of_weight(grads.inner[batch:], activations.cells[:before]), of_weight(grads.inner, activations.cells)]
+    retain_inner, update_inner = activations.context.split(sizes.gates, 1)
+    retain_inner_grad, update_inner_grad = grads.context.split(sizes.gates, 1)
+    return of_features, MemoryScanWeights(
+        input=of_inputs,
+        recurrent=recurrent,
+        bias=of_bias(grads.gates).view(modalities, -1),
+        feedback=feedback,
+        attention=TwoLayers(
+            torch.cat(cells, 1),
+            of_bias(grads.inner),
+            of_weight(grads.logits, activations.inner),
+            of_bias(grads.logits),
+        ),
+        candidate=TwoLayers(
+            of_weight(grads.candidate_inner, activations.attended),
+            of_bias(grads.candidate_inner),
+            of_weight(grads.candidate, activations.candidate_inner),
+            of_bias(grads.candidate),
+        ),
+        retain=of_memory_gate(retain_inner_grad, grads.retain, retain_inner),
+        update=of_memory_gate(update_inner_grad, grads.update, update_inner),
     )
 
 
-@torch.library.custom_op("m3er_fast::memory_scan_backward", mutates_args=())
-def memory_scan_backward_op(
+# --- The operators and their gradients ---
+
+
+def _weights(arguments: Sequence[Any]) -> MemoryScanWeights:
+    """Return the weights from an operator's arguments, which have lists in place of :class:`TwoLayers`."""
+    weights = MemoryScanWeights(*arguments)
+    return MemoryScanWeights.of(len(weights.input), weights.tensors())
+
+
+def _arguments(weights: MemoryScanWeights) -> list[Any]:
+    """Return the weights as an operator's arguments: the inverse of :func:`_weights`."""
+    return [list(value) if isinstance(value, TwoLayers) else value for value in weights]
+
+
+def _present(weights: MemoryScanWeights) -> list[Tensor]:
+    return [x for x in weights.tensors() if x is not None]
+
+
+def _memory_scan(features: Sequence[Tensor], lengths: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *weights, dropout, seed, save = arguments
+    return _forward(features, lengths, _weights(weights), dropout, seed, save=save)
+
+
+def _memory_scan_fake(features: Sequence[Tensor], lengths: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *weights, _, _, save = arguments
+    recurrent, sizes = _weights(weights).recurrent, Sizes.of(_weights(weights))
+    batch, steps = features[0].shape[:2]
+    shapes = _Activations.shapes(batch, steps, steps, sizes)
+    return (
+        recurrent.new_empty((sizes.modalities, batch, sizes.hidden)),
+        recurrent.new_empty((batch, sizes.memory)),
+        recurrent.new_empty(sum(a * b for a, b in shapes.values()) if save else 0, dtype=torch.float32),
+    )
+
+
+def _memory_scan_backward(
     hidden_grad: Tensor,
     memory_grad: Tensor,
-    kept: Tensor,
+    buffer: Tensor,
     features: Sequence[Tensor],
     lengths: Tensor,
-    inputs: Sequence[Tensor],
-    recurrent: Tensor,
-    bias: Tensor,
-    feedback: Tensor | None,
-    layers: Sequence[Tensor],
-    dropout: float,
-    wanted: Sequence[bool],
+    *arguments: Any,
 ) -> list[Tensor]:
-    """Gradients of the features, (0,) where not wanted, and of all weights that there are."""
-    _, _, weights = arguments_of([*features, *inputs, recurrent, bias, feedback, *layers], lengths)
-    return _gradients(hidden_grad, memory_grad, kept, features, lengths, weights, dropout, wanted)
+    *weights, dropout, wanted = arguments
+    of_features, of_weights = _backward(
+        hidden_grad, memory_grad, buffer, features, lengths, _weights(weights), dropout, wanted
+    )
+    return [*of_features, *_present(of_weights)]
 
 
-@memory_scan_backward_op.register_fake
 def _memory_scan_backward_fake(
-    hidden_grad: Tensor,
-    memory_grad: Tensor,
-    kept: Tensor,
-    features: Sequence[Tensor],
-    lengths: Tensor,
-    inputs: Sequence[Tensor],
-    recurrent: Tensor,
-    bias: Tensor,
-    feedback: Tensor | None,
-    layers: Sequence[Tensor],
-    dropout: float,
-    wanted: Sequence[bool],
+    _: Tensor, __: Tensor, ___: Tensor, features: Sequence[Tensor], ____: Tensor, *arguments: Any
 ) -> list[Tensor]:
+    *weights, _, wanted = arguments
     of_features = [x.new_empty(x.shape if is_wanted else (0,)) for x, is_wanted in zip(features, wanted, strict=True)]
-    weights = [*inputs, recurrent, bias, *([] if feedback is None else [feedback]), *layers]
-    return of_features + [x.new_empty(x.shape) for x in weights]
+    return of_features + [x.new_empty(x.shape) for x in _present(_weights(weights))]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, lengths, weights, recurrent, bias, feedback, layers, ctx.dropout, _, _ = inputs
+_INPUTS = f"Tensor[] features, Tensor lengths, {schema_of(MemoryScanWeights)}, float dropout"
+
+# Autocast changes nothing; ``lengths`` are int64 in 0..T.
+memory_scan_op = torch.library.custom_op(
+    "m3er_fast::memory_scan",
+    _memory_scan,
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? seed, bool save) -> (Tensor, Tensor, Tensor)",
+)
+memory_scan_op.register_fake(_memory_scan_fake)
+memory_scan_backward_op = torch.library.custom_op(
+    "m3er_fast::memory_scan_backward",
+    _memory_scan_backward,
+    mutates_args=(),
+    schema=f"(Tensor hidden_grad, Tensor memory_grad, Tensor activations, {_INPUTS}, bool[] wanted) -> Tensor[]",
+)
+memory_scan_backward_op.register_fake(_memory_scan_backward_fake)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, lengths, *weights, ctx.dropout, _, _ = inputs
+    _, _, activations = output
     ctx.modalities = len(features)
     ctx.wanted = [x.requires_grad for x in features]
-    ctx.save_for_backward(output[2], lengths, *features, *weights, recurrent, bias, feedback, *layers)
-    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(activations, lengths, *features, *_weights(weights).tensors())
+    ctx.mark_non_differentiable(activations)
 
 
-def _memory_scan_backward(ctx: Any, hidden_grad: Tensor, memory_grad: Tensor, _: Any) -> tuple[Any, ...]:
-    kept, lengths, *tensors = ctx.saved_tensors
-    modalities = ctx.modalities
-    if torch.is_grad_enabled():  # the gradients may be differentiated in their turn
+def _gradients_of_inputs(ctx: Any, hidden_grad: Tensor, memory_grad: Tensor, _: Any) -> tuple[Any, ...]:
+    activations, lengths, *tensors = ctx.saved_tensors
+    features, weights = tensors[: ctx.modalities], MemoryScanWeights.of(ctx.modalities, tensors[ctx.modalities :])
+    if torch.is_grad_enabled():  # the gradients themselves may be differentiated
         if ctx.dropout:
             raise RuntimeError(
                 "the operator m3er_fast::memory_scan has no second derivative with dropout: use backend 'torch'"
             )
-        found = reference_gradients(hidden_grad, memory_grad, lengths, tensors)
+        grads = reference.memory_scan_gradients(hidden_grad, memory_grad, features, lengths, weights)
     else:
-        features, inputs = tensors[:modalities], tensors[modalities : 2 * modalities]
-        recurrent, bias, feedback, *layers = tensors[2 * modalities :]
-        each = iter(
+        found = iter(
             memory_scan_backward_op(
-                hidden_grad,
-                memory_grad,
-                kept,
-                features,
-                lengths,
-                inputs,
-                recurrent,
-                bias,
-                feedback,
-                layers,
-                ctx.dropout,
-                ctx.wanted,
+                hidden_grad, memory_grad, activations, features, lengths, *_arguments(weights), ctx.dropout, ctx.wanted
             )
         )
-        found = [None if x is None else next(each) for x in tensors]
-    of_features = [x if is_wanted else None for x, is_wanted in zip(found, ctx.wanted, strict=False)]
-    of_inputs, (recurrent, bias, feedback, *layers) = found[modalities : 2 * modalities], found[2 * modalities :]
-    return of_features, None, of_inputs, recurrent, bias, feedback, layers, None, None, None
+        grads = [None if x is None else next(found) for x in tensors]
+    of_features = [
+        grad if is_wanted else None for grad, is_wanted in zip(grads[: ctx.modalities], ctx.wanted, strict=True)
+    ]
+    of_weights = MemoryScanWeights.of(ctx.modalities, grads[ctx.modalities :])
+    return of_features, None, *_arguments(of_weights), None, None, None
 
 
-memory_scan_op.register_autograd(_memory_scan_backward, setup_context=_save)
+memory_scan_op.register_autograd(_gradients_of_inputs, setup_context=_save_for_backward)
 
 
 def memory_scan(
-    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float = 0.0
+    features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
 ) -> tuple[Tensor, Tensor]:
-    """:func:`m3er_fast.functional.memory_scan` of checked arguments of one type, sizes multiples of 16.
+    """Return the last hidden states and the memory, with what gradients need only if ``trains``.
 
-    What dropout drops depends on torch's random state, as the reference's does, but the units are others.
+    :func:`m3er_fast.functional.memory_scan` documents the arguments. They are checked and of one dtype, and their sizes
+    are multiples of 16. Torch's random state decides which units are dropped; the reference drops other ones.
     """
     steps = features[0].shape[1]
-    lengths = (lengths.ceil() if lengths.is_floating_point() else lengths).long().clamp(0, steps).contiguous()
+    lengths = lengths.long().clamp(0, steps).contiguous()
     seed = torch.randint(2**62, (1,), device=lengths.device) if dropout else None
-    tensors = [*features, *tensors_of(weights)]
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if not keep and not torch.compiler.is_compiling():  # without the dispatcher, which takes longer than a few steps
-        return _scan(features, lengths, weights, dropout, seed, keep=False)[:2]
-    layers = [x for part in (weights.attention, weights.candidate, weights.retain, weights.update) for x in part]
-    hidden, memory, _ = memory_scan_op(
-        list(features), lengths, list(weights.input), weights.recurrent, weights.bias, weights.feedback, layers,
-        dropout, seed, keep,
-    )  # fmt: skip
+    if not trains and not torch.compiler.is_compiling():  # the operator's dispatcher takes longer than a few steps
+        return _forward(features, lengths, weights, dropout, seed, save=False)[:2]
+    hidden, memory, _ = memory_scan_op(list(features), lengths, *_arguments(weights), dropout, seed, trains)
     return hidden, memory
 
 
-# --- What the op must do and how its kernels are compiled ---
+# --- How the kernels are compiled ---
 
-
-def work(
-    batch: int,
-    steps: int,
-    dims: Sequence[int],
-    sizes: Sizes,
-    candidate: int,
-    dtype: torch.dtype,
-    *,
-    feedback: bool = True,
-) -> Work:
-    """The least that a forward scan must do: read features and weights once, write the results; all products."""
-    numbers = 4 * sizes.hidden * (sum(dims) + sizes.states * (3 if feedback else 1))
-    numbers += 2 * sizes.cells * sizes.attention + candidate * (sizes.cells + sizes.memory)
-    numbers += 2 * sizes.gates * (sizes.cells + 2 * sizes.memory)
-    moved = numbers + batch * (steps * sum(dims) + sizes.states + sizes.memory)
-    unit: Any = "tf32x3" if dtype == torch.float32 else "bf16"
-    return Work(moved * dtype.itemsize + 8 * batch, 2 * numbers * batch * steps, unit)
-
-
-PAPER = Sizes(3, 32, 128, 64, 128)
+PAPER = Sizes(modalities=3, hidden=32, attention=128, candidate=64, gates=64, memory=128)
 
 
 def specializations() -> Iterator[Specialization]:
-    """Every tile at the default sizes in each precision; larger and the smallest sizes."""
+    """Yield every tile at the default sizes in each precision, at larger sizes, and at the smallest."""
     hopper = (90, 100)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _of_sizes(PAPER, AMPERE, dtype, (80,))
         yield from _of_sizes(PAPER, LATENCY, dtype, hopper)
         yield from _of_sizes(PAPER, THROUGHPUT, dtype, hopper)
-    large = Sizes(5, 64, 256, 256, 256)
+    large = Sizes(modalities=5, hidden=64, attention=256, candidate=256, gates=256, memory=256)
     yield from _of_sizes(large, AMPERE, torch.float32, (80,))
     yield from _of_sizes(large, THROUGHPUT, torch.float32, hopper)
-    small = Sizes(2, 16, 16, 16, 16)
+    small = Sizes(modalities=2, hidden=16, attention=16, candidate=16, gates=16, memory=16)
     yield from _of_sizes(small, AMPERE, torch.float32, (80,))
     yield from _of_sizes(small, LATENCY, torch.float32, hopper)
     yield Specialization(
@@ -673,12 +659,12 @@ def _of_sizes(sizes: Sizes, tile: Tile, dtype: torch.dtype, targets: tuple[int, 
     )
     cells = _cells_constants(sizes, tile, dtype, feedback=True)
     memory = _memory_constants(sizes, tile, dtype)
-    drawn = {"DROPOUT": True, "KEEP": True}
+    flags = {"DROPOUT": True, "SAVE": True}
     weights = ("recurrent_ptr", "feedback_ptr", "first_ptr", "first_bias_ptr", "second_ptr", "second_bias_ptr")
     weights += ("context_ptr", "bias_ptr")
     for kernel, constants in (
-        (memory_scan_cells_fwd_kernel, cells | drawn),
-        (memory_scan_memory_fwd_kernel, memory | drawn),
+        (memory_scan_cells_fwd_kernel, cells | flags),
+        (memory_scan_memory_fwd_kernel, memory | flags),
         (memory_scan_memory_bwd_kernel, memory),
         (memory_scan_cells_bwd_kernel, cells),
     ):
@@ -690,7 +676,7 @@ def _of_sizes(sizes: Sizes, tile: Tile, dtype: torch.dtype, targets: tuple[int, 
             elif name not in constants:
                 types[name] = "fp32" if name in ("dropout", "scale") else "i32"
         pointers = frozenset(name for name in types if name.endswith("_ptr"))
-        # Tiles of sixteen by sixteen leave each of eight warps' threads one number.
+        # In a tile of 16 by 16 each thread of eight warps holds one number.
         vectorized = sizes.hidden > 16 or tile.warps < 8
         options = _compile_options(tile)
         yield Specialization(label, kernel, types, constants, pointers, options, vectorized=vectorized, targets=targets)
