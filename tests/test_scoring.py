@@ -309,7 +309,7 @@ def test_only_dtypes_that_are_fast_here_are_taken(dtype, message, model):
         Scorer(model, dtype=dtype)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_scores_on_cuda_are_those_of_the_cpu_to_rounding(dtype, tolerance, corpus, model, corpus_dir):
     table = read_table(corpus_dir / "part-00000.parquet")
