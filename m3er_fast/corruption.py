@@ -194,7 +194,7 @@ def corrupt(
         The corrupted features in the same order, and ``truth`` (B, M) bool, True where a modality was corrupted.
 
     Raises:
-        ValueError: naming the argument, what came and what was wanted.
+        ValueError: naming the argument, its value and what was wanted.
 
     Example:
         >>> x = {"text": torch.ones(4, 3, 2), "audio": torch.ones(4, 3, 5)}

@@ -52,9 +52,9 @@ def evaluate(
 
     Args:
         model: fitted, if it has a check.
-        corpus: its modalities and, if it has labels, its classes must be those of the model, in the same order.
+        corpus: its modalities and, if it has labels, its classes must equal the model's, in the same order.
         batch_size: utterances per step.
-        effective: (N, M) verdicts that replace those of the modality check.
+        effective: (N, M) verdicts that replace the modality check's.
 
     Raises:
         ValueError: if the corpus is empty or does not fit the model, or ``effective`` has another shape.

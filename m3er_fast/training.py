@@ -191,7 +191,7 @@ def _run_epochs(
     rows = np.flatnonzero(labelled(training))
     while not state.finished():
         start = time.perf_counter()
-        # Seeded per epoch, not carried over from the last one, so that a resumed training draws the same numbers.
+        # Seeded per epoch, not carried over from the last one: a resumed training must draw the same numbers.
         torch.manual_seed(settings.seed * 1_000_003 + state.epoch)
         order = rows[torch.randperm(len(rows)).numpy()]
         train_loss = _train_epoch(state, training, order)

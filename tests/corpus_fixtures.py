@@ -1,4 +1,4 @@
-"""Builders shared by the corpus tests: small corpora, and files in the structure their publishers use."""
+"""Helpers shared by the corpus tests: small corpora, comparison, pickles and real data."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from m3er_fast.corpus import Corpus
 
 
 def real_data(name):
-    """Return a folder of the real data, or skip."""
+    """Return a folder of the real data, or skip the test."""
     folder = os.environ.get("M3ER_DATA")
     root = Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not (root / name).is_dir():
@@ -20,7 +20,7 @@ def real_data(name):
 
 
 def make_corpus(rows=6, steps=4, dims=(("text", 3), ("audio", 2)), classes=("sad", "happy"), seed=0, **changes):
-    """Return a valid corpus of random numbers with two classes, three splits and a group for every two rows."""
+    """Return a valid corpus of random numbers with two classes, three splits and a group per two rows."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, steps + 1, rows)
     inside = (np.arange(steps) < lengths[:, None])[:, :, None]
@@ -40,7 +40,7 @@ def make_corpus(rows=6, steps=4, dims=(("text", 3), ("audio", 2)), classes=("sad
 
 
 def assert_same(first, second):
-    """Assert that two corpora hold the same, NaN included."""
+    """Assert that two corpora are equal, NaN included."""
     assert first.modalities == second.modalities
     assert first.ids.tolist() == second.ids.tolist()
     for name in first.modalities:
@@ -58,13 +58,14 @@ def assert_same(first, second):
 
 
 def write_pickle(path, value, protocol=4):
+    """Pickle a value to a file, and return its path."""
     with path.open("wb") as stream:
         pickle.dump(value, stream, protocol=protocol)
     return path
 
 
 class Hostile:
-    """Pickles to a call of ``function(*arguments)``."""
+    """An object whose pickle calls ``function(*arguments)``."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments

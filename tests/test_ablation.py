@@ -24,7 +24,7 @@ DIMS = {"text": 6, "audio": 5, "face": 4}
 NETWORK = NetworkConfig(hidden=8, memory=8, attention=(8, 8, 8), fusion=8, head=8)
 CORPUS = make_synthetic(120, input_dims=DIMS, num_classes=3, steps=3, latent_dim=3, difficulty=0.3, seed=1)
 TEST = CORPUS.subset("test")
-# Seeds from 5 on, so that a seed counted from 0 shows.
+# Seeds from 5 on: counting them from 0 would show.
 CONFIG = M3ERConfig(
     check=CheckConfig(alpha=0.3),
     proxy=ProxyConfig(ridge=1e-2),
@@ -61,7 +61,7 @@ def ablated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    """A fitted model whose network is untrained: what corruption and regeneration look at is its steps 0 to 2."""
+    """A fitted model whose network is untrained: corruption and regeneration use only its steps 0 to 2."""
     torch.manual_seed(0)
     fitted = M3ERFusion(DIMS, 3, CONFIG, classes=CORPUS.classes)
     training = CORPUS.subset("train")
@@ -311,13 +311,13 @@ def test_without_matplotlib_the_figures_alone_are_missing(tmp_path, monkeypatch)
         ),
     ],
 )
-def test_what_cannot_be_ablated_is_an_error_before_any_training(monkeypatch, corpus, config, seeds, message):
+def test_invalid_arguments_are_an_error_before_any_training(monkeypatch, corpus, config, seeds, message):
     monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained for nothing"))
     with pytest.raises(ValueError, match=message):
         ablation.run_ablation(corpus, config, seeds=seeds)
 
 
-def test_where_nothing_can_be_written_is_an_error_before_any_training(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained for nothing"))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
@@ -327,7 +327,7 @@ def test_where_nothing_can_be_written_is_an_error_before_any_training(monkeypatc
 # --- corruption ---
 
 
-def test_corruption_leaves_what_it_does_not_hit_bit_for_bit(model):
+def test_corruption_leaves_everything_else_bit_for_bit(model):
     rng = np.random.default_rng(0)
     available = rng.random(CORPUS.available.shape) < 0.8
     features = {name: values.copy() for name, values in CORPUS.features.items()}
@@ -427,7 +427,7 @@ def test_the_seed_decides_the_noise_that_figure_7_shows_and_nothing_else(model):
 
 
 @pytest.mark.parametrize("present", [[], ["text"]])
-def test_nothing_is_regenerated_where_no_other_modality_is_there(model, present):
+def test_nothing_is_regenerated_without_another_modality(model, present):
     available = np.array([[name in present for name in DIMS]] * len(TEST))
     assert regenerate(model, replace(TEST, available=available)) == ({}, {})
 
@@ -515,7 +515,7 @@ def test_an_example_with_an_ineffectual_modality_that_was_found_is_preferred():
     assert chosen["effective"].tolist() == [True, False, True]
 
 
-P = np.array([0.9, 0.4, 0.25])  # what text, audio and face say of class a
+P = np.array([0.9, 0.4, 0.25])  # probability of class a from text, audio and face
 
 
 @pytest.mark.parametrize(

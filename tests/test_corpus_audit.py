@@ -1,4 +1,4 @@
-"""The audit counts what is there and warns of what is wrong; every number is known beforehand."""
+"""The audit counts the content and warns of every flaw; all numbers are known beforehand."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_counts_and_shares_of_a_flawed_corpus():
     assert report.duplicates == (("u4", "u5"),)
 
 
-def test_shared_groups_are_those_in_more_than_one_split():
+def test_groups_in_more_than_one_split_are_shared():
     split = np.array(["train", "train", "train", "test", "valid", "valid"], dtype=object)
     assert audit_corpus(make_corpus(rows=6, split=split)).shared_groups == ("v1",)
 
@@ -62,7 +62,7 @@ def test_constant_features_are_found_in_train():
     assert audit_corpus(corpus).modalities["text"].constant_features == (1,)
 
 
-def test_padding_and_unavailable_modalities_are_not_looked_at():
+def test_padding_and_unavailable_modalities_are_ignored():
     corpus = make_corpus(rows=8, steps=4, lengths=np.full(8, 2))
     for value in corpus.features.values():
         value[:, 2:] = np.nan
@@ -105,11 +105,11 @@ def test_a_clean_corpus_has_no_warning():
         ({"lengths": np.zeros(8, dtype=np.int64)}, "8 utterances have no frame"),
     ],
 )
-def test_lacking_parts_are_warned_of(changes, warning):
+def test_missing_parts_give_a_warning(changes, warning):
     assert warning in audit_corpus(make_corpus(rows=8, **changes)).warnings
 
 
-def test_labels_that_are_no_classes_are_summed():
+def test_answers_and_distributions_are_summed():
     target = np.array([[1, 0], [1, 1]] * 4, np.float32)
     report = audit_corpus(make_corpus(rows=8, target=target, task="multi", split=None))
     assert report.labels == {"all": {"sad": 8, "happy": 4}}
@@ -123,5 +123,5 @@ def test_the_report_is_strict_json(corpus):
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["utterances"] == len(corpus)
 
 
-def test_an_empty_corpus_is_said_to_be_empty():
+def test_an_empty_corpus_gives_one_warning():
     assert audit_corpus(make_corpus().select(slice(0, 0))).warnings == ("the corpus is empty",)

@@ -1,4 +1,4 @@
-"""Corpus: what it refuses, and how it is cut and joined."""
+"""Corpus: the input that it refuses, selecting and concatenating."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from corpus_fixtures import assert_same, make_corpus
 from m3er_fast.corpus import Corpus, CorpusError, concatenate
 
 
-def test_corpus_tells_its_shape():
+def test_corpus_has_its_shape_as_properties():
     corpus = make_corpus(rows=6, steps=4)
     assert len(corpus) == 6
     assert corpus.steps == 4
@@ -95,7 +95,7 @@ def test_concatenate_fills_missing_modalities_and_shorter_time_axes():
     assert not joined.features["text"][:2].any()
 
 
-def test_concatenate_refuses_what_does_not_fit():
+def test_concatenate_refuses_parts_that_do_not_fit():
     corpus = make_corpus()
     other = np.array([f"w{row}" for row in range(6)], dtype=object)
     with pytest.raises(CorpusError, match="differ in labels"):

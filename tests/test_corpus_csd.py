@@ -1,4 +1,4 @@
-"""CMU Multimodal SDK files: words set the time axis, everything else is averaged over them."""
+"""CMU Multimodal SDK files: words are the time axis; all other frames are averaged over them."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_frames_are_averaged_over_words_without_pauses(folder):
     assert corpus.modalities == ("text", "audio")
     assert corpus.lengths.tolist() == [2, 1, 2]
     np.testing.assert_array_equal(corpus.features["text"][0], [[1, 1], [2, 2]])
-    # "so" covers the frames 1 and 3; "good" covers 7 and −inf, of which the finite one counts; the pause's 100 is gone.
+    # "so" covers the frames 1 and 3; "good" covers 7 and −inf, of which 7 alone counts; the pause's 100 is gone.
     np.testing.assert_array_equal(corpus.features["audio"][0, :, 0], [2, 7])
 
 

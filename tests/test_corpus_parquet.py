@@ -1,4 +1,4 @@
-"""The Parquet corpus: what is written is read back, and what others write is read too."""
+"""The Parquet corpus: a written corpus is read back, and so are the layouts of other programs."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("rows_per_shard", [1, 3, 100])
 @pytest.mark.parametrize("changes", TARGETS.values(), ids=TARGETS)
-def test_what_is_written_is_read_back(tmp_path, changes, rows_per_shard):
+def test_a_written_corpus_is_read_back(tmp_path, changes, rows_per_shard):
     corpus = make_corpus(rows=7, **changes)
     paths = write_parquet(corpus, tmp_path / "c", rows_per_shard=rows_per_shard)
     assert [path.name for path in paths] == [f"part-{shard:05d}.parquet" for shard in range(-(-7 // rows_per_shard))]
@@ -225,7 +225,7 @@ def test_null_values_in_a_frame_are_nan(tmp_path):
     np.testing.assert_array_equal(corpus.features["m"][0, 0], [1, np.nan])
 
 
-def test_labels_of_others_are_named_and_typed(tmp_path):
+def test_labels_without_metadata_are_named_and_typed(tmp_path):
     frames = (pa.array([[1.0], [2.0]], pa.list_(pa.float32())), {"features": "1"})
     ids = pa.array(["a", "b"])
 
@@ -347,7 +347,7 @@ def test_a_split_cannot_be_chosen_where_there_are_none(tmp_path):
         read_parquet(tmp_path, splits=["dev"])
 
 
-def test_writing_refuses_what_would_mix_or_clash(tmp_path):
+def test_writing_refuses_an_occupied_folder_and_reserved_names(tmp_path):
     write_parquet(make_corpus(), tmp_path / "c")
     with pytest.raises(CorpusError, match="holds a corpus already"):
         write_parquet(make_corpus(), tmp_path / "c")
@@ -393,7 +393,7 @@ def test_features_from_a_table_ignore_labels(tmp_path):
     assert available.all()
 
 
-def test_convert_splits_by_group_what_has_no_splits(tmp_path, monkeypatch):
+def test_convert_splits_a_source_without_splits_by_group(tmp_path, monkeypatch):
     corpus = make_corpus(rows=20, split=None)
     monkeypatch.setitem(FORMATS, "csd", Format(lambda path: corpus, "nothing"))
     assert_same(convert("anywhere", "csd", tmp_path / "c"), split_by_group(corpus))

@@ -85,8 +85,8 @@ def test_mmsa_unaligned_frames_are_averaged_over_the_words(tmp_path):
     valid = mmsa_fold(seed=1, audio=audio, audio_lengths=[9, 9])
     corpus = read_mmsa(tmp_path, fold, valid=valid)
     assert corpus.lengths.tolist() == [3, 4, 4, 4]
-    np.testing.assert_allclose(corpus.features["audio"][0, :, 0], [2, 15, 8, 0])  # two frames a word
-    np.testing.assert_allclose(corpus.features["audio"][1, :, 0], [5, 5, 6, 6])  # half a frame a word
+    np.testing.assert_allclose(corpus.features["audio"][0, :, 0], [2, 15, 8, 0])  # two frames per word
+    np.testing.assert_allclose(corpus.features["audio"][1, :, 0], [5, 5, 6, 6])  # half a frame per word
     np.testing.assert_allclose(corpus.features["audio"][2, :, 0], [2, 15, 8, 0])  # ⌊9/4⌋: 2, 2, 2 and 3 frames
     assert corpus.available.tolist() == [[True, True, False], [True] * 3, [True] * 3, [True] * 3]
 

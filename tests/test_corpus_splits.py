@@ -27,7 +27,7 @@ def test_no_group_is_shared_and_fractions_are_met():
     np.testing.assert_allclose(shares(corpus), (0.7, 0.1, 0.2), atol=0.01)
 
 
-def test_large_groups_are_dealt_out_first():
+def test_large_groups_are_assigned_first():
     corpus = dataclasses.replace(grouped([1] * 20 + [20]), target=None)
     corpus = split_by_group(corpus, fractions=(0.5, 0.0, 0.5))
     assert shares(corpus) == [0.5, 0.0, 0.5]
@@ -85,7 +85,7 @@ def test_fewer_groups_than_splits_are_refused():
         split_by_group(grouped([5, 5]))
 
 
-def test_validation_is_carved_out_of_train_by_group():
+def test_validation_is_taken_from_train_by_group():
     corpus = make_corpus(rows=80)
     split = np.array(["train"] * 60 + ["test"] * 20, dtype=object)
     held = ensure_validation(make_corpus(rows=80, split=split), fraction=0.2)
@@ -109,7 +109,7 @@ def test_splitting_nothing_gives_nothing():
     assert len(split_by_group(make_corpus().select(slice(0, 0)))) == 0
 
 
-def test_convert_keeps_published_splits_unless_told_otherwise(tmp_path):
+def test_convert_keeps_published_splits_unless_resplit(tmp_path):
     rng = np.random.default_rng(0)
     for split, rows in (("train", 30), ("test", 12)):
         for name in ("text", "audio"):

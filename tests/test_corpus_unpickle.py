@@ -1,4 +1,4 @@
-"""The restricted unpickler: NumPy arrays and plain builtins come through, everything else is refused by name."""
+"""The restricted unpickler: NumPy arrays and plain builtins are loaded, everything else is refused by name."""
 
 import codecs
 import os

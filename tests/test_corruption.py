@@ -1,4 +1,4 @@
-"""The corruptions do what they claim to valid frames, and nothing to anything else."""
+"""The corruptions change valid frames as documented, and nothing else."""
 
 from functools import partial
 
@@ -341,6 +341,6 @@ def test_one_modality_or_no_sample_leaves_everything_clean():
         ({"text": sample(3)}, {"lengths": [6, 1, 1]}, "lengths must lie in 0..5"),
     ],
 )
-def test_corrupt_names_what_is_wrong(features, keywords, message):
+def test_corrupt_names_the_invalid_argument(features, keywords, message):
     with pytest.raises(ValueError, match=message):
         corrupt(features, 0, **keywords)

@@ -1,4 +1,4 @@
-"""The scores against hand-counted tables and scikit-learn, and the refusal of what cannot be scored."""
+"""The scores against hand-counted tables and scikit-learn, and the refusal of invalid input."""
 
 import json
 import math
@@ -225,7 +225,7 @@ NOT_A_NUMBER = float("nan")
         ([[0.5, 0.5]], [0], "no", None, "distinct names"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_error(probabilities, target, classes, task, message):
+def test_invalid_input_is_one_clear_error(probabilities, target, classes, task, message):
     with pytest.raises(ValueError, match=message):
         classification_report(probabilities, target, classes, task=task)
 
@@ -253,7 +253,7 @@ def test_auroc_ranks_infinite_scores():
         ([1.0], [True, False], "must agree"),
     ],
 )
-def test_auroc_refuses_what_has_no_area(scores, positives, message):
+def test_auroc_refuses_input_without_an_area(scores, positives, message):
     with pytest.raises(ValueError, match=message):
         auroc(scores, positives)
 

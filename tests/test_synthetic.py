@@ -1,4 +1,4 @@
-"""Each setting of the generated corpus does what it says, measured in NumPy and scikit-learn."""
+"""The effect of each setting of the generated corpus, measured in NumPy and scikit-learn."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def test_linear_low_noise_modalities_are_linear_maps_of_each_other_to_1e_4(sourc
         assert np.linalg.norm(proxy - y[queries]) < 1e-4 * np.linalg.norm(y[queries])
 
 
-def test_the_correlation_knob_is_the_correlation_of_the_latents():
+def test_the_correlation_setting_is_the_correlation_of_the_latents():
     # Within one class (the classes together, far apart) and without noise, CCA finds the latents of equal correlation.
     measured = []
     for correlation in (0.0, 0.3, 0.7, 1.0):
@@ -116,7 +116,7 @@ def test_without_correlation_the_class_still_relates_modalities():
     assert (correlations[3:] < 0.3).all()
 
 
-def test_nonlinearity_takes_a_modality_out_of_the_reach_of_a_linear_map():
+def test_nonlinearity_makes_linear_maps_fail():
     errors = []
     for nonlinearity in (0.0, 0.3, 0.6, 1.0):
         corpus = make_synthetic(500, correlation=1.0, nonlinearity=nonlinearity, noise=0.0)
@@ -142,7 +142,7 @@ def test_noise_is_white_and_of_the_standard_deviation_asked_for():
     ("knob", "value"),
     [("difficulty", 3.0), ("correlation", 0.2), ("nonlinearity", 0.9), ("noise", 2.0), ("missing", 0.5)],
 )
-def test_turning_a_knob_keeps_the_labels_lengths_and_groups(knob, value):
+def test_a_setting_changes_neither_labels_nor_lengths(knob, value):
     before, after = make_synthetic(100), make_synthetic(100, **{knob: value})
     assert np.array_equal(before.target, after.target)
     assert np.array_equal(before.lengths, after.lengths)
@@ -266,6 +266,6 @@ def test_small_and_lopsided_settings_are_finite(arguments):
         ({"task": "ranking"}, "task must be one of"),
     ],
 )
-def test_a_knob_out_of_range_is_named(arguments, message):
+def test_a_setting_out_of_range_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_synthetic(**arguments)

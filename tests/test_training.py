@@ -71,7 +71,7 @@ def interrupted(corpus, config, out, epoch=1):
 
 
 CORPUS = synthetic()
-# With dropout, so that a resumed training must draw what an uninterrupted one draws.
+# With dropout: a resumed training must draw the same numbers as an uninterrupted one.
 RESUMED = settings(full=True, epochs=4, network=replace(NETWORK, dropout=0.3))
 
 
@@ -315,7 +315,7 @@ def test_the_run_folder_holds_the_model_and_its_history_and_nothing_else(uninter
     assert (out / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_saved_model_predicts_what_the_returned_one_does(uninterrupted):
+def test_the_saved_model_predicts_the_same_as_the_returned_one(uninterrupted):
     result, out = uninterrupted
     loaded = M3ERFusion.from_pretrained(out)
     assert_same_weights(loaded, result.model)
@@ -367,7 +367,7 @@ def test_the_default_settings_have_the_activation_of_the_task(task, activation):
     assert default_config(synthetic(task=task)).loss.activation == activation
 
 
-def test_class_weights_are_those_of_hand_computed_counts():
+def test_class_weights_follow_from_hand_computed_counts():
     labels = np.array([0] * 6 + [2] * 2 + [-100] * 4)
     assert class_weights(make_corpus(12, target=labels, classes=("a", "b", "c"))) == (8 / 12, 1.0, 8 / 4)
     answers = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 0]], np.float32)
@@ -514,7 +514,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path, gradient_
 # --- evaluation ---
 
 
-def test_evaluation_gives_what_the_model_says(trained):
+def test_evaluation_returns_the_answers_of_the_model(trained):
     corpus = with_non_finite(CORPUS.subset("test"))
     prediction = evaluate(trained.model, corpus, batch_size=8)
     features = {name: torch.from_numpy(values) for name, values in corpus.features.items()}
@@ -573,7 +573,7 @@ def test_evaluation_leaves_the_mode_of_the_model_alone(trained, mode):
         model.eval()
 
 
-def test_evaluation_leaves_what_is_frozen_in_a_mode_of_its_own(trained):
+def test_evaluation_restores_the_mode_of_every_module(trained):
     model = copy.deepcopy(trained.model).train()
     model.network.lstms.eval()
     modes = [module.training for module in model.modules()]
@@ -610,6 +610,6 @@ def reordered(corpus):
         (CORPUS, {"effective": np.ones((101, 3), dtype=bool)}, r"shape \(100, 3\), got \(101, 3\)"),
     ],
 )
-def test_what_does_not_fit_the_model_is_an_error(trained, corpus, options, message):
+def test_a_corpus_that_does_not_fit_the_model_is_an_error(trained, corpus, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(trained.model, corpus, **options)

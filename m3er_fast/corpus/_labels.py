@@ -11,7 +11,7 @@ from m3er_fast.corpus.base import NO_LABEL, CorpusError
 SENTIMENT = ("negative", "neutral", "positive")
 
 
-def sentiment_classes(scores: np.ndarray, what: str) -> np.ndarray:
+def sentiment_classes(scores: np.ndarray, where: str) -> np.ndarray:
     """Return the sign of (N,) scores as an index into `SENTIMENT`; a NaN score is no label.
 
     Raises:
@@ -19,7 +19,7 @@ def sentiment_classes(scores: np.ndarray, what: str) -> np.ndarray:
     """
     known = scores[~np.isnan(scores)]
     if known.size and np.isin(known, (0, 1)).all() and (known == 1).any() and (known == 0).any():
-        raise CorpusError(f"{what}: every label is 0 or 1, not a signed sentiment score whose sign could be its class")
+        raise CorpusError(f"{where}: every label is 0 or 1, not a signed sentiment score whose sign could be its class")
     return np.where(np.isnan(scores), NO_LABEL, np.sign(np.nan_to_num(scores)) + 1).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Frames, lengths and availability out of the columns of an Arrow table, with what is wrong in single rows.
+"""Decoding of an Arrow table into frames, lengths and availability, with the problems of single rows.
 
 Dimension legend: N utterances, M modalities, T time steps, d features.
 """

@@ -14,12 +14,12 @@ import numpy as np
 from m3er_fast.corpus.base import CorpusError
 
 
-def as_float32(value: Any, what: str) -> np.ndarray:
+def as_float32(value: Any, where: str) -> np.ndarray:
     """Return real numbers of any dtype as float32; numbers beyond its range become ±inf.
 
     Args:
         value: the numbers.
-        what: their name in the error message.
+        where: their name in the error message.
 
     Raises:
         CorpusError: if ``value`` is not an array of real numbers.
@@ -29,7 +29,7 @@ def as_float32(value: Any, what: str) -> np.ndarray:
         if array.dtype.kind not in "biuf":
             array = array.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise CorpusError(f"{what}: not a rectangular array of numbers") from error
+        raise CorpusError(f"{where}: not a rectangular array of numbers") from error
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""An audit of a corpus: its content, and what is suspicious in it. It needs no model."""
+"""An audit of a corpus: its content, and everything suspicious in it. It needs no model."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class _Sequences:
         # The utterances of a video follow each other: with the latest entry cached, each entry is read once.
         if self._latest is None or self._latest[0] != name:
             group = group_at(self._data, name, self.path)
-            what = f"{self.path}: features of {name!r}"
-            features = _check_features(read_array(group, "features", self.path), what)
+            where = f"{self.path}: features of {name!r}"
+            features = _check_features(read_array(group, "features", self.path), where)
             intervals = read_array(group, "intervals", self.path)
             if intervals.shape != (len(features), 2) or intervals.dtype.kind not in "iuf":
                 raise CorpusError(
@@ -176,14 +176,14 @@ def _corpus(
         )
 
 
-def _check_features(features: np.ndarray, what: str) -> np.ndarray:
+def _check_features(features: np.ndarray, where: str) -> np.ndarray:
     if features.dtype.kind in "OS":
         return np.array([x.encode() if isinstance(x, str) else bytes(x) for x in features.reshape(-1)], dtype=object)
     if features.ndim == 1:
         features = features[:, None]
     if features.ndim != 2 or not features.shape[1]:
-        raise CorpusError(f"{what} have shape {features.shape}, wanted (n, d)")
-    return as_float32(features, what)
+        raise CorpusError(f"{where} have shape {features.shape}, wanted (n, d)")
+    return as_float32(features, where)
 
 
 def _dimension_names(root: Any, path: Path) -> tuple[str, ...] | None:

@@ -66,33 +66,33 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
         return concatenate(parts)
 
 
-def _blank_text_padding(features: dict[str, np.ndarray], text_bert: Any, what: str) -> None:
+def _blank_text_padding(features: dict[str, np.ndarray], text_bert: Any, where: str) -> None:
     """Zero the text frames that the attention mask marks as padding: BERT computes numbers for them too."""
     if "text" not in features or text_bert is None:
         return
     rows, steps = features["text"].shape[:2]
-    tokens = as_float32(text_bert, what)
+    tokens = as_float32(text_bert, where)
     if tokens.shape != (rows, 3, steps):
-        raise CorpusError(f"{what} has shape {tokens.shape}, wanted ({rows}, 3, {steps}): ids, mask, segments")
+        raise CorpusError(f"{where} has shape {tokens.shape}, wanted ({rows}, 3, {steps}): ids, mask, segments")
     features["text"] = np.where(tokens[:, 1, :, None] != 0, features["text"], np.float32(0))
 
 
-def _lengths(value: Any, sequences: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
-    lengths = as_float32(value, what).reshape(-1)
+def _lengths(value: Any, sequences: np.ndarray, ids: np.ndarray, where: str) -> np.ndarray:
+    lengths = as_float32(value, where).reshape(-1)
     rows, steps = sequences.shape[:2]
     if lengths.shape != (rows,):
-        raise CorpusError(f"{what} has {len(lengths)} entries, wanted {rows}")
+        raise CorpusError(f"{where} has {len(lengths)} entries, wanted {rows}")
     wrong = ~((lengths >= 0) & (lengths <= steps) & (lengths == np.round(lengths)))
     if wrong.any():
         row = int(wrong.argmax())
-        raise CorpusError(f"{what}: {lengths[row]:g} for {ids[row]!r}, wanted an integer in 0..{steps}")
+        raise CorpusError(f"{where}: {lengths[row]:g} for {ids[row]!r}, wanted an integer in 0..{steps}")
     return lengths.astype(np.int64)
 
 
-def _strings(value: Any, rows: int, what: str) -> np.ndarray:
+def _strings(value: Any, rows: int, where: str) -> np.ndarray:
     strings = np.array([str(item) for item in np.asarray(value, dtype=object).reshape(-1)], dtype=object)
     if len(strings) != rows:
-        raise CorpusError(f"{what} has {len(strings)} entries, wanted {rows}")
+        raise CorpusError(f"{where} has {len(strings)} entries, wanted {rows}")
     return strings
 
 
@@ -118,16 +118,16 @@ def _targets(folds: dict[str, Fold], path: Path) -> tuple[dict[str, np.ndarray],
         }, classes
     targets = {}
     for split, value in given.items():
-        what = f"{path}: {split}: {key}"
-        numbers = as_float32(value, what).reshape(-1)
+        where = f"{path}: {split}: {key}"
+        numbers = as_float32(value, where).reshape(-1)
         if len(numbers) != folds[split].rows:
-            raise CorpusError(f"{what} has {len(numbers)} entries, wanted {folds[split].rows}")
+            raise CorpusError(f"{where} has {len(numbers)} entries, wanted {folds[split].rows}")
         if key == "regression_labels":
-            targets[split] = sentiment_classes(numbers, what)
+            targets[split] = sentiment_classes(numbers, where)
             continue
         wrong = ~np.isin(numbers, (0, 1, 2))
         if wrong.any():
             row = int(wrong.argmax())
-            raise CorpusError(f"{what}: {numbers[row]:g} in row {row}, wanted 0, 1 or 2 for {', '.join(SENTIMENT)}")
+            raise CorpusError(f"{where}: {numbers[row]:g} in row {row}, wanted 0, 1 or 2 for {', '.join(SENTIMENT)}")
         targets[split] = numbers.astype(np.int64)
     return targets, SENTIMENT

@@ -77,20 +77,20 @@ def _names(value: Any, split: str, rows: int, path: Path) -> tuple[np.ndarray, n
     return ids, np.array(videos, dtype=object)
 
 
-def _target(value: Any, ids: np.ndarray, what: str) -> tuple[np.ndarray | None, tuple[str, ...], str]:
+def _target(value: Any, ids: np.ndarray, where: str) -> tuple[np.ndarray | None, tuple[str, ...], str]:
     """Return target, class names and task of a split."""
     if value is None:
         return None, (), "single"
     rows = len(ids)
-    labels = as_float32(value, what)
+    labels = as_float32(value, where)
     if labels.shape == (rows, len(IEMOCAP), 2):
         wrong = ~((np.isin(labels, (0, 1))).all(axis=(1, 2)) & (labels.sum(axis=2) == 1).all(axis=1))
         if wrong.any():
             row = int(wrong.argmax())
-            raise CorpusError(f"{what}: {labels[row].tolist()} for {ids[row]!r}, wanted four pairs (no, yes)")
+            raise CorpusError(f"{where}: {labels[row].tolist()} for {ids[row]!r}, wanted four pairs (no, yes)")
         return np.ascontiguousarray(labels[:, :, 1]), IEMOCAP, "multi"
     if labels.shape in ((rows,), (rows, 1), (rows, 1, 1)):
-        return sentiment_classes(labels.reshape(rows), what), SENTIMENT, "single"
+        return sentiment_classes(labels.reshape(rows), where), SENTIMENT, "single"
     raise CorpusError(
-        f"{what} has shape {labels.shape}, wanted ({rows}, 4, 2), ({rows}, 1, 1), ({rows}, 1) or ({rows},)"
+        f"{where} has shape {labels.shape}, wanted ({rows}, 4, 2), ({rows}, 1, 1), ({rows}, 1) or ({rows},)"
     )

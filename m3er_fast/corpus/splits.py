@@ -66,7 +66,7 @@ def _deal_groups(corpus: Corpus, fractions: Sequence[float], seed: int) -> np.nd
     wanted = np.asarray(fractions, dtype=np.float64)
     if groups < (wanted > 0).sum():
         raise CorpusError(f"cannot make {(wanted > 0).sum()} splits that share no group: there are {groups} groups")
-    # (groups, 1 + C): rows and labels of each group, as shares of the whole, so that every column weighs the same.
+    # (groups, 1 + C): rows and labels of each group, as shares of the whole: every column has the same weight.
     content = np.zeros((groups, 1 + len(corpus.classes)))
     np.add.at(content, group, np.column_stack([np.ones(rows), _label_mass(corpus)]))
     sizes = content[:, 0].copy()
