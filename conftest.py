@@ -1,4 +1,4 @@
-"""The options that tests and benchmarks share, so that one call may run both."""
+"""The options that tests and benchmarks share; one call may run both."""
 
 import pytest
 import torch
@@ -8,15 +8,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default="cpu",
-        help="'cpu' (the default), 'cuda' or 'cuda:N': where benchmarks measure, and where tests run kernels ('cpu': "
-        "in Triton's interpreter; on a GPU only the tests that use it are run)",
+        help="the device on which benchmarks measure and tests run kernels: 'cpu' (the default; Triton's interpreter), "
+        "'cuda' or 'cuda:N' (only the tests that use a GPU are run)",
     )
-    parser.addoption("--slow", action="store_true", help="also run what takes minutes")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
-@pytest.hookimpl(tryfirst=True)  # the others take the device for a good one
+@pytest.hookimpl(tryfirst=True)  # before the hooks that rely on the device
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
     device = config.getoption("--device")
     try:
         kind = torch.device(device).type
@@ -37,5 +37,5 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device(request):
-    """Where kernels run, and where benchmarks measure, in this run."""
+    """The device on which this run's kernels run and benchmarks measure."""
     return torch.device(request.config.getoption("--device"))

@@ -1,4 +1,4 @@
-"""Settings of every test run, and what a GPU changes."""
+"""Settings of every test run, on the CPU and on a GPU."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 
-# The tests' tensors are tiny: on a busy machine a second thread mostly spins, and the suite takes ten times as long.
+# The tests' tensors are tiny. On a busy machine a second thread mostly spins, and the suite takes ten times as long.
 torch.set_num_threads(1)
 
 
@@ -16,20 +16,20 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "large: takes most of a GPU's memory")
     device = torch.device(config.getoption("--device"))
     if device.type == "cpu":
-        # Read when a kernel is defined: before any test imports one.
+        # Triton reads it when a kernel is defined; no test has imported one yet.
         os.environ["TRITON_INTERPRET"] = "1"
         return
     with contextlib.suppress(ImportError):
         import hypothesis
 
-        # There an example is compiled for seconds: none is worth making smaller.
+        # On a GPU each example is compiled for seconds, which is too long for shrinking it.
         hypothesis.settings.register_profile("gpu", phases=(hypothesis.Phase.generate,))
         hypothesis.settings.load_profile("gpu")
 
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """``new_empty`` gives NaN: what a kernel leaves unwritten shows."""
+    """Make ``new_empty`` return NaN, which shows the elements that a kernel leaves unwritten."""
     plain = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -41,10 +41,10 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.fixture(scope="session")
 def benchmark_environment():
-    """Variables of a process that measures: it finds this checkout and, where the tests run in several, is not one."""
+    """Environment variables of a measuring process: it finds this checkout, and is no worker of pytest-xdist."""
     root = str(pathlib.Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # pytest-benchmark measures nothing in a worker of pytest-xdist.
+    # In a worker of pytest-xdist, pytest-benchmark measures nothing.
     return {name: value for name, value in os.environ.items() if "XDIST" not in name} | {"PYTHONPATH": path}
 
 
