@@ -1,36 +1,51 @@
-"""What ships, what importing costs, and that the public names are those of the documentation."""
+"""The contents of the wheel, the cost of importing, and the public names that the documentation promises."""
 
+import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 import m3er_fast
 from m3er_fast import corruption, functional, metrics, reference
+from m3er_fast.functional._dispatch import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("triton", "faiss", "cupy", "ray", "pyarrow", "h5py", "matplotlib", "typer", "rich")
 FIT = ["features", "lengths", "available"]
 
 
-def run_python(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+def run_python(*arguments, cwd=ROOT, **variables):
+    command, environment = [sys.executable, *arguments], {**os.environ, **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def keywords(function):
-    return [name for name in inspect.signature(function).parameters if name != "self"]
+def arguments_of(function):
+    """Return the positional arguments in their order, and the names of the keyword-only ones, which have none."""
+    positional, keyword_only = [], set()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keyword_only.add(name)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:  # **options: Unpack[Record]
+            (record,) = get_args(get_type_hints(function, include_extras=True)[name])
+            keyword_only.update(get_type_hints(record))
+        elif name != "self":
+            positional.append(name)
+    return positional, keyword_only
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 
 def test_import_loads_no_optional_dependency():
-    # Where pandas is installed scikit-learn imports it, and it imports pyarrow.
+    # scikit-learn imports pandas where it is installed, and pandas imports pyarrow.
     script = (
         f"import sys; sys.modules['pandas'] = None; import m3er_fast;print(*sorted(set({OPTIONAL}) & set(sys.modules)))"
     )
@@ -39,11 +54,42 @@ def test_import_loads_no_optional_dependency():
     assert result.stdout.split() == []
 
 
-def test_kernels_refuse_their_bare_name():
-    result = run_python("-c", "import kernels")
+OPERATOR_FILES = [path.stem for path in (ROOT / "kernels").glob("[a-z]*.py") if path.stem != "local_lstsq_cupy"]
+
+
+@pytest.mark.parametrize("name", sorted(OPERATOR_FILES))
+def test_a_kernel_file_refuses_its_bare_name(name):
+    """A second copy would replace the operators of the first, and calling those again can crash the process."""
+    pytest.importorskip("triton")
+    result = run_python("-c", f"import kernels.{name}")
     assert result.returncode == 1
-    assert "ImportError: import m3er_fast.kernels instead of kernels" in result.stderr
-    assert "register every operator twice" in result.stderr
+    assert f"ImportError: import m3er_fast.kernels.{name} instead of kernels.{name}" in result.stderr
+
+
+def test_another_package_called_kernels_is_found_before_the_folder_of_this_checkout(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("name = 'the other package'")
+    result = run_python(
+        "-c", "import kernels; print(kernels.name)", PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)])
+    )
+    assert result.stdout == "the other package\n", result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-c"], ["-m", "timeit", "-n1", "-r1"]], ids=["python -c", "python -m"])
+def test_transformers_of_hugging_face_imports_its_trainer_in_this_checkout(arguments):
+    """It looks for Hugging Face's package kernels, which need not be installed."""
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install transformers accelerate, with or without kernels")
+    script = (
+        "from transformers import Trainer; import kernels, sys; print(kernels.__file__, 'm3er_fast' in sys.modules)"
+    )
+    result = run_python(*arguments, script)
+    assert result.returncode == 0, result.stderr
+    found = result.stdout.splitlines()[0]
+    installed = importlib.util.find_spec("kernels").origin
+    assert found == f"{installed} False"
+    assert installed is None or not Path(installed).is_relative_to(ROOT)
 
 
 def test_kernels_import_inside_the_package_without_triton():
@@ -90,7 +136,7 @@ NETWORK = ["hidden", "memory", "attention", "fusion", "head", "dropout", "feedba
     [
         (functional.fusion_loss, ["logits", "target", *LOSS]),
         (functional.class_costs, ["logits", "variant", "beta", "modality_weight", "available", "backend"]),
-        (functional.gate_statistics, ["features", "projections", "backend"]),
+        (functional.check_statistics, ["features", "projections", "backend"]),
         (functional.nearest_neighbors, ["query", "bank", "k", "engine"]),
         (
             functional.local_least_squares,
@@ -119,8 +165,10 @@ NETWORK = ["hidden", "memory", "attention", "fusion", "head", "dropout", "feedba
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_signatures_begin_as_documented(function, wanted):
-    """Names and order; further arguments may follow."""
-    assert keywords(function)[: len(wanted)] == wanted
+    """Positional arguments by name and order, keyword-only ones by name; further arguments may follow."""
+    positional, keyword_only = arguments_of(function)
+    assert wanted[: len(positional)] == positional[: len(wanted)]
+    assert set(wanted[len(positional) :]) <= keyword_only
 
 
 @pytest.mark.parametrize(
@@ -181,19 +229,16 @@ def test_options_of_the_functions_are_keyword_only():
         (m3er_fast.CheckResult, ["effective", "correlation", "energy", "p_value"]),
     ],
 )
-def test_results_begin_with_what_is_documented(result, fields):
+def test_results_begin_with_the_documented_fields(result, fields):
     assert list(result.__annotations__)[: len(fields)] == fields
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["fusion_loss", "class_costs", "gate_statistics", "nearest_neighbors", "local_least_squares", "memory_scan"],
-)
+@pytest.mark.parametrize("name", [*OPERATIONS, "nearest_neighbors"])
 def test_every_operation_has_a_reference(name):
-    """With the same arguments, less those that choose an implementation, its memory or a variant without one."""
-    chosen = {"backend", "engine", "recompute"} | ({"variant"} if name == "class_costs" else set())
-    wanted = [argument for argument in keywords(getattr(functional, name)) if argument not in chosen]
-    assert keywords(getattr(reference, name)) == wanted
+    """With the same arguments, except those that choose an implementation, its memory or a variant without one."""
+    choices = {"backend", "engine", "recompute"} | ({"variant"} if name == "class_costs" else set())
+    positional, keyword_only = arguments_of(getattr(functional, name))
+    assert arguments_of(getattr(reference, name)) == (positional, keyword_only - choices)
 
 
 # --- the wheel --------------------------------------------------------------------------------------------------------
@@ -201,7 +246,7 @@ def test_every_operation_has_a_reference(name):
 
 @pytest.fixture(scope="module")
 def source_files():
-    """The project's files by git's account: tracked ones and new ones that are not ignored."""
+    """The project's files as git lists them: tracked ones, and new ones that are not ignored."""
     try:
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -217,7 +262,7 @@ def source_files():
 
 @pytest.fixture(scope="module")
 def wheel_files(source_files, tmp_path_factory):
-    """Names inside a wheel that is built from a copy of those files."""
+    """The names in a wheel built from a copy of the project's files."""
     pytest.importorskip("setuptools", minversion="77", reason="a wheel is built by setuptools 77 or later")
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in source_files:
@@ -227,7 +272,7 @@ def wheel_files(source_files, tmp_path_factory):
             target.symlink_to(source.readlink())
         else:
             target.write_bytes(source.read_bytes())
-    # The build backend's own hook: what pip calls, without needing pip.
+    # The build back end's hook, which pip calls; this works without pip.
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
     result = run_python("-c", build, cwd=copy)
     assert result.returncode == 0, result.stderr
@@ -253,13 +298,13 @@ def test_wheel_installs_nothing_but_the_package(wheel_files):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"m3er_fast"}
 
 
-# --- what stands beside the code --------------------------------------------------------------------------------------
+# --- files beside the code -------------------------------------------------------------------------------------------
 
 
 def test_citation_agrees_with_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors"} <= set(citation)  # what the schema requires besides
+    assert {"message", "title", "authors"} <= set(citation)  # also required by the schema
     assert (citation["version"], citation["license"]) == (m3er_fast.__version__, "MIT")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [paper["url"] for paper in citation["references"] if paper["url"] not in readme] == []
