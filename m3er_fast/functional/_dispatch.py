@@ -146,7 +146,7 @@ def _no_kernel(tensor: Tensor, modalities: int = 1) -> str | None:
         return f"it takes up to {_MOST_KERNEL_MODALITIES} modalities, got {modalities}"
     if not _HAS_TRITON:
         return "triton is not installed: pip install triton (Linux only)"
-    from m3er_fast.kernels._target import unavailable_reason
+    from m3er_fast.kernels._device import unavailable_reason
 
     return unavailable_reason(tensor)
 
