@@ -206,8 +206,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _prepared(projections: CheckProjections) -> CheckProjections:
     """Return the projections as the kernel reads them: float32, contiguous."""
-    *matrices, triangular = projections
-    return CheckProjections(*([x.to(torch.float32).contiguous() for x in values] for values in matrices), triangular)
+    matrices = {
+        name: [x.to(torch.float32).contiguous() for x in values]
+        for name, values in projections._asdict().items()
+        if name != "triangular"
+    }
+    return projections._replace(**matrices)
 
 
 def _launch(

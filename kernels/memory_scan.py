@@ -234,7 +234,7 @@ def _forward(
     activations = _Activations.of(buffer, shapes)
     if save:
         # The backward pass multiplies these for all frames, also for those that are not valid: they must be finite.
-        torch._foreach_zero_(  # type: ignore[no-untyped-call]
+        torch._foreach_zero_(
             [activations.hidden, activations.cells, activations.inner, activations.memory, activations.attended]
         )
     joined = _MemoryGates.of(weights)

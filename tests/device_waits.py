@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU, counted on any device."""
+"""Counting, on any device, of the calls that would make the host wait for a GPU."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ _WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",
 
 @contextlib.contextmanager
 def counted_waits(monkeypatch):
-    """Names of what waits: numbers that go to Python, shapes that depend on values, tensors made of lists."""
+    """Yield the list of calls that wait: numbers read by Python, shapes that depend on values, tensors of lists."""
     waits = []
 
     class Counting(TorchDispatchMode):

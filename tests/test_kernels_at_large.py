@@ -1,13 +1,13 @@
-"""Kernels where only a GPU can take them: beyond 2^31 elements, other streams, CUDA graphs, other devices.
+"""Kernels under conditions that only a GPU has: more than 2^31 elements, other streams, CUDA graphs, other devices.
 
-The addresses of large tensors are also tried small, on any device: the same functions, fewer samples.
+The tests of large tensors also run with few samples, on any device.
 """
 
 import pytest
 import torch
 
 from m3er_fast import M3ERConfig, M3ERFusion, MemoryFusionNetwork, reference
-from m3er_fast.functional import GateProjections, class_costs, fusion_loss, gate_statistics, memory_scan
+from m3er_fast.functional import CheckProjections, check_statistics, class_costs, fusion_loss, memory_scan
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,7 @@ LARGE = (pytest.mark.gpu, pytest.mark.large)
 
 
 def random_logits(device, *shape, dtype=torch.bfloat16):
-    """Random values made in place: nothing as large as the logits is needed beside them."""
+    """Random values drawn in place, without a second tensor of this size."""
     return torch.empty(shape, dtype=dtype, device=device).normal_(generator=torch.Generator(device).manual_seed(0))
 
 
@@ -26,7 +26,7 @@ def at_the_ends(batch):
 
 
 def assert_ends_equal_reference(logits, **options):
-    """Loss and gradient of some samples, which in a sum are nobody else's business."""
+    """Loss and gradient of some samples, which do not depend on the others."""
     batch, classes = logits.shape[1:]
     samples = at_the_ends(batch)
     target = torch.arange(batch, device=logits.device) % classes
@@ -66,7 +66,7 @@ def test_costs_of_any_number_of_elements(device, batch):
 
 @pytest.mark.parametrize("batch", [260, pytest.param(TWO_GIGA // 6 + 1000, marks=LARGE)])
 def test_strides_that_pass_two_giga(device, batch):
-    """Modality and class first, sample last: (M, B, C) in memory as (M, C, B)."""
+    """Logits (M, B, C) that lie in memory as (M, C, B)."""
     logits = random_logits(device, 2, 6, batch).transpose(1, 2)
     assert_ends_equal_reference(logits)
 
@@ -79,14 +79,14 @@ def test_statistics_of_any_number_of_elements(device, batch):
     def matrix(*shape):
         return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device)
 
-    projections = GateProjections(
+    projections = CheckProjections(
         [matrix(300), matrix(3)], [matrix(4, 300)], [matrix(4)], [matrix(4, 3)], [matrix(4)], [matrix(20, 300)] * 1
         + [matrix(3, 3)],
     )  # fmt: skip
     samples = at_the_ends(batch)
-    got = gate_statistics(features, projections, backend="triton")
-    exact = GateProjections(*([x.double().cpu() for x in value] for value in projections[:-1]))
-    wanted = reference.gate_statistics([x[samples].double().cpu() for x in features], exact)
+    got = check_statistics(features, projections, backend="triton")
+    exact = CheckProjections(*([x.double().cpu() for x in value] for value in projections[:-1]))
+    wanted = reference.check_statistics([x[samples].double().cpu() for x in features], exact)
     for one, right in zip(got, wanted, strict=True):
         torch.testing.assert_close(one[samples].cpu().double(), right, rtol=1e-5, atol=1e-5)
 
@@ -106,7 +106,7 @@ def step(logits, target):
 
 @pytest.mark.gpu
 def test_kernels_run_on_the_current_stream(device):
-    """On a stream that is kept busy first, results are right only if the kernels queue up behind."""
+    """On a stream that is busy first, results are right only if the kernels wait in that stream."""
     logits, target = small_problem(device)
     wanted = step(logits, target)
     late = torch.zeros_like(logits, requires_grad=True)
@@ -141,21 +141,21 @@ def test_a_training_step_in_a_cuda_graph(device):
 
 
 @pytest.mark.gpu
-def test_the_gate_in_a_cuda_graph(device):
+def test_the_check_in_a_cuda_graph(device):
     generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape):
         return torch.randn(shape, generator=generator).to(device)
 
     features = [matrix(500, 40), matrix(500, 21)]
-    projections = GateProjections(
+    projections = CheckProjections(
         [matrix(40), matrix(21)], [matrix(5, 40)], [matrix(5)], [matrix(5, 21)], [matrix(5)],
         [matrix(40, 40), matrix(21, 21)],
     )  # fmt: skip
-    wanted = gate_statistics(features, projections, backend="triton")
+    wanted = check_statistics(features, projections, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = gate_statistics(features, projections, backend="triton")
+        got = check_statistics(features, projections, backend="triton")
     for value in got:
         value.fill_(torch.nan)
     graph.replay()
@@ -236,7 +236,7 @@ def test_by_default_the_device_is_not_waited_for(device, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_whole_model_trains_on_the_gpu_as_on_the_cpu(device):
-    """Every default: "auto" takes the kernels here, and the reference or the CPU path there."""
+    """With every default: "auto" chooses kernels on the GPU, and the reference or fast paths on the CPU."""
     losses = []
     for where in (device, torch.device("cpu")):
         generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Every kernel at every tile of its table, compiled for GPUs that need not be there.
+"""Every kernel with every tile of its table, compiled for several generations of GPU, without a GPU.
 
-A spill, a stack frame or loads of one element at a time cost a factor that no result shows. ``python
-tests/test_kernel_resources.py`` prints the table.
+Spills, stack frames and loads of one element at a time make a kernel several times slower, and no result shows it.
+``python tests/test_kernels_resources.py`` prints the table.
 """
 
 import collections
@@ -18,22 +18,20 @@ import tempfile
 import pytest
 
 TARGETS = (80, 90, 100)
-# By Triton's version and target: what its compiler is known to do, and a later one does not.
+# Known faults of a version of Triton's compiler for a target, which a later version does not have.
 KNOWN_FAULTS = {
     ("3.6.0", 80): {
         "memory_scan_cells_fwd_kernel M=5 h=64 a=256 g=256 u=256 fp32 rows=16": ["16 bytes of stack, 8 spills"]
     }
 }
-MODULES = tuple(
-    f"m3er_fast.kernels.{name}" for name in ("fusion_loss", "correlation_gate", "local_lstsq", "memory_scan")
-)
+MODULES = tuple(f"m3er_fast.kernels.{name}" for name in ("loss", "check_statistics", "local_lstsq", "memory_scan"))
 
 
-# --- in a process of its own: kernels of this one are interpreted -----------------------------------------------------
+# --- in a process of its own: this one interprets its kernels ---------------------------------------------------------
 
 
 def compile_one(specialization, capability):
-    """Registers, stack and instructions of a kernel, as the assembler leaves them."""
+    """Registers, stack and instructions of a compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -80,7 +78,7 @@ def compile_one(specialization, capability):
 
 
 def load_bytes(name):
-    """Bytes that one load instruction brings a thread."""
+    """Bytes that one load instruction loads per thread."""
     parts = name.split(".")
     if "U8" in parts or "S8" in parts:
         return 1
@@ -90,12 +88,12 @@ def load_bytes(name):
 
 
 def faults(row):
-    """What is wrong with a kernel's machine code."""
+    """Faults of a kernel's machine code, in words."""
     found = []
     if row["stack"] or row["spills"]:
         found.append(f"{row['stack']} bytes of stack, {row['spills']} spills")
     if row["vectorized"]:
-        # A load is wide if it brings several elements. Masks and weights of a sample come alone, and are few.
+        # A wide load loads several elements. A sample's mask and weights are loaded singly, but are few.
         least = 4 if row["half"] else 8
         moved = {name: load_bytes(name) * number for name, number in row["loads"].items()}
         wide = sum(size for name, size in moved.items() if load_bytes(name) >= least)
@@ -110,7 +108,7 @@ def specializations():
 
 
 def work_through(share, targets):
-    """Rows of every second compilation, starting with number ``share``."""
+    """Rows of every second compilation, from number ``share`` on."""
     every = [(one, target) for one in specializations() for target in targets if target in one.targets]
     return [compile_one(*one) for one in every[share::2]]
 
@@ -119,7 +117,7 @@ def work_through(share, targets):
 
 
 def run_apart(*arguments):
-    """Lines of JSON of this file run as a program, its kernels compiled."""
+    """The JSON that this file prints as a program, in which kernels are compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(pathlib.Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as cache:
@@ -144,7 +142,7 @@ def table():
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_spills_or_loads_one_element_at_a_time(table, target):
     rows = [row for row in table if row["target"] == target]
-    assert len({row["kernel"] for row in rows}) == 14
+    assert len({row["kernel"] for row in rows}) == 13
     wrong = {f"{row['kernel']} {row['label']}": faults(row) for row in rows if faults(row)}
     assert wrong == KNOWN_FAULTS.get((importlib.metadata.version("triton"), target), {})
 
@@ -167,11 +165,11 @@ def print_table(rows):
 
 
 def self_test_rows():
-    """One kernel that must spill, one that loads single elements, and one that does neither."""
+    """Rows of a kernel that must spill, of one that loads single elements, and of one that does neither."""
     import triton
     import triton.language as tl
 
-    from m3er_fast.kernels._target import Specialization
+    from m3er_fast.kernels._specialization import Specialization
 
     @triton.jit
     def sort_kernel(x_ptr, STRIDE: tl.constexpr):
