@@ -1,7 +1,7 @@
 """The documentation site: the Markdown pages of this folder, and a reference made from the docstrings.
 
-Pages that are also read on GitHub are Markdown; pages of the site alone (its index, the reference) are reStructuredText.
-Neither building nor reading the site needs the network.
+Pages that are also read on GitHub are Markdown. Pages of the site alone (its index, the reference) are
+reStructuredText. Neither building nor reading the site needs the network.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from m3er_fast.kernels._device import capability
 from m3er_fast.kernels._math import LARGEST
-from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._operators import operator, schema_of
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 from m3er_fast.operands import CheckProjections, modality_pairs
 
@@ -206,12 +206,10 @@ def _rows(x: Tensor) -> Tensor:
 
 def _prepared(projections: CheckProjections) -> CheckProjections:
     """Return the projections as the kernel reads them: float32, contiguous."""
-    matrices = {
-        name: [x.to(torch.float32).contiguous() for x in values]
-        for name, values in projections._asdict().items()
-        if name != "triangular"
-    }
-    return projections._replace(**matrices)
+    matrices: dict[str, Any] = projections._asdict()
+    triangular = matrices.pop("triangular")
+    ready = {name: [x.to(torch.float32).contiguous() for x in values] for name, values in matrices.items()}
+    return CheckProjections(**ready, triangular=triangular)
 
 
 def _launch(
@@ -295,12 +293,10 @@ def _check_statistics_fake(features: Sequence[Tensor], *projections: Any) -> tup
 
 
 # Autocast changes nothing, and there is no gradient.
-check_statistics_op = torch.library.custom_op(
-    "m3er_fast::check_statistics",
-    _check_statistics,
-    mutates_args=(),
+check_statistics_op = operator(
+    "check_statistics",
     schema=f"(Tensor[] features, {schema_of(CheckProjections)}) -> (Tensor, Tensor)",
-)
+)(_check_statistics)
 check_statistics_op.register_fake(_check_statistics_fake)
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3er_fast.kernels._math import LARGEST, SMALLEST
+from m3er_fast.kernels._operators import operator
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 
 
@@ -230,7 +231,7 @@ def _outputs(query: Tensor, targets: Sequence[Tensor], neighbors: Tensor) -> tup
 # --- The operator ---
 
 
-@torch.library.custom_op("m3er_fast::local_lstsq", mutates_args=())
+@operator("local_lstsq")
 def local_lstsq_op(
     query: Tensor, bank: Tensor, targets: Sequence[Tensor], neighbors: Tensor, ridge: float, affine: bool
 ) -> tuple[list[Tensor], Tensor]:

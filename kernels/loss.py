@@ -28,7 +28,7 @@ from m3er_fast.kernels._loss_classes import fusion_loss_classes_fwd_kernel
 from m3er_fast.kernels._loss_inputs import RUNTIME, label_weight
 from m3er_fast.kernels._loss_labels import fusion_loss_narrow_fwd_kernel, fusion_loss_wide_fwd_kernel
 from m3er_fast.kernels._loss_questions import fusion_loss_questions_fwd_kernel
-from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._operators import operator, schema_of
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 from m3er_fast.operands import LossFactors, LossOptions
 
@@ -316,13 +316,11 @@ def _records(arguments: Sequence[Any]) -> tuple[LossFactors, LossOptions]:
 
 
 # Autocast changes nothing: logits of any type are computed in float32.
-fusion_loss_op = torch.library.custom_op(
-    "m3er_fast::fusion_loss",
-    _fusion_loss,
-    mutates_args=(),
+fusion_loss_op = operator(
+    "fusion_loss",
     schema=f"(Tensor logits, Tensor target, {schema_of(LossFactors)}, {schema_of(LossOptions)}, bool with_gradient)"
     " -> (Tensor, Tensor)",
-)
+)(_fusion_loss)
 fusion_loss_op.register_fake(_fusion_loss_fake)
 
 
@@ -378,7 +376,7 @@ def fusion_loss(logits: Tensor, target: Tensor, factors: LossFactors, options: L
     return loss
 
 
-@torch.library.custom_op("m3er_fast::class_costs", mutates_args=())
+@operator("class_costs")
 def class_costs_op(logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float) -> Tensor:
     """Return the class costs (B, C)."""
     factors = LossFactors(None, modality_weight, available)
@@ -390,7 +388,7 @@ def _class_costs_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[1:], dtype=torch.float32)
 
 
-@torch.library.custom_op("m3er_fast::class_costs_backward", mutates_args=())
+@operator("class_costs_backward")
 def class_costs_backward_op(
     incoming: Tensor, logits: Tensor, modality_weight: Tensor | None, available: Tensor | None, beta: float
 ) -> Tensor:

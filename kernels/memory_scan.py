@@ -34,7 +34,7 @@ from m3er_fast.kernels._device import capability
 from m3er_fast.kernels._memory_scan_cells import memory_scan_cells_bwd_kernel, memory_scan_cells_fwd_kernel
 from m3er_fast.kernels._memory_scan_layers import CANDIDATE, memory_scan_dropout_kernel
 from m3er_fast.kernels._memory_scan_memory import memory_scan_memory_bwd_kernel, memory_scan_memory_fwd_kernel
-from m3er_fast.kernels._operators import schema_of
+from m3er_fast.kernels._operators import operator, schema_of
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
@@ -555,19 +555,15 @@ def _memory_scan_backward_fake(
 _INPUTS = f"Tensor[] features, Tensor lengths, {schema_of(MemoryScanWeights)}, float dropout"
 
 # Autocast changes nothing; ``lengths`` are int64 in 0..T.
-memory_scan_op = torch.library.custom_op(
-    "m3er_fast::memory_scan",
-    _memory_scan,
-    mutates_args=(),
+memory_scan_op = operator(
+    "memory_scan",
     schema=f"({_INPUTS}, Tensor? seed, bool save) -> (Tensor, Tensor, Tensor)",
-)
+)(_memory_scan)
 memory_scan_op.register_fake(_memory_scan_fake)
-memory_scan_backward_op = torch.library.custom_op(
-    "m3er_fast::memory_scan_backward",
-    _memory_scan_backward,
-    mutates_args=(),
+memory_scan_backward_op = operator(
+    "memory_scan_backward",
     schema=f"(Tensor hidden_grad, Tensor memory_grad, Tensor activations, {_INPUTS}, bool[] wanted) -> Tensor[]",
-)
+)(_memory_scan_backward)
 memory_scan_backward_op.register_fake(_memory_scan_backward_fake)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 from typing import get_args, get_type_hints
 
 import pytest

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3er_fast._settings import takes_keywords_of
 from m3er_fast.operands import Activation, LossFactors, LossKeywords, LossOptions, Variant, upcast
 
 
@@ -110,6 +111,7 @@ def fusion_weights(
     return torch.stack([(gamma * log_weight).exp().expand(log_p.shape[1:]) for log_weight in others])
 
 
+@takes_keywords_of(LossOptions)
 def fusion_loss(
     logits: Tensor,
     target: Tensor,
