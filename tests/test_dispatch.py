@@ -30,6 +30,7 @@ def test_labels_under_softmax_have_a_fast_path_on_the_cpu():
         {"margin": 0.5},
         {"activation": "sigmoid"},
         {"target": torch.zeros(5, 3)},
+        {"target": torch.zeros(5, 3, requires_grad=True)},
         {"factors": LossFactors(class_weight=torch.ones(3, requires_grad=True))},
         {"factors": LossFactors(modality_weight=torch.ones(2, requires_grad=True))},
         {"backend": "torch"},

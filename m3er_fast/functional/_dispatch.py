@@ -151,20 +151,21 @@ def _no_kernel(tensor: Tensor, modalities: int = 1) -> str | None:
     return unavailable_reason(tensor)
 
 
-def _no_one_pass_loss(logits: Tensor, factors: LossFactors) -> str | None:
-    if _differentiable((factors.class_weight, factors.modality_weight)):
+def _no_one_pass_loss(logits: Tensor, target: Tensor | None, factors: LossFactors) -> str | None:
+    others = (target, factors.class_weight, factors.modality_weight)
+    if _differentiable(others):
         return "it has a gradient of the logits only"
-    return _untraceable((logits, factors.class_weight, factors.modality_weight))
+    return _untraceable((logits, *others))
 
 
-def _no_loss_kernel(logits: Tensor, _target: Tensor | None, factors: LossFactors, _options: LossOptions) -> str | None:
-    return _no_one_pass_loss(logits, factors) or _no_kernel(logits, logits.shape[0])
+def _no_loss_kernel(logits: Tensor, target: Tensor | None, factors: LossFactors, _options: LossOptions) -> str | None:
+    return _no_one_pass_loss(logits, target, factors) or _no_kernel(logits, logits.shape[0])
 
 
 def _no_cpu_loss(logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions) -> str | None:
     if options.margin is not None or options.activation != "softmax" or target.ndim != 1:
         return "it computes labels under softmax, without a margin"
-    return _no_one_pass_loss(logits, factors)
+    return _no_one_pass_loss(logits, target, factors)
 
 
 def _no_fused_check(features: Sequence[Tensor]) -> str | None:
