@@ -173,7 +173,7 @@ def fusion_loss_classes_fwd_kernel(
             top_class = tl.zeros([ROWS], tl.int32)
             second = tl.full([ROWS], -BOUND, tl.float32)
             rest = tl.zeros([ROWS], tl.float32)
-            has_nan = tl.zeros([ROWS], tl.int32)  # has a NaN, which a maximum with its index may or may not propagate
+            has_nan = tl.zeros([ROWS], tl.int32)  # since a maximum with its index may or may not propagate NaN
             for start in range(0, C, COLUMNS):
                 c = start + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (c < C)[None, :]

@@ -234,7 +234,7 @@ def _launch(
         projections.triangular,
     )
     tile = tile_for(part, capability(energy))
-    # Every argument of the kernel needs a tensor. The energies stand in for what it does not read.
+    # Every argument of the kernel needs a tensor. The energies stand in for those that it does not read.
     unread = (energy,)
     sides = (projections.left, projections.left_bias, projections.right, projections.right_bias)
     check_statistics_fwd_kernel[(triton.cdiv(energy.shape[0], tile.rows),)](

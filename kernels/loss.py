@@ -163,7 +163,7 @@ def _forward(
     needs_weights = options.reduction == "mean" and not solo and mode in ("label", "answer")
     parts = result.new_empty(_PARTS if needs_weights else 0)
     given = {name: factor is not None for name, factor in factors._asdict().items()}
-    # Every argument of a kernel needs a tensor. The logits stand in for what it does not read.
+    # Every argument of a kernel needs a tensor. The logits stand in for those that it does not read.
     labels = logits if target is None else target.contiguous()
     class_weight, modality_weight = (
         logits if factor is None else factor.to(torch.float32).contiguous()

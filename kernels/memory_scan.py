@@ -241,7 +241,7 @@ def _forward(
     tile = tile_for(batch, capability(lengths))
     grid = (triton.cdiv(batch, tile.rows),)
     flags = {"DROPOUT": dropout > 0, "SAVE": save}
-    # Every argument of a kernel needs a tensor. Others stand in for what it does not read.
+    # Every argument of a kernel needs a tensor. Other tensors stand in for those that it does not read.
     seed = lengths if seed is None else seed
     gates = activations.gates.view(sizes.modalities, batch * steps, 4 * sizes.hidden)
     with torch.autocast(lengths.device.type, enabled=False), torch.cuda.device_of(lengths):
@@ -435,7 +435,7 @@ def _products_over_frames(
     weights: MemoryScanWeights,
     wanted: Sequence[bool],
 ) -> tuple[list[Tensor], MemoryScanWeights]:
-    """Return what :func:`_backward` returns: gradients times the inputs of a layer, summed over all frames."""
+    """Return the results of :func:`_backward`: gradients times the inputs of a layer, summed over all frames."""
     sizes, dtype = Sizes.of(weights), weights.recurrent.dtype
     modalities, size = sizes.modalities, sizes.hidden
     batch, steps = features[0].shape[:2]
@@ -605,7 +605,7 @@ memory_scan_op.register_autograd(_gradients_of_inputs, setup_context=_save_for_b
 def memory_scan(
     features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states and the memory, with what gradients need only if ``trains``.
+    """Return the last hidden states and the memory; only if ``trains``, activations for gradients are saved.
 
     :func:`m3er_fast.functional.memory_scan` documents the arguments. They are checked and of one dtype, and their sizes
     are multiples of 16. Torch's random state decides which units are dropped; the reference drops other ones.

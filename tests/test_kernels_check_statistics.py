@@ -127,7 +127,7 @@ def test_strided_features_need_no_copy(device, backend):
         assert_equals_oracle(device, strided, projections, backend)
 
 
-def test_what_cannot_be_measured(device, backend):
+def test_statistics_that_are_undefined_or_overflow_are_finite(device, backend):
     batch = 4100 if backend == "auto" else 70
     features, projections = problem(5, batch, (12, 9, 6), (4, 0, 3), ranks=(12, 0, 6))
     projections.left_bias[0].zero_()

@@ -164,7 +164,7 @@ def test_one_nan_is_enough(device, place):
         assert loss[2].isnan()
 
 
-def test_what_an_ignored_sample_holds_changes_nothing(device, backend):
+def test_the_logits_of_an_ignored_sample_change_nothing(device, backend):
     logits, _, _ = problem(16, 3, 5, 6, "softmax", "hard", weighted=False, masked=False)
     target = torch.tensor([1, 2, -100, 3, -100], device=device)
     logits[:, 2], logits[0, 4, 1] = torch.nan, torch.inf
@@ -192,7 +192,7 @@ def test_infinite_logits_are_held_at_the_bound(device, backend, dtype):
         torch.testing.assert_close(*gradients, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_what_an_unavailable_modality_holds_changes_nothing(device, backend):
+def test_the_logits_of_an_unavailable_modality_change_nothing(device, backend):
     for activation, target_kind in (("softmax", "hard"), ("softmax", "soft"), ("sigmoid", "soft")):
         logits, target, options = problem(4, 3, 9, 6, activation, target_kind, weighted=False, masked=True)
         options["activation"] = activation
@@ -425,7 +425,7 @@ def test_training_follows_the_same_curve(device):
         (torch.zeros(9, 3, 4), r"fusion_loss: backend 'triton'.*up to 8 modalities, got 9"),
     ],
 )
-def test_what_the_kernel_does_not_take(device, logits, message):
+def test_arguments_that_the_kernel_refuses(device, logits, message):
     target = torch.zeros(3, dtype=torch.int64, device=device)
     with pytest.raises(BackendUnavailableError, match=message):
         fusion_loss(logits.to(device), target, backend="triton")

@@ -84,7 +84,7 @@ def test_memory_orders(device):
         assert_equals_reference(x, lengths, transposed)
 
 
-def test_what_padding_holds_never_matters(device):
+def test_the_values_of_padding_never_matter(device):
     features, lengths, weights = problem(device)
     padding = (torch.arange(4, device=device) >= lengths[:, None])[:, :, None]
     wanted = memory_scan(features, lengths, weights, backend="triton")
