@@ -27,7 +27,7 @@ from m3er_fast.kernels._device import capability
 from m3er_fast.kernels._math import LARGEST
 from m3er_fast.kernels._operators import operator, schema_of
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
-from m3er_fast.operands import CheckProjections, modality_pairs
+from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs
 
 
 @triton.jit
@@ -65,6 +65,25 @@ def _projected(
 
 
 @triton.jit
+def _centered(x, weight_ptr, k, K: tl.constexpr):
+    """Return the weighted components (ROWS, COLUMNS) without their mean over the K that there are."""
+    inside = (k < K)[None, :]
+    x = x * tl.load(weight_ptr + k, mask=k < K, other=0.0)[None, :]
+    return tl.where(inside, x - (tl.sum(x, axis=1) / max(K, 1))[:, None], 0.0)
+
+
+@triton.jit
+def _log_likelihood_ratio(u, v, canonical_ptr, k, K: tl.constexpr):
+    """Return Σ -½ log(1 - s²) - (s²u² - 2suv + s²v²) / 2(1 - s²) of the rows; LARGEST below zero if not finite."""
+    s = tl.load(canonical_ptr + k, mask=k < K, other=0.0)
+    rest = 1.0 - s * s
+    s, rest = s[None, :], rest[None, :]
+    odds = ((s * u - v) * s * u + (s * v - u) * s * v) / (2.0 * rest) + 0.5 * tl.log(rest)
+    ratio = -tl.sum(odds, axis=1)
+    return tl.where(tl.abs(ratio) <= LARGEST, ratio, -LARGEST)
+
+
+@triton.jit
 def _cosine(u, v):
     """Return the cosine of the rows, and 0 where a row is zero or not finite.
 
@@ -89,8 +108,11 @@ def check_statistics_fwd_kernel(
     right_ptrs,  # P of (k_p, d_j) float32
     right_bias_ptrs,  # P of (k_p,) float32
     whitener_ptrs,  # M of (r_m, d_m) float32
+    weight_ptrs,  # P of (k_p,) float32
+    canonical_ptrs,  # P of (k_p,) float32
     correlation_ptr,  # (B, all pairs) float32
     energy_ptr,  # (B, all modalities) float32
+    likelihood_ptr,  # (B, all pairs) float32
     B,
     first_pair,  # index of this launch's first pair among all
     first_modality,  # index of its first modality among all
@@ -108,7 +130,7 @@ def check_statistics_fwd_kernel(
     COLUMNS: tl.constexpr,  # components of a tile, at least every k_p
     DIRECTIONS: tl.constexpr,
 ):
-    """Compute ρ of every pair and the energy of every modality."""
+    """Compute ρ and the likelihood ratio of every pair, and the energy of every modality."""
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = b < B
     for m in tl.static_range(len(RANKS)):
@@ -134,7 +156,11 @@ def check_statistics_fwd_kernel(
             DIMS[SECOND[p]], STRIDES[SECOND[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
         )  # fmt: skip
         v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
-        correlation = _cosine(u, v)
+        likelihood = _log_likelihood_ratio(u, v, canonical_ptrs[p], k, COMPONENTS[p])
+        tl.store(likelihood_ptr + b * correlation_stride + (first_pair + p), likelihood, mask=inside)
+        correlation = _cosine(
+            _centered(u, weight_ptrs[p], k, COMPONENTS[p]), _centered(v, weight_ptrs[p], k, COMPONENTS[p])
+        )
         tl.store(correlation_ptr + b * correlation_stride + (first_pair + p), correlation, mask=inside)
 
 
@@ -215,8 +241,7 @@ def _prepared(projections: CheckProjections) -> CheckProjections:
 def _launch(
     features: Sequence[Tensor],
     projections: CheckProjections,
-    correlation: Tensor,
-    energy: Tensor,
+    statistics: CheckStatistics,
     modalities: Sequence[int],
     pairs: Sequence[int],
     *,
@@ -224,6 +249,7 @@ def _launch(
 ) -> None:
     """Write the statistics of some of the modalities and pairs."""
     all_pairs = modality_pairs(len(features))
+    correlation, energy, likelihood = statistics
     place = {m: i for i, m in enumerate(modalities)}
     part = Part(
         tuple(features[m].shape[1] for m in modalities),
@@ -242,8 +268,10 @@ def _launch(
         tuple(projections.center[m] for m in modalities),
         *(tuple(side[p] for p in pairs) or unread for side in sides),
         tuple(projections.whitener[m] for m in modalities) if energies else unread,
+        *(tuple(values[p] for p in pairs) or unread for values in (projections.weight, projections.canonical)),
         correlation,
         energy,
+        likelihood,
         energy.shape[0],
         pairs[0] if pairs else 0,
         modalities[0],
@@ -254,61 +282,59 @@ def _launch(
     )
 
 
-def _forward(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
-    correlation, energy = _outputs(features, projections)
-    batch, modalities = energy.shape
+def _forward(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
+    statistics = _outputs(features, projections)
+    batch, modalities = statistics.energy.shape
     if not batch:
-        return correlation, energy
-    arguments = ([_rows(x) for x in features], _prepared(projections), correlation, energy)
+        return statistics
+    arguments = ([_rows(x) for x in features], _prepared(projections), statistics)
     # Triton launches on the current device, which need not be the tensors' device.
-    with torch.cuda.device_of(energy):
+    with torch.cuda.device_of(statistics.energy):
         if modalities <= _MOST_AT_ONCE:
-            _launch(*arguments, range(modalities), range(correlation.shape[1]))
-            return correlation, energy
+            _launch(*arguments, range(modalities), range(len(projections.left)))
+            return statistics
         for m in range(modalities):
             _launch(*arguments, (m,), ())
         for p, pair in enumerate(modality_pairs(modalities)):
             _launch(*arguments, pair, (p,), energies=False)
-    return correlation, energy
+    return statistics
 
 
-def _outputs(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
-    """Return empty tensors for the correlations (B, P) and the energies (B, M)."""
-    first, batch = features[0], features[0].shape[0]
-    return (
-        first.new_empty((batch, len(projections.left)), dtype=torch.float32),
-        first.new_empty((batch, len(features)), dtype=torch.float32),
+def _outputs(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
+    """Return empty tensors for the statistics."""
+    first, batch, pairs = features[0], features[0].shape[0], len(projections.left)
+    return CheckStatistics(
+        *(first.new_empty((batch, count), dtype=torch.float32) for count in (pairs, len(features), pairs))
     )
 
 
 # --- The operator ---
 
 
-def _check_statistics(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, Tensor]:
+def _check_statistics(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, ...]:
     return _forward(features, CheckProjections(*projections))
 
 
-def _check_statistics_fake(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, Tensor]:
+def _check_statistics_fake(features: Sequence[Tensor], *projections: Any) -> tuple[Tensor, ...]:
     return _outputs(features, CheckProjections(*projections))
 
 
 # Autocast changes nothing, and there is no gradient.
 check_statistics_op = operator(
     "check_statistics",
-    schema=f"(Tensor[] features, {schema_of(CheckProjections)}) -> (Tensor, Tensor)",
+    schema=f"(Tensor[] features, {schema_of(CheckProjections)}) -> (Tensor, Tensor, Tensor)",
 )(_check_statistics)
 check_statistics_op.register_fake(_check_statistics_fake)
 
 
-def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
-    """Return the correlation (B, P) and the energy (B, M) of checked arguments.
+def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
+    """Return the statistics of checked arguments.
 
     The features are float16, bfloat16 or float32; :func:`m3er_fast.functional.check_statistics` documents the rest.
     """
     if not torch.compiler.is_compiling():  # the operator's dispatcher takes longer than a small batch
         return _forward(features, projections)
-    result: tuple[Tensor, Tensor] = check_statistics_op(list(features), *projections)
-    return result
+    return CheckStatistics(*check_statistics_op(list(features), *projections))
 
 
 # --- How the kernel is compiled ---

@@ -1,20 +1,19 @@
 """Conformal calibration of the modality check: statistics become p-values against calibration samples.
 
-A statistic is one class here, derived from :class:`ConformalStatistic`: its name, its share of the combined check, its
-learned tables and its p-value. To add one, derive its class, list it in ``ModalityCheck.__init__``, measure it in
-``ModalityCheck._measure``, and give it a field of ``CheckResult``.
+A statistic of pairs or of single modalities is one class here, derived from :class:`ConformalStatistic`.
+:class:`CombinedScore` makes one number of the symptoms of :mod:`m3er_fast._symptoms` and of not belonging.
 
 Dimension legend: M modalities, P pairs of modalities, B samples, n calibration samples, V values of a statistic per
-sample (P or M), S = 2^(M-1) sets of other modalities.
+sample (P or M), S symptoms; a modality has 2^(M-1) sets of others.
 
 Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3er_fast._symptoms import DETECTORS, LOW_REASON, SURPRISES, SequenceSample
 from m3er_fast.config import CheckConfig
 from m3er_fast.functional import unchecked
 from m3er_fast.moments import PairwiseMoments
@@ -38,8 +38,12 @@ _MAX_CALIBRATION = 4096
 # factor, 3 dB. On CMU-MOSI's faces a sixth of the published test split lies below the lowest 2.5 % of the training
 # split, but hardly any sample lies below half of that.
 _LEVEL_TOLERANCE = 2.0
-# The correlation's share of alpha in the combined check. The energy needs less: its tolerance leaves most of it idle.
-_CORRELATION_SHARE = 0.9
+# The edges of a symptom, beyond which a surprise is above 1, leave this share of the calibration samples outside, all
+# symptoms taken together; each has two tails, and so has not belonging.
+_EDGE_SHARE = 0.05
+_TAILS = 2 * len(SURPRISES) + len(DETECTORS) + 1
+# Edges are at least this far from the median: where all of training is alike, a hair's breadth is no surprise.
+_LEAST_EDGE = 0.05
 # Below every real correlation.
 _UNDEFINED = -2.0
 
@@ -82,6 +86,7 @@ class CheckSample(NamedTuple):
     vectors: list[Tensor]  # M of (n, D_m) float64: utterance vectors of the calibration samples
     available: Tensor  # (n, M) bool
     fold: Tensor  # (n,) int64
+    sequences: list[SequenceSample]  # M; those of the calibration samples, or empty where they have no say
 
     def merge(self, other: CheckSample) -> CheckSample:
         """Return both parts as one; the samples of ``other`` must follow these. The result may share their memory."""
@@ -93,6 +98,7 @@ class CheckSample(NamedTuple):
             [torch.cat(both) for both in zip(self.vectors, other.vectors, strict=True)],
             torch.cat([self.available, other.available]),
             torch.cat([self.fold, other.fold]),
+            [ours.merge(theirs) for ours, theirs in zip(self.sequences, other.sequences, strict=True)],
         )
 
     def total_moments(self, *, left_out: int | None = None) -> PairwiseMoments:
@@ -110,13 +116,13 @@ class ConformalStatistic(ABC):
 
     Attributes:
         name: the value of ``CheckConfig.statistic`` and the field of ``CheckResult`` that stand for the statistic.
-        share: its share of alpha in the combined check; the shares of all statistics sum to 1.
+        prefix: of the names of its buffers.
         compares: whether a modality is compared with the others, and not judged by itself.
         tables: names of its learned buffers, in the order of ``state_dict``; "_count" at the end means integers.
     """
 
     name: ClassVar[str]
-    share: ClassVar[float]
+    prefix: ClassVar[str] = ""
     compares: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]]
 
@@ -127,7 +133,10 @@ class ConformalStatistic(ABC):
 
     def empty_tables(self) -> dict[str, Tensor]:
         """Return the tables before calibration."""
-        return {name: torch.zeros(0, dtype=torch.int64 if name.endswith("_count") else None) for name in self.tables}
+        return {
+            f"{self.prefix}{name}": torch.zeros(0, dtype=torch.int64 if name.endswith("_count") else None)
+            for name in self.tables
+        }
 
     @abstractmethod
     def is_measured(self, available: Tensor) -> Tensor:
@@ -175,7 +184,7 @@ class PairCorrelation(ConformalStatistic):
     """
 
     name = "correlation"
-    share = _CORRELATION_SHARE
+    fewest_components = 2
     compares = True
     tables = ("pair_scores", "pair_count", "rank_scores", "rank_count")
 
@@ -186,8 +195,9 @@ class PairCorrelation(ConformalStatistic):
     def calibrate(self, values: Tensor, available: Tensor, projections: CheckProjections) -> dict[str, Tensor]:
         """Return the sorted correlations of each pair, and the sorted ranks of each set of modalities."""
         # A correlation over fewer than two components is never defined: such a pair is no evidence either way.
-        defined = torch.tensor([left.shape[0] > 1 for left in projections.left]).to(available.device)
-        pair_scores, pair_count = _sort_columns(_for_decision(values), self.is_measured(available) & defined)
+        fewest = self.fewest_components
+        defined = torch.tensor([left.shape[0] >= fewest for left in projections.left]).to(available.device)
+        pair_scores, pair_count = _sort_columns(self._for_decision(values), self.is_measured(available) & defined)
         tables = {"pair_scores": pair_scores, "pair_count": pair_count}
         # A calibration sample counts in its own rank: with rule "all" the p-value of a new sample is then exactly the
         # one that ranking all n + 1 samples together would give.
@@ -228,7 +238,7 @@ class PairCorrelation(ConformalStatistic):
         limits = threshold if isinstance(threshold, tuple) else (threshold,) * len(self.pairs)
         # Filled on the device: a tensor made of a list would wait for it, and cannot be part of a CUDA graph.
         limit = torch.stack([values.new_full((), value) for value in limits])
-        passed = self._by_modality(_for_decision(values) >= limit)
+        passed = self._by_modality(self._for_decision(values) >= limit)
         comparable = self._comparable(available, tables)
         if self.config.rule == "all":
             return (passed & comparable).any(dim=2) | ~comparable.any(dim=2)
@@ -240,7 +250,7 @@ class PairCorrelation(ConformalStatistic):
 
     def _ranks(self, values: Tensor, tables: Tables) -> Tensor:
         """(B, M, M) share of calibration samples whose ρ of the pair is no larger."""
-        values = _for_decision(values)
+        values = self._for_decision(values)
         shares = [
             torch.searchsorted(scores, values[:, p].contiguous(), right=True) / count.clamp(min=1)
             for p, (scores, count) in enumerate(zip(tables["pair_scores"], tables["pair_count"], strict=True))
@@ -260,10 +270,27 @@ class PairCorrelation(ConformalStatistic):
         others = [j for j in range(self.modalities) if j != m]
         return [[j for c, j in enumerate(others) if s >> c & 1] for s in range(2 ** len(others))]
 
+    @staticmethod
+    def _for_decision(values: Tensor) -> Tensor:
+        """ρ with its undefined values, which are exactly 0, below every real correlation."""
+        return values.where(values != 0, _UNDEFINED)
+
     def _reduce(self, rank: Tensor) -> Tensor:
         if not rank.shape[1]:
             return rank.new_ones(rank.shape[0])  # nothing to compare with
         return rank.amax(dim=1) if self.config.rule == "all" else rank.amin(dim=1)
+
+
+class PairLikelihood(PairCorrelation):
+    """The log likelihood ratio of "these two belong together" of each pair; low is odd, and ranked as ρ is."""
+
+    name = "likelihood"
+    prefix = "likelihood_"
+    fewest_components = 1
+
+    @staticmethod
+    def _for_decision(values: Tensor) -> Tensor:
+        return values
 
 
 class Energy(ConformalStatistic):
@@ -273,7 +300,6 @@ class Energy(ConformalStatistic):
     """
 
     name = "energy"
-    share = 1.0 - _CORRELATION_SHARE
     tables = ("energy_scores", "energy_count")
 
     def is_measured(self, available: Tensor) -> Tensor:
@@ -305,23 +331,102 @@ class Energy(ConformalStatistic):
         return torch.stack(columns, dim=1)
 
 
-def combine_p_values(p_values: Sequence[Tensor], statistics: Sequence[ConformalStatistic]) -> Tensor:
-    """Return the least p-value, each divided by its statistic's share among these: a weighted Bonferroni sum."""
-    if len(statistics) == 1:
-        return p_values[0]
-    total = sum(statistic.share for statistic in statistics)
-    weighted = [p / (statistic.share / total) for p, statistic in zip(p_values, statistics, strict=True)]
-    return reduce(torch.minimum, weighted)
+class CombinedScore:
+    """The largest surprise of all symptoms, and of not belonging, calibrated as one number.
+
+    Each symptom is measured from its median in training, in units of how far clean samples go: a surprise of 1 is the
+    edge of what they show. The largest surprise then has a p-value of its own, so that no share of alpha is wasted on
+    symptoms that are idle.
+
+    Its tables are ``symptom_center``, ``symptom_above`` and ``symptom_below`` (M, S); ``own_scores`` and
+    ``combined_scores`` (M, n), the largest surprises ascending, without and with that of not belonging; and
+    ``own_count`` and ``combined_count`` (M,), the entries of each row in use.
+    """
+
+    tables = (
+        *("symptom_center", "symptom_above", "symptom_below"),
+        *("own_scores", "own_count", "combined_scores", "combined_count"),
+    )
+
+    @staticmethod
+    def scale(symptoms: Tensor, say: Tensor, available: Tensor) -> dict[str, Tensor]:
+        """Return the tables that :meth:`surprises` needs.
+
+        Args:
+            symptoms: (n, M, S) of calibration samples.
+            say: (n, M, S), how much each counts.
+            available: (n, M) bool.
+        """
+        quantile = 1.0 - _EDGE_SHARE / _TAILS
+        center, above, below = (torch.zeros(symptoms.shape[1:]) for _ in range(3))
+        floor = torch.tensor([_LEAST_EDGE] * len(SURPRISES) + [torch.finfo(torch.float32).tiny] * len(DETECTORS))
+        for m in range(symptoms.shape[1]):
+            rows = available[:, m]
+            if not bool(rows.any()):
+                continue
+            center[m] = symptoms[rows, m].quantile(0.5, dim=0)
+            excess = (symptoms[rows, m] - center[m]) * say[rows, m]
+            above[m] = excess.quantile(quantile, dim=0, interpolation="higher")
+            below[m] = -excess.quantile(1.0 - quantile, dim=0, interpolation="lower")
+        above, below = (torch.maximum(edge, floor) for edge in (above, below))
+        below[:, [reason == 0 for reason in LOW_REASON]] = torch.inf  # low is not odd
+        return {"symptom_center": center, "symptom_above": above, "symptom_below": below}
+
+    @staticmethod
+    def surprises(symptoms: Tensor, say: Tensor, tables: Tables, *, tolerant: bool = True) -> Tensor:
+        """Return (B, M, S) surprises, negative where the symptom is low.
+
+        ``tolerant``: as new samples are judged; calibration samples get no tolerance.
+        """
+        excess = (symptoms - tables["symptom_center"]) * say
+        if tolerant:
+            excess = excess.sign() * (excess.abs() - _tolerance(symptoms)).clamp(min=0.0)
+        return torch.where(excess > 0, excess / tables["symptom_above"], excess / tables["symptom_below"])
+
+    @staticmethod
+    def of_p_value(p_value: Tensor) -> Tensor:
+        """Return the surprise of a p-value: 1 at the share of clean samples that each symptom leaves outside."""
+        return p_value.log() / math.log(_EDGE_SHARE / _TAILS)
+
+    @staticmethod
+    def sort(scores: Tensor, available: Tensor, name: str) -> dict[str, Tensor]:
+        """Return the tables of scores (n, M) by which :meth:`p_value` ranks others."""
+        values, count = _sort_columns(scores, available)
+        return {f"{name}_scores": values, f"{name}_count": count}
+
+    @staticmethod
+    def p_value(scores: Tensor, name: str, tables: Tables) -> Tensor:
+        """Return (B, M), the share of calibration samples with at least this score.
+
+        Beyond the largest of them the share goes on falling, from 1/(n+1), with the ratio of the scores.
+        """
+        columns = []
+        for score, known, count in zip(
+            scores.unbind(1), tables[f"{name}_scores"], tables[f"{name}_count"], strict=True
+        ):
+            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
+            largest = known.gather(0, (count - 1).clamp(min=0).view(1))
+            above = count - torch.searchsorted(known, score.contiguous(), right=False)
+            p_value = (above + torch.where(score > largest, largest / score, 1.0)) / (1 + count)
+            columns.append(p_value.where(count > 0, 1.0))
+        return torch.stack(columns, dim=1)
 
 
-def correlate_swapped(
-    vectors: list[Tensor], available: Tensor, projections: CheckProjections
+def _tolerance(symptoms: Tensor) -> Tensor:
+    """(S,) distances that are not held against a new recording, filled on the device."""
+    zones = [*(surprise.tolerance for surprise in SURPRISES), *[0.0] * len(DETECTORS)]
+    return torch.stack([symptoms.new_full((), zone) for zone in zones])
+
+
+def measure_swapped(
+    name: str, vectors: list[Tensor], available: Tensor, projections: CheckProjections
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each modality, ρ and availability when it comes from the sample half a fold away.
+    """Return, for each modality, a statistic and availability when it comes from the sample half a fold away.
 
     That sample is usually from another recording, because a fold consists of several blocks.
 
     Args:
+        name: of the statistic.
         vectors: M of (n, D_m), the utterance vectors of a fold.
         available: (n, M) bool.
         projections: learned from the other folds.
@@ -332,13 +437,8 @@ def correlate_swapped(
         mixed = [*vectors[:m], vector.roll(half, 0), *vectors[m + 1 :]]
         present = available.clone()
         present[:, m] = available[:, m].roll(half, 0)
-        swapped.append((unchecked.check_statistics(mixed, projections)[0], present))
+        swapped.append((getattr(unchecked.check_statistics(mixed, projections), name), present))
     return swapped
-
-
-def _for_decision(correlation: Tensor) -> Tensor:
-    """ρ with its undefined values, which are exactly 0, below every real correlation."""
-    return correlation.where(correlation != 0, _UNDEFINED)
 
 
 def _sort_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:

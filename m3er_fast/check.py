@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import compress
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,33 +18,46 @@ from torch import Tensor
 
 from m3er_fast._conformal import (
     CheckSample,
+    CombinedScore,
     ConformalStatistic,
     CrossFitting,
     Energy,
     PairCorrelation,
+    PairLikelihood,
     Tables,
-    combine_p_values,
-    correlate_swapped,
+    measure_swapped,
 )
 from m3er_fast._settings import takes_settings_of
+from m3er_fast._symptoms import (
+    BELONGING,
+    HIGH_REASON,
+    IGNORABLE,
+    LOW_REASON,
+    REASONS,
+    SURPRISES,
+    SequenceSample,
+    SymptomModel,
+    draw,
+    fit_symptoms,
+    sample_sequences,
+    say_of,
+)
+from m3er_fast._validation import check_choice
 from m3er_fast.cca import canonical_directions, whiten
 from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 from m3er_fast.moments import PairwiseMoments
-from m3er_fast.operands import CheckProjections, modality_pairs, upcast
+from m3er_fast.operands import CheckProjections, CheckStatistics, SequenceStatistics, modality_pairs
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
 __all__ = ["CheckResult", "CheckSample", "ModalityCheck"]
 
-# The combined check asks the correlation only about modalities of which it recognises at least half when they come from
-# another sample. On CMU-MOSI it recognises 13 to 26 %, and rejects 6 to 16 % of the right ones; on the generated corpus
-# of moderate correlation it recognises 72 %.
-_MIN_POWER = 0.5
-
-_PAIR_MATRICES = ("left", "left_bias", "right", "right_bias")
-_MATRICES = ("center", *_PAIR_MATRICES, "whitener")
+_PAIR_MATRICES = ("left", "left_bias", "right", "right_bias", "weight", "canonical")
+_MATRICES = ("center", "left", "left_bias", "right", "right_bias", "whitener", "weight", "canonical")
+# A canonical correlation of 1 would make every other pair of coordinates impossible.
+_LARGEST_CANONICAL = 0.999
 
 
 class CheckResult(NamedTuple):
@@ -55,51 +67,59 @@ class CheckResult(NamedTuple):
     correlation: Tensor  # (B, P) ρ of each pair, 0 where undefined or one of the two is unavailable
     energy: Tensor  # (B, M) mean squared whitened coordinate, 0 where unavailable
     p_value: Tensor  # (B, M) conformal p-value of "this modality is as in training", 0 where unavailable
+    reason: Tensor  # (B, M) int64, why a modality was rejected, an index of ``ModalityCheck.reasons``; 0 if it was not
 
 
 @takes_settings_of(CheckConfig)
 class ModalityCheck(FittedModule):
     """Verdict on each modality of a sample: effective, or noise.
 
-    Two statistics are measured on the utterance vectors f_m, the means over the valid frames (formulas at
-    :func:`m3er_fast.functional.check_statistics`): the *correlation* ρ_ij of each pair across its canonical components
-    (Mittal et al. 2020, arXiv 1911.05659), and the *energy* of each modality in its own whitened space. The paper does
-    not have the energy: ρ does not see scale, and it hardly separates weakly correlated modalities from noise.
+    A modality is ineffectual if its p-value is below ``alpha``. The p-value is the share of calibration samples, which
+    the fitted matrices did not see, that are at least as odd as this one (Vovk, Gammerman and Shafer, "Algorithmic
+    Learning in a Random World", 2005). On clean data exchangeable with the training data, a share of ``alpha`` of the
+    samples, or less, therefore loses it.
 
-    Both become conformal p-values (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005) against
-    training samples that the projections did not see: the share of calibration samples at least as odd as this one.
-    A modality is ineffectual if p < ``alpha``. On clean data exchangeable with the training data, a share of ``alpha``
-    of the samples, or less, therefore loses it.
+    * combined: the largest surprise of all *symptoms*, calibrated as one number. A surprise measures how far a symptom
+      is from its median in training; 1 is the edge of what clean samples show. The symptoms are
 
-    * correlation: ρ_mj is ranked among the calibration samples' values. The largest rank over the other available
-      modalities j counts (rule "all": ineffectual only if it fails against every other), or the smallest ("any").
-      Low is odd. Without another modality to compare with there is no evidence, and p = 1.
-    * energy: two-sided, because noise raises it, and silence and frozen sensors lower it:
-      p = min(1, 2·min(p_high(E/2), p_low(2E))). Recordings differ in level, and a factor of two is not held against a
-      modality.
-    * combined: p = min(1, p_correlation / 0.9, p_energy / 0.1), a weighted Bonferroni sum. A modality whose p_energy is
-      below ``alpha`` is not compared with, so that one bad modality does not discredit the good ones. Where the
-      correlation has too little power (``correlation_power_`` below 1/2), p = p_energy.
+      - the *level*, the energy of the utterance vector f_m (the mean over the valid frames) in its own whitened space;
+        a factor of two is not held against a recording;
+      - the *moments* of the frames and of their changes (:func:`m3er_fast.functional.sequence_statistics`): power,
+        change, roughness (change over variance), evenness over the features, repeated frames;
+      - *detectors*, linear discriminants between clean training sequences and the same ones with seeded noise, lost
+        frames, gain and shuffled frames;
+      - *belonging*, the log likelihood ratio of "these two belong together" against each other modality
+        (:func:`m3er_fast.functional.check_statistics`), ranked as ρ below. A modality that is odd by itself is not
+        compared with, so that one bad modality does not discredit the good ones.
 
-    Energies outside the range of all calibration samples have p-values below the smallest conformal one, 1/(n+1), in
-    proportion to their distance from the range. That orders them, and lets a small calibration set recognise gross
-    noise.
+      Symptoms of sequences have no say with one frame, and less with few. ``reason`` names the largest surprise.
+    * correlation (the paper, arXiv 1911.05659): ρ_mj is ranked among the calibration samples' values. The largest rank
+      over the other available modalities j counts (rule "all": ineffectual only if it fails against every other), or
+      the smallest ("any"). Low is odd. Without another modality to compare with there is no evidence, and p = 1.
+    * energy: two-sided, because noise raises it, and silence lowers it: p = min(1, 2·min(p_high(E/2), p_low(2E))).
 
-    With ``threshold`` τ the paper's form replaces the correlation's p-value: ineffectual if ρ < τ against every other
-    modality (or any, by ``rule``); in the combined check the energy is then tested alone at ``alpha``.
+    Outside the range of all calibration samples p-values go on falling below the smallest conformal one, 1/(n+1), in
+    proportion to the distance. That orders them, and lets a small calibration set recognise gross faults.
+
+    With ``threshold`` τ the paper's form replaces the comparison of modalities: ineffectual if ρ < τ against every
+    other modality (or any, by ``rule``); in the combined check the other symptoms are then tested at ``alpha``.
 
     Args:
         input_dims: feature count d_m of each modality, in order; at least two.
         {settings}
 
     Attributes:
-        correlation_power_: (M,) share of calibration samples in which the correlation finds modality m ineffectual, at
-            level alpha, when it is swapped for that of the sample half a fold away; empty before ``fit``.
+        correlation_power_: (M,) share of calibration samples in which the comparison of modalities alone (likelihood
+            ratio, or ρ) recognises modality m, at level alpha, when it is swapped for that of the sample half a fold
+            away; empty before ``fit``.
         projections_: the fitted matrices, as ``functional.check_statistics`` takes them.
 
     Raises:
         ValueError: naming the argument that is out of range.
     """
+
+    reasons: ClassVar[tuple[str, ...]] = REASONS
+    """What a modality may be rejected for; ``CheckResult.reason`` holds their numbers."""
 
     def __init__(self, input_dims: Mapping[str, int], *settings: Any, **named_settings: Any) -> None:
         super().__init__()
@@ -110,27 +130,31 @@ class ModalityCheck(FittedModule):
                 f"input_dims: the check compares modalities, so it needs two or more, got {self.input_dims}"
             )
         self.config = config = CheckConfig(*settings, **named_settings)
+        for name in config.ignore:
+            check_choice("ignore", name, IGNORABLE)
         self._pairs = modality_pairs(modalities)
         if isinstance(config.threshold, tuple) and len(config.threshold) != len(self._pairs):
             raise ValueError(f"threshold has {len(config.threshold)} values, wanted one for {len(self._pairs)} pairs")
-        self._correlation = PairCorrelation(modalities, config)
-        self._statistics: list[ConformalStatistic] = [self._correlation, Energy(modalities, config)]
-        asked = [s for s in self._statistics if config.statistic in (s.name, "combined")]
-        self._asked = sorted(asked, key=lambda s: s.compares)  # a comparison has to know which modalities to trust
+        self._correlation, self._likelihood = PairCorrelation(modalities, config), PairLikelihood(modalities, config)
+        self._energy = Energy(modalities, config)
         nothing = torch.zeros(0)
         self.register_learned(
             **{f"center_{m}": nothing for m in range(modalities)},
             **{f"whitener_{m}": nothing for m in range(modalities)},
             **{f"{name}_{p}": nothing for p in range(len(self._pairs)) for name in _PAIR_MATRICES},
         )
-        for statistic in self._statistics:
+        for statistic in (self._correlation, self._energy, self._likelihood):
             self.register_learned(**statistic.empty_tables())
+        self.register_learned(**{f"{name}_{m}": nothing for name in SymptomModel._fields for m in range(modalities)})
+        self.register_learned(
+            **{name: nothing.long() if name.endswith("_count") else nothing for name in CombinedScore.tables}
+        )
         self.register_learned(correlation_power_=nothing)
 
     @property
     def is_fitted(self) -> bool:
         """Whether ``fit`` was called, or a fitted state loaded."""
-        return self.learned("energy_count").numel() > 0
+        return self.learned("center_0").numel() > 0
 
     @property
     def projections_(self) -> CheckProjections:
@@ -188,10 +212,11 @@ class ModalityCheck(FittedModule):
         cross_fitting = CrossFitting(total)
         widths = [self._vector_size(dim) for dim in self.input_dims.values()]
         moments: dict[int, PairwiseMoments] = {}
+        sequences = [SequenceSample.empty(dim) for dim in self.input_dims.values()]
         no_vectors = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
         rows = [[*no_vectors, torch.zeros(0, len(widths), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)]]
         for batch in batches:
-            vectors = [vector.double().cpu() for vector in self._pool(batch)]
+            vectors = [vector.double().cpu() for vector in self._pool(batch)[0]]
             available = batch.available.cpu()
             numbers = np.arange(start, start + available.shape[0])
             start += available.shape[0]
@@ -203,8 +228,20 @@ class ModalityCheck(FittedModule):
                     own.update([vector[inside].numpy() for vector in vectors], available[inside].numpy())
             calibrates = cross_fitting.calibrates(numbers)
             rows.append([column[calibrates] for column in (*vectors, available, fold)])
+            if self._uses_symptoms and bool(calibrates.any()):
+                found = self._sample_sequences(batch, calibrates, numbers[calibrates.numpy()])
+                sequences = [known.merge(new) for known, new in zip(sequences, found, strict=True)]
         *kept, available, fold = (torch.cat(columns) for columns in zip(*rows, strict=True))
-        return CheckSample(moments, kept, available, fold)
+        return CheckSample(moments, kept, available, fold, sequences)
+
+    def _sample_sequences(
+        self, batch: StandardizedBatch, chosen: Tensor, numbers: NDArray[np.int64]
+    ) -> list[SequenceSample]:
+        """The sequences of some samples of a batch, with these numbers in the training data."""
+        valid = batch.frame_valid.cpu()[chosen]
+        frames = [x.cpu()[chosen] for x in batch.features]
+        draws = draw(numbers.tolist(), valid.shape[1], list(self.input_dims.values()))
+        return [sample_sequences(x, valid[:, :, m], draws[m]) for m, x in enumerate(frames)]
 
     def fit_collected(self, part: CheckSample) -> Self:
         """:meth:`fit` from what :meth:`collect` gave for all of the training data, merged in its order.
@@ -248,25 +285,61 @@ class ModalityCheck(FittedModule):
         if not self.is_fitted:
             raise NotFittedError("this ModalityCheck is not fitted: call fit with clean training data first")
         config, available = self.config, batch.available
-        vectors = [vector.to(self.learned("center_0").dtype) for vector in self._pool(batch)]
-        measured = self._measure(vectors, self.projections_)
-        for statistic in self._statistics:
-            measured[statistic.name] = measured[statistic.name].where(statistic.is_measured(available), 0.0)
-        p_values: list[Tensor] = []
-        trusted = available  # the modalities that others are compared with
-        for statistic in self._asked:
-            used = trusted if statistic.compares else available
-            p_values.append(statistic.p_value(measured[statistic.name], used, self._tables(statistic)))
-            if config.statistic == "combined" and not statistic.compares:
-                trusted = trusted & (p_values[-1] >= config.alpha)
-        p_value = self._combine(p_values).clamp(max=1.0)
-        p_value = p_value.where(available, 0.0)
+        vectors, moments = self._pool(batch)
+        statistics = unchecked.check_statistics(vectors, self.projections_)
+        together = self._correlation.is_measured(available)
+        measured = CheckStatistics(
+            statistics.correlation.where(together, 0.0),
+            statistics.energy.where(available, 0.0),
+            statistics.likelihood.where(together, 0.0),
+        )
+        if config.statistic == "combined":
+            judge = self._judge_symptoms(measured, vectors, moments, available)
+        elif config.statistic == "energy":
+            judge = self._judge(self._energy, measured.energy, available, REASONS.index("too loud"))
+        else:
+            judge = self._judge(self._correlation, measured.correlation, available, REASONS.index(BELONGING))
+        p_value, trusted, reason = judge
+        p_value = p_value.clamp(max=1.0).where(available, 0.0)
         effective = available & (p_value >= config.alpha)
         if config.threshold is not None and config.statistic != "energy":
             tables = self._tables(self._correlation)
-            passes = self._correlation.passes_threshold(measured["correlation"], trusted, config.threshold, tables)
+            passes = self._correlation.passes_threshold(measured.correlation, trusted, config.threshold, tables)
+            reason = torch.where(passes | ~effective, reason, REASONS.index(BELONGING))
             effective = passes & (available if config.statistic == "correlation" else effective)
-        return CheckResult(effective=effective, p_value=p_value, **measured)
+        reason = reason.where(available & ~effective, 0)
+        return CheckResult(effective, measured.correlation, measured.energy, p_value, reason)
+
+    def _judge(
+        self, statistic: ConformalStatistic, values: Tensor, available: Tensor, reason: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The p-value of a statistic by itself, the modalities to compare with, and the reason for every rejection."""
+        p_value = statistic.p_value(values, available, self._tables(statistic))
+        return p_value, available, torch.full_like(available, reason, dtype=torch.int64)
+
+    def _judge_symptoms(
+        self, measured: CheckStatistics, vectors: list[Tensor], moments: list[SequenceStatistics], available: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the largest surprise of all."""
+        tables = {name: self.learned(name) for name in CombinedScore.tables}
+        symptoms, says = [], []
+        for m, (vector, found) in enumerate(zip(vectors, moments, strict=True)):
+            model = SymptomModel(*(self.learned(f"{name}_{m}") for name in SymptomModel._fields))
+            symptoms.append(model.measure(measured.energy[:, m], vector[:, : found.mean.shape[1]], found))
+            says.append(say_of(found.pairs, self.config.ignore))
+        surprises = CombinedScore.surprises(torch.stack(symptoms, dim=1), torch.stack(says, dim=1), tables)
+        own, which = surprises.abs().max(dim=2)
+        # A modality that is odd by itself is no evidence about the others.
+        p_own = CombinedScore.p_value(own, "own", tables)
+        trusted = available & (p_own >= self.config.alpha)
+        is_low = surprises.gather(2, which[:, :, None])[:, :, 0] < 0
+        reason = torch.where(is_low, _constant(LOW_REASON, which)[which], _constant(HIGH_REASON, which)[which])
+        if self.config.threshold is not None:
+            return p_own, trusted, reason
+        p_pairs = self._likelihood.p_value(measured.likelihood, trusted, self._tables(self._likelihood))
+        belonging = self._surprise_of_pairs(p_pairs)
+        reason = torch.where(belonging > own, REASONS.index(BELONGING), reason)
+        return CombinedScore.p_value(torch.maximum(own, belonging), "combined", tables), trusted, reason
 
     def extra_repr(self) -> str:
         """Return the settings, for ``print(module)``."""
@@ -277,24 +350,21 @@ class ModalityCheck(FittedModule):
     def _vector_size(self, dim: int) -> int:
         return 2 * dim if self.config.pooling == "mean_std" else dim
 
-    def _pool(self, batch: StandardizedBatch) -> list[Tensor]:
-        """M utterance vectors (B, D_m)."""
-        vectors = []
-        for m, x in enumerate(map(upcast, batch.features)):
-            valid = batch.frame_valid[:, :, m, None]
-            count = valid.sum(dim=1).clamp(min=1)
-            mean = x.where(valid, 0.0).sum(dim=1) / count
-            if self.config.pooling == "mean_std":
-                spread = (x - mean[:, None]).where(valid, 0.0).square().sum(dim=1) / count
-                mean = torch.cat([mean, spread.sqrt()], dim=1)
-            vectors.append(mean)
-        return vectors
+    @property
+    def _uses_symptoms(self) -> bool:
+        return self.config.statistic == "combined"
 
-    @staticmethod
-    def _measure(vectors: list[Tensor], projections: CheckProjections) -> dict[str, Tensor]:
-        """Every statistic of the utterance vectors, by name."""
-        correlation, energy = unchecked.check_statistics(vectors, projections)
-        return {"correlation": correlation, "energy": energy}
+    def _pool(self, batch: StandardizedBatch) -> tuple[list[Tensor], list[SequenceStatistics]]:
+        """M utterance vectors (B, D_m), and the moments of the sequences that they come from."""
+        vectors, moments = [], []
+        for m, x in enumerate(batch.features):
+            found = unchecked.sequence_statistics(x, batch.frame_valid[:, :, m])
+            moments.append(found)
+            vector = found.mean
+            if self.config.pooling == "mean_std":
+                vector = torch.cat([vector, found.variance.sqrt()], dim=1)
+            vectors.append(vector.to(self.learned("center_0").dtype))
+        return vectors, moments
 
     # --- fitting ---
 
@@ -317,11 +387,10 @@ class ModalityCheck(FittedModule):
                 ("left", solution.x_rotations, joint.mean[:split], moments.own[i].mean),
                 ("right", solution.y_rotations, joint.mean[split:], moments.own[j].mean),
             ):
-                projection = weights[:, None] * rotations.T
-                if len(projection):
-                    projection = projection - projection.mean(axis=0)  # centring over k makes ρ a cosine
-                folded[side].append(projection)
-                folded[f"{side}_bias"].append(projection @ (center - mean))
+                folded[side].append(rotations.T)
+                folded[f"{side}_bias"].append(rotations.T @ (center - mean))
+            folded["weight"].append(weights)
+            folded["canonical"].append(solution.correlations.clip(0.0, _LARGEST_CANONICAL))
         dtype = self.learned("center_0").dtype
         # Contiguous, as a loaded state is: with another layout a matrix product rounds differently.
         return CheckProjections(
@@ -330,32 +399,67 @@ class ModalityCheck(FittedModule):
         )
 
     def _calibrate(self, part: CheckSample, projections: CheckProjections) -> None:
-        """Learn every statistic's tables, and the correlation's power, from samples scored by the other folds."""
-        measured: list[dict[str, Tensor]] = []
-        present: list[Tensor] = []
+        """Learn every table, and the power of the pairs' statistic, from samples scored by the other folds."""
+        count, modalities = part.available.shape
+        dtype, device = projections.center[0].dtype, self.learned("center_0").device
+        measured = CheckStatistics(
+            *(torch.zeros(count, n, dtype=dtype) for n in (len(self._pairs), modalities, len(self._pairs)))
+        )
+        available = part.available.clone()
+        of_pairs = self._likelihood if self._uses_symptoms else self._correlation
         swapped: list[list[tuple[Tensor, Tensor]]] = []
         for f in CrossFitting.folds:
             inside = part.fold == f
             if not inside.any():
                 continue
             unseen = self._solve(part.total_moments(left_out=f))
-            vectors = [vector[inside].to(unseen.center[0].dtype) for vector in part.vectors]
+            vectors = [vector[inside].to(dtype) for vector in part.vectors]
             # Where the other folds lack a modality, or hold one sample of it, every energy is 0: nothing is measured.
-            measurable = torch.tensor([whitener.shape[0] > 0 for whitener in unseen.whitener])
-            present.append(part.available[inside] & measurable)
-            measured.append(self._measure(vectors, unseen))
-            swapped.append(correlate_swapped(vectors, present[-1], unseen))
-        device = self.learned("center_0").device
-        available = torch.cat(present).to(device)
-        for statistic in self._statistics:
-            values = torch.cat([by_name[statistic.name] for by_name in measured]).to(device)
-            self.register_learned(**statistic.calibrate(values, available, projections))
+            available[inside] &= torch.tensor([whitener.shape[0] > 0 for whitener in unseen.whitener])
+            for whole, values in zip(measured, unchecked.check_statistics(vectors, unseen), strict=True):
+                whole[inside] = values
+            swapped.append(measure_swapped(of_pairs.name, vectors, available[inside], unseen))
+        for statistic in (self._correlation, self._energy, self._likelihood):
+            values = getattr(measured, statistic.name).to(device)
+            learned = statistic.calibrate(values, available.to(device), projections)
+            self.register_learned(**{f"{statistic.prefix}{name}": table for name, table in learned.items()})
+        if self._uses_symptoms:
+            self._calibrate_symptoms(part, measured, available)
         of_modality = [
             (torch.cat(values).to(device), torch.cat(mixed).to(device))
             for values, mixed in (zip(*folds, strict=True) for folds in zip(*swapped, strict=True))
         ]
-        power = self._correlation.power(of_modality, self._tables(self._correlation))
-        self.register_learned(correlation_power_=power)
+        self.register_learned(correlation_power_=of_pairs.power(of_modality, self._tables(of_pairs)))
+
+    def _surprise_of_pairs(self, p_value: Tensor) -> Tensor:
+        return torch.zeros_like(p_value) if "belonging" in self.config.ignore else CombinedScore.of_p_value(p_value)
+
+    def _calibrate_symptoms(self, part: CheckSample, measured: CheckStatistics, available: Tensor) -> None:
+        """Learn the symptoms of each modality, and rank their largest surprises."""
+        symptoms = []
+        for m, (sample, vector) in enumerate(zip(part.sequences, part.vectors, strict=True)):
+            vector = vector[:, : sample.variance.shape[1]].float()
+            model, detected = fit_symptoms(sample, vector, available[:, m], part.fold)
+            self.register_learned(**{f"{name}_{m}": value for name, value in model._asdict().items()})
+            found = SequenceStatistics(vector, sample.variance, sample.change, sample.repeated, sample.pairs)
+            seen = model.measure(measured.energy[:, m].float(), vector, found)
+            symptoms.append(torch.cat([seen[:, : len(SURPRISES)], detected], dim=1))
+        values = torch.stack(symptoms, dim=1)
+        say = torch.stack([say_of(sample.pairs, self.config.ignore) for sample in part.sequences], dim=1)
+        tables = CombinedScore.scale(values, say, available)
+        own = torch.zeros(values.shape[:2])
+        for f in set(part.fold.tolist()):  # scaled by the other folds: the edges of their own samples none would leave
+            inside = part.fold == f
+            unseen = CombinedScore.scale(values[~inside], say[~inside], available[~inside])
+            seen = CombinedScore.surprises(values[inside], say[inside], unseen, tolerant=False)
+            own[inside] = seen.abs().amax(dim=2)
+        device = self.learned("center_0").device
+        p_pairs = self._likelihood.p_value(
+            measured.likelihood.to(device), available.to(device), self._tables(self._likelihood)
+        ).to("cpu", own.dtype)
+        combined = torch.maximum(own, self._surprise_of_pairs(p_pairs))
+        tables |= CombinedScore.sort(own, available, "own") | CombinedScore.sort(combined, available, "combined")
+        self.register_learned(**tables)
 
     def _warn_if_few_samples(self) -> None:
         config = self.config
@@ -374,18 +478,10 @@ class ModalityCheck(FittedModule):
                 stacklevel=5,  # the caller of fit
             )
 
-    # --- judging ---
-
     def _tables(self, statistic: ConformalStatistic) -> Tables:
-        return {name: self.learned(name) for name in statistic.tables}
+        return {name: self.learned(f"{statistic.prefix}{name}") for name in statistic.tables}
 
-    def _combine(self, p_values: list[Tensor]) -> Tensor:
-        """The p-value that decides, from those of the statistics in the settings."""
-        alone = [not statistic.compares for statistic in self._asked]
-        if all(alone) or not any(alone):
-            return combine_p_values(p_values, self._asked)
-        without = combine_p_values(list(compress(p_values, alone)), list(compress(self._asked, alone)))
-        if self.config.threshold is not None:
-            return without
-        has_power = self.learned("correlation_power_") >= _MIN_POWER
-        return torch.where(has_power, combine_p_values(p_values, self._asked), without)
+
+def _constant(values: tuple[int, ...], like: Tensor) -> Tensor:
+    """The values as a tensor, filled on the device: one made of a list would wait for it."""
+    return torch.stack([like.new_full((), value) for value in values])

@@ -66,6 +66,11 @@ def _threshold(name: str, value: Any) -> None:
         check_number(name, one, -1.0, 1.0)
 
 
+def _names(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name} must be a sequence of names, got {value!r}")
+
+
 def _three_sizes(name: str, value: Any) -> None:
     if not isinstance(value, Sequence) or len(value) != 3:
         raise ValueError(f"{name} must be three layer sizes, got {value!r}")
@@ -114,8 +119,13 @@ class CheckConfig:
         "mean", _one_of(Pooling), '"mean", or "mean_std": mean and standard deviation over the frames side by side.'
     )
     ridge: float = setting(1e-3, _at_least(0.0), "shrinkage of each covariance, in units of its mean variance.")
+    ignore: tuple[str, ...] = setting(
+        (), _names, 'symptoms of the combined check that shall not count, such as ``("gain",)``.'
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.ignore, list):
+            object.__setattr__(self, "ignore", tuple(self.ignore))
         if isinstance(self.threshold, Sequence):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         check_settings(self)

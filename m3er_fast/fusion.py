@@ -38,6 +38,7 @@ class M3EROutput(NamedTuple):
     p_value: Tensor  # (B, M); 1 for available modalities where no check ran
     abstained: Tensor  # (B,) bool, no modality was effective: the sample was classified as it came
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
+    reason: Tensor  # (B, M) int64, why a modality was rejected, an index of ``ModalityCheck.reasons``; 0 if it was not
 
 
 class M3ERFusion(
@@ -294,6 +295,7 @@ def _trust_available(batch: StandardizedBatch) -> CheckResult:
         correlation=zeros((size, len(modality_pairs(modalities)))),
         energy=zeros((size, modalities)),
         p_value=batch.available.to(batch.features[0].dtype),
+        reason=torch.zeros_like(batch.available, dtype=torch.int64),
     )
 
 

@@ -68,10 +68,9 @@ class LossFactors(NamedTuple):
 
 
 class CheckProjections(NamedTuple):
-    """The fitted matrices of a modality check, with every constant folded in.
+    """The fitted matrices of a modality check.
 
-    A pair's projection holds H, the standardisation of its view, the component weights and the centring over the k
-    components. Pearson's ρ over the components is therefore the cosine of the two projected vectors.
+    A pair's projections give the canonical coordinates u and v, of unit variance in training, from centred vectors.
     """
 
     center: list[Tensor]  # M of (d_m,), subtracted first: a large common offset would otherwise cancel late
@@ -80,7 +79,27 @@ class CheckProjections(NamedTuple):
     right: list[Tensor]  # P of (k_p, d_j)
     right_bias: list[Tensor]  # P of (k_p,)
     whitener: list[Tensor]  # M of (r_m, d_m)
+    weight: list[Tensor]  # P of (k_p,), factors of both coordinates before ρ is taken over the components
+    canonical: list[Tensor]  # P of (k_p,), canonical correlations s, in [0, 1)
     triangular: bool = False  # whether every whitener is upper triangular, which halves the work
+
+
+class CheckStatistics(NamedTuple):
+    """The statistics of utterance vectors that the modality check measures; every entry is finite."""
+
+    correlation: Tensor  # (B, P), ρ of each pair
+    energy: Tensor  # (B, M), mean squared whitened coordinate
+    likelihood: Tensor  # (B, P), log likelihood ratio of "these two belong together"
+
+
+class SequenceStatistics(NamedTuple):
+    """The moments of feature sequences that the modality check measures; every entry is finite."""
+
+    mean: Tensor  # (B, d), over the valid frames
+    variance: Tensor  # (B, d), about this mean
+    change: Tensor  # (B, d), half the mean squared difference of consecutive valid frames
+    repeated: Tensor  # (B,) int64, frames that equal the frame before
+    pairs: Tensor  # (B,) int64, pairs of consecutive valid frames
 
 
 # --- Memory scan ---

@@ -129,8 +129,16 @@ def _class_costs(backend: str, device: str) -> Tensor:
 
 def _check_statistics(backend: str, device: str) -> Any:
     vector, matrix = torch.zeros(1, device=device), torch.ones(1, 1, device=device)
-    projections = CheckProjections([vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2)
+    projections = CheckProjections(
+        [vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2, [vector], [vector]
+    )
     return functional.check_statistics([matrix] * 2, projections, backend=backend)
+
+
+def _sequence_statistics(backend: str, device: str) -> Any:
+    frames = torch.zeros(1, 1, 1, device=device)
+    valid = torch.ones(1, 1, dtype=torch.bool, device=device)
+    return functional.sequence_statistics(frames, valid, backend=backend)
 
 
 def _nearest_neighbors(engine: str, device: str) -> Any:
@@ -154,6 +162,7 @@ _EXAMPLES: dict[str, Callable[[str, str], Any]] = {
     "fusion_loss": _fusion_loss,
     "class_costs": _class_costs,
     "check_statistics": _check_statistics,
+    "sequence_statistics": _sequence_statistics,
     "nearest_neighbors": _nearest_neighbors,
     "local_least_squares": _local_least_squares,
     "memory_scan": _memory_scan,

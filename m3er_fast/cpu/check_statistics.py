@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3er_fast.operands import CheckProjections, modality_pairs, upcast
+from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
 # docs/performance.md has the times of other sizes.
 BLOCK_SAMPLES = 4096
@@ -33,7 +33,7 @@ class _Factors(NamedTuple):
     bands: list[tuple[int, Tensor]]  # the rest of the whitener: first column, (d_m - first, rows)
 
 
-def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
+def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
     """:func:`m3er_fast.functional.check_statistics` of checked arguments, none of which needs a gradient.
 
     A whitener is by far the largest matrix; fitted ones are triangular, and most of their zeros are left out. The
@@ -44,6 +44,9 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
     pairs = modality_pairs(len(features))
     correlation = torch.empty((batch, len(pairs)), dtype=dtype)
     energy = torch.empty((batch, len(features)), dtype=dtype)
+    likelihood = torch.empty_like(correlation)
+    canonical = [s.to(dtype) for s in projections.canonical]
+    weight = [w.to(dtype) for w in projections.weight]
     factors = [_factors(projections, m, pairs, dtype) for m in range(len(features))]
     for start in range(0, batch, BLOCK_SAMPLES):
         rows = slice(start, start + BLOCK_SAMPLES)
@@ -59,14 +62,31 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
                 square += _length(centered[:, first:] @ band).square_()
             energy[rows, m] = square / max(projections.whitener[m].shape[0], 1)
         for p, (u, v) in enumerate(projected):
-            correlation[rows, p] = _cosine(u, v)
+            likelihood[rows, p] = _log_likelihood_ratio(u, v, canonical[p])
+            correlation[rows, p] = _cosine(_centered(u * weight[p]), _centered(v * weight[p]))
     largest = torch.finfo(dtype).max
-    return correlation, energy.nan_to_num_(largest, largest)
+    energy.nan_to_num_(largest, largest)
+    return CheckStatistics(correlation, energy, likelihood.nan_to_num_(-largest, -largest, -largest))
 
 
 def _length(x: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, dim=1)
     return length
+
+
+def _centered(x: Tensor) -> Tensor:
+    """The rows of an (n, k_p) matrix without their means, in place."""
+    return x.sub_(x.mean(dim=1, keepdim=True)) if x.shape[1] else x
+
+
+def _log_likelihood_ratio(u: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """(n,) log p(u, v) - log p(u) - log p(v) of canonical coordinates (n, k_p) with canonical correlations (k_p,)."""
+    rest = 1.0 - s.square()
+    # s²u² - 2suv + s²v² over 2(1 - s²), as two products with a vector each.
+    of_squares, of_product = s.square() / (2.0 * rest), s / rest
+    ratio = (u * v) @ of_product
+    ratio.sub_((u.square().addcmul_(v, v)) @ of_squares)
+    return ratio.sub_(0.5 * rest.log().sum())
 
 
 def _cosine(u: Tensor, v: Tensor) -> Tensor:

@@ -6,16 +6,14 @@ explicit name is an order: it works or raises :class:`BackendUnavailableError`, 
 bfloat16 and float32 on CUDA.
 """
 
-from m3er_fast.functional._check_statistics import check_statistics
+from m3er_fast.functional._check_statistics import check_statistics, gate_statistics
 from m3er_fast.functional._dispatch import BackendUnavailableError
 from m3er_fast.functional._local_lstsq import local_least_squares
 from m3er_fast.functional._loss import class_costs, fusion_loss
 from m3er_fast.functional._memory_scan import memory_scan
 from m3er_fast.functional._neighbors import nearest_neighbors
+from m3er_fast.functional._sequence_statistics import sequence_statistics
 from m3er_fast.operands import CheckProjections, MemoryScanWeights
-
-gate_statistics = check_statistics
-"""The first name of :func:`check_statistics`, which callers rely on."""
 
 __all__ = [
     "BackendUnavailableError",
@@ -28,4 +26,5 @@ __all__ = [
     "local_least_squares",
     "memory_scan",
     "nearest_neighbors",
+    "sequence_statistics",
 ]

@@ -30,6 +30,8 @@ _MOST_KERNEL_MODALITIES = 8
 # Two wider projections do not fit into the registers of a program.
 _MOST_KERNEL_COMPONENTS = 128
 _MOST_KERNEL_NEIGHBORS = 64
+# A program holds two frames and four sums of this many features.
+_MOST_KERNEL_SEQUENCE_FEATURES = 4096
 # float32 loses about 1e-6 of the trace of a Gram matrix of 64 neighbours: a smaller ridge would not stand out.
 _SMALLEST_KERNEL_RIDGE = 1e-4
 
@@ -186,6 +188,16 @@ def _no_cpu_check(first: Tensor, features: Sequence[Tensor], _projections: Check
     return _no_fused_check(features)
 
 
+def _no_cpu_sequence(x: Tensor, valid: Tensor) -> str | None:
+    return _no_fused_check([x])
+
+
+def _no_sequence_kernel(x: Tensor, valid: Tensor) -> str | None:
+    if x.shape[2] > _MOST_KERNEL_SEQUENCE_FEATURES:
+        return f"it takes up to {_MOST_KERNEL_SEQUENCE_FEATURES} features, got {x.shape[2]}"
+    return _no_fused_check([x]) or _no_kernel(x)
+
+
 def _no_fused_lstsq(query: Tensor, bank: Tensor, targets: Sequence[Tensor]) -> str | None:
     if _differentiable((query, bank, *targets)):
         return "it has no gradient: detach the tensors or use 'torch'"
@@ -314,6 +326,18 @@ def _load_cpu_check() -> Callable[..., Any]:
     return check_statistics.check_statistics
 
 
+def _load_sequence_kernel() -> Callable[..., Any]:
+    from m3er_fast.kernels import sequence_statistics
+
+    return sequence_statistics.sequence_statistics
+
+
+def _load_cpu_sequence() -> Callable[..., Any]:
+    from m3er_fast.cpu import sequence_statistics
+
+    return sequence_statistics.sequence_statistics
+
+
 def _load_lstsq_kernel() -> Callable[..., Any]:
     from m3er_fast.kernels import local_lstsq
 
@@ -371,6 +395,11 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "cuda", _no_check_kernel, _load_check_kernel),
         Implementation("cpu", "cpu", _no_cpu_check, _load_cpu_check, is_backend=False),
         Implementation("torch", "any", _never, lambda: reference.check_statistics),
+    ),
+    "sequence_statistics": (
+        Implementation("triton", "cuda", _no_sequence_kernel, _load_sequence_kernel),
+        Implementation("cpu", "cpu", _no_cpu_sequence, _load_cpu_sequence, is_backend=False),
+        Implementation("torch", "any", _never, lambda: reference.sequence_statistics),
     ),
     "local_least_squares": (
         Implementation("cupy", None, _no_cupy, _load_cupy),

@@ -17,6 +17,7 @@ from m3er_fast.reference._loss import (
 )
 from m3er_fast.reference._memory_scan import memory_scan, memory_scan_gradients
 from m3er_fast.reference._neighbors import nearest_neighbors
+from m3er_fast.reference._sequence_statistics import sequence_statistics
 
 __all__ = [
     "SMALLEST_CHOLESKY_RIDGE",
@@ -33,4 +34,5 @@ __all__ = [
     "memory_scan",
     "memory_scan_gradients",
     "nearest_neighbors",
+    "sequence_statistics",
 ]

@@ -11,26 +11,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3er_fast.operands import CheckProjections, modality_pairs, upcast
+from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
 
-def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> tuple[Tensor, Tensor]:
-    """Correlation per pair and energy per modality; :func:`m3er_fast.functional.check_statistics` documents it."""
+def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
+    """Statistics of pairs and modalities; :func:`m3er_fast.functional.check_statistics` documents them."""
     centered = [upcast(x) - c.to(upcast(x)) for x, c in zip(features, projections.center, strict=True)]
-    correlation = []
+    batch, dtype = centered[0].shape[0], centered[0].dtype
+    largest = torch.finfo(dtype).max
+    correlation, likelihood = [], []
     for p, (i, j) in enumerate(modality_pairs(len(features))):
-        x, y = centered[i], centered[j]
-        u = F.linear(x, projections.left[p].to(x), projections.left_bias[p].to(x))
-        v = F.linear(y, projections.right[p].to(y), projections.right_bias[p].to(y))
-        u_norm, v_norm = u.norm(dim=1), v.norm(dim=1)
-        cosine = (u / u_norm[:, None] * (v / v_norm[:, None])).sum(dim=1).clamp(-1.0, 1.0)
-        defined = (u_norm > 0) & (v_norm > 0) & torch.isfinite(cosine)
-        correlation.append(torch.where(defined, cosine, 0.0))
+        u = F.linear(centered[i], projections.left[p].to(dtype), projections.left_bias[p].to(dtype))
+        v = F.linear(centered[j], projections.right[p].to(dtype), projections.right_bias[p].to(dtype))
+        correlation.append(_pearson(u * projections.weight[p].to(dtype), v * projections.weight[p].to(dtype)))
+        s = projections.canonical[p].to(dtype)
+        odds = ((s * u - v) * s * u + (s * v - u) * s * v) / (2.0 * (1.0 - s.square()))
+        likelihood.append(
+            (-0.5 * torch.log1p(-s.square()).sum() - odds.sum(dim=1)).nan_to_num(-largest, -largest, -largest)
+        )
     energy = []
     for x, whitener in zip(centered, projections.whitener, strict=True):
-        whitened = F.linear(x, whitener.to(x))
-        largest = torch.finfo(x.dtype).max
+        whitened = F.linear(x, whitener.to(dtype))
         energy.append((whitened.square().sum(dim=1) / max(whitener.shape[0], 1)).nan_to_num(largest, largest))
-    batch = centered[0].shape[0]
-    stacked = torch.stack(correlation, dim=1) if correlation else centered[0].new_zeros((batch, 0))
-    return stacked, torch.stack(energy, dim=1)
+    none = centered[0].new_zeros((batch, 0))
+    return CheckStatistics(
+        torch.stack(correlation, dim=1) if correlation else none,
+        torch.stack(energy, dim=1),
+        torch.stack(likelihood, dim=1) if likelihood else none,
+    )
+
+
+def _pearson(u: Tensor, v: Tensor) -> Tensor:
+    """Pearson's correlation over the components of (B, k) u and v; 0 where it is undefined."""
+    if not u.shape[1]:
+        return u.new_zeros(u.shape[0])
+    u, v = u - u.mean(dim=1, keepdim=True), v - v.mean(dim=1, keepdim=True)
+    u_norm, v_norm = u.norm(dim=1), v.norm(dim=1)
+    cosine = (u / u_norm[:, None] * (v / v_norm[:, None])).sum(dim=1).clamp(-1.0, 1.0)
+    defined = (u_norm > 0) & (v_norm > 0) & torch.isfinite(cosine)
+    return torch.where(defined, cosine, 0.0)

@@ -1,0 +1,302 @@
+"""The symptoms of a bad modality: what the combined check looks for, and what it calls what it finds.
+
+Each symptom is a number per modality and sample. Some are *surprises*, measured against training, which need no idea of
+what may go wrong: the level, and the moments of the frames and of their changes. The others are *detectors*: linear
+discriminants between clean training sequences and the same ones with seeded corruptions, which find faint faults of
+known kinds. To add a symptom, add its entry to ``SURPRISES`` or ``DETECTORS``.
+
+Dimension legend: M modalities, B samples, T time steps, d features of a modality, S symptoms, n calibration samples, C
+corruptions, F = 2d features of a detector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3er_fast.functional import unchecked
+from m3er_fast.operands import SequenceStatistics
+
+NO_REASON = "none"
+
+# Of a variance, in units of the feature's mean square in training: less is taken for a constant feature.
+_LEAST_VARIANCE = 1e-3
+# The same for what is summed over the features, where a frozen sequence must stand out.
+_LEAST_TOTAL = 1e-6
+# A sequence with this many pairs of frames has half a say: the moments of fewer frames vary more.
+_HALF_SAY_PAIRS = 4
+# Detectors read each feature within this many standard deviations, and shrink its covariance by this share of the mean
+# variance. Fewer calibration sequences than this teach them nothing.
+_DETECTOR_BOUND = 5.0
+_DETECTOR_SHRINKAGE = 0.1
+_FEWEST_SEQUENCES = 20
+
+
+class SequenceMoments(NamedTuple):
+    """What the symptoms of one modality are computed from; variances in units of the feature's mean square."""
+
+    energy: Tensor  # (B,)
+    mean_square: Tensor  # (B, d), of the utterance vector
+    variance: Tensor  # (B, d)
+    change: Tensor  # (B, d)
+    repeated: Tensor  # (B,) share of the pairs of frames
+
+
+class Surprise(NamedTuple):
+    """A symptom that is odd if it leaves the range of training, on either side or on one."""
+
+    name: str
+    measure: Callable[[SequenceMoments], Tensor]  # (B,)
+    low: str | None  # the reason reported if it is low; None: low is not odd
+    high: str | None
+    tolerance: float = 0.0  # how far recordings may differ beside
+    of_sequences: bool = True  # whether it needs pairs of frames
+
+
+class Detector(NamedTuple):
+    """A symptom that is learned: clean training sequences against the same ones, corrupted."""
+
+    name: str
+    corrupt: Callable[[Tensor, Tensor, Draws], Tensor]  # (frames, valid, draws) -> frames
+    reason: str
+
+
+class Draws(NamedTuple):
+    """The random numbers of a corruption, each sample's from a seed of its own."""
+
+    normal: Tensor  # (B, T, d)
+    uniform: Tensor  # (B, T)
+    order: Tensor  # (B, T)
+
+
+def _log_power(x: SequenceMoments) -> Tensor:
+    return (x.variance + x.mean_square).mean(dim=1).add(_LEAST_TOTAL).log()
+
+
+def _log_change(x: SequenceMoments) -> Tensor:
+    return x.change.mean(dim=1).add(_LEAST_TOTAL).log()
+
+
+def _log_roughness(x: SequenceMoments) -> Tensor:
+    change, variance = x.change.mean(dim=1), x.variance.mean(dim=1)
+    return (change + _LEAST_VARIANCE).log() - (variance + _LEAST_VARIANCE).log()
+
+
+def _log_evenness(x: SequenceMoments) -> Tensor:
+    """How evenly the features change: the geometric mean of their changes over the arithmetic one."""
+    change = x.change + _LEAST_VARIANCE
+    return change.log().mean(dim=1) - change.mean(dim=1).log()
+
+
+def _noise(snr: float) -> Callable[[Tensor, Tensor, Draws], Tensor]:
+    def corrupt(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
+        entries = valid.sum(dim=1).clamp(min=1) * x.shape[2]
+        rms = (x.square().sum(dim=(1, 2)) / entries).sqrt()
+        return x + draws.normal * (rms / math.sqrt(snr))[:, None, None] * valid[:, :, None]
+
+    return corrupt
+
+
+def _lose_frames(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
+    return x * (draws.uniform >= 0.5)[:, :, None]
+
+
+def _double(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
+    return 2.0 * x
+
+
+def _reorder(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
+    """Permute the valid frames among themselves."""
+    places = (~valid).int().argsort(dim=1, stable=True)  # valid ones first, in order
+    shuffled = draws.order.masked_fill(~valid, torch.inf).argsort(dim=1)
+    index = places[:, :, None].expand_as(x)
+    return x.scatter(1, index, x.gather(1, shuffled[:, :, None].expand_as(x)))
+
+
+SURPRISES = (
+    Surprise("level", lambda x: x.energy.log(), "too quiet", "too loud", tolerance=math.log(2.0), of_sequences=False),
+    Surprise("power", _log_power, "too quiet", "too loud"),
+    Surprise("change", _log_change, "frozen", "noisy"),
+    Surprise("roughness", _log_roughness, "frozen", "noisy"),
+    Surprise("evenness", _log_evenness, "frames lost", "noisy"),
+    Surprise("repeated frames", lambda x: x.repeated, None, "frozen"),
+)
+DETECTORS = (
+    Detector("noise", _noise(1.0), "noisy"),
+    Detector("faint noise", _noise(10.0), "noisy"),
+    Detector("lost frames", _lose_frames, "frames lost"),
+    Detector("gain", _double, "too loud"),
+    Detector("order", _reorder, "out of order"),
+)
+SYMPTOMS = (*(surprise.name for surprise in SURPRISES), *(detector.name for detector in DETECTORS))
+BELONGING = "does not belong"
+
+_LOW = (*(surprise.low for surprise in SURPRISES), *(None for _ in DETECTORS))
+_HIGH = (*(surprise.high for surprise in SURPRISES), *(detector.reason for detector in DETECTORS))
+REASONS = (NO_REASON, *dict.fromkeys(reason for reason in (*_LOW, *_HIGH, BELONGING) if reason is not None))
+"""What a modality may be rejected for, by number; 0 is no reason."""
+
+LOW_REASON = tuple(REASONS.index(reason or NO_REASON) for reason in _LOW)
+HIGH_REASON = tuple(REASONS.index(reason or NO_REASON) for reason in _HIGH)
+
+
+IGNORABLE = (*SYMPTOMS, "belonging")
+"""What ``CheckConfig.ignore`` may name."""
+
+
+def say_of(pairs: Tensor, ignored: Collection[str] = ()) -> Tensor:
+    """Return (B, S), how much each symptom counts: those of sequences less with few ``pairs`` (B,) of frames."""
+    share = pairs / (pairs + _HALF_SAY_PAIRS)
+    none, whole = torch.zeros_like(share), torch.ones_like(share)
+    says = [
+        none if name in ignored else share if needs_pairs else whole
+        for name, needs_pairs in zip(SYMPTOMS, _NEEDS_PAIRS, strict=True)
+    ]
+    return torch.stack(says, dim=1)
+
+
+_NEEDS_PAIRS = (*(surprise.of_sequences for surprise in SURPRISES), *(True for _ in DETECTORS))
+
+
+# --- Sequences of training ---
+
+
+class SequenceSample(NamedTuple):
+    """The moments of one modality's calibration sequences, as they are and corrupted."""
+
+    variance: Tensor  # (n, d) float32
+    change: Tensor  # (n, d) float32
+    repeated: Tensor  # (n,) int64
+    pairs: Tensor  # (n,) int64
+    corrupted: Tensor  # (n, C, F) float32, variances and changes under each corruption
+
+    def merge(self, other: SequenceSample) -> SequenceSample:
+        """Return both as one; the sequences of ``other`` follow these."""
+        return SequenceSample(*(torch.cat(both) for both in zip(self, other, strict=True)))
+
+    @classmethod
+    def empty(cls, features: int) -> SequenceSample:
+        """Return a sample without sequences."""
+        none, count = torch.zeros(0, features), torch.zeros(0, dtype=torch.int64)
+        return cls(none, none, count, count, torch.zeros(0, len(DETECTORS), 2 * features))
+
+
+def draw(seeds: list[int], steps: int, features: list[int]) -> list[Draws]:
+    """Return each modality's random numbers. A sample's depend on its seed alone, and not on the padding."""
+    generator = torch.Generator()
+    width = sum(features)
+    numbers = torch.empty(len(seeds), steps, width + 2)
+    for row, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        numbers[row, :, :width] = torch.randn(steps, width, generator=generator)
+        numbers[row, :, width:] = torch.rand(steps, 2, generator=generator)
+    *normal, uniform, order = torch.split(numbers, [*features, 1, 1], dim=2)
+    return [Draws(one, uniform[:, :, 0], order[:, :, 0]) for one in normal]
+
+
+def sample_sequences(x: Tensor, valid: Tensor, draws: Draws) -> SequenceSample:
+    """Return the moments of frames (n, T, d), clean and under the corruption of every detector."""
+    x = x.to("cpu", torch.float32)
+    clean = unchecked.sequence_statistics(x, valid)
+    corrupted = [unchecked.sequence_statistics(detector.corrupt(x, valid, draws), valid) for detector in DETECTORS]
+    moments = torch.stack([torch.cat([found.variance, found.change], dim=1) for found in corrupted], dim=1)
+    return SequenceSample(clean.variance, clean.change, clean.repeated, clean.pairs, moments)
+
+
+# --- Symptoms of a modality ---
+
+
+class SymptomModel(NamedTuple):
+    """What is learned of one modality's symptoms; buffers of the check."""
+
+    square: Tensor  # (d,) mean square of each feature in training, 1 where it is 0
+    detector_center: Tensor  # (F,)
+    detector_scale: Tensor  # (F,)
+    detector_weight: Tensor  # (C, F)
+
+    def measure(self, energy: Tensor, vector: Tensor, found: SequenceStatistics) -> Tensor:
+        """Return the (B, S) symptoms of utterance vectors (B, d) and of the moments of their sequences."""
+        moments = SequenceMoments(
+            energy=energy,
+            mean_square=vector.square() / self.square,
+            variance=found.variance / self.square,
+            change=found.change / self.square,
+            repeated=found.repeated / found.pairs.clamp(min=1),
+        )
+        surprises = [surprise.measure(moments) for surprise in SURPRISES]
+        features = detector_features(moments.variance, moments.change)
+        scaled = ((features - self.detector_center) / self.detector_scale).clamp(-_DETECTOR_BOUND, _DETECTOR_BOUND)
+        detected = scaled @ self.detector_weight.mT
+        symptoms = torch.cat([torch.stack(surprises, dim=1).to(detected.dtype), detected], dim=1)
+        largest = torch.finfo(symptoms.dtype).max
+        return symptoms.nan_to_num(largest, largest, -largest)
+
+
+def detector_features(variance: Tensor, change: Tensor) -> Tensor:
+    """Return (B, F): logarithms of each feature's variance over time and of its change."""
+    return torch.cat([variance, change], dim=-1).add(_LEAST_VARIANCE).log()
+
+
+class DetectorSums(NamedTuple):
+    """Sums over sequences from which detectors are solved; those of disjoint sequences add up."""
+
+    sequences: int
+    total: Tensor  # (1 + C, F), of clean sequences and of each corruption
+    product: Tensor  # (F, F), of clean sequences
+
+    @classmethod
+    def of(cls, features: Tensor) -> DetectorSums:
+        """Return the sums of scaled features (n, 1 + C, F), clean ones first."""
+        clean = features[:, 0]
+        return cls(len(clean), features.sum(dim=0), clean.mT @ clean)
+
+    def minus(self, other: DetectorSums) -> DetectorSums:
+        """Return the sums without those of some of the sequences."""
+        return DetectorSums(self.sequences - other.sequences, self.total - other.total, self.product - other.product)
+
+    def solve(self) -> Tensor:
+        """Return the (C, F) weights of the linear discriminants, zeros if there are too few sequences."""
+        weight = torch.zeros_like(self.total[1:])
+        if self.sequences < _FEWEST_SEQUENCES:
+            return weight
+        mean = self.total / self.sequences
+        covariance = self.product / self.sequences - torch.outer(mean[0], mean[0])
+        shrinkage = _DETECTOR_SHRINKAGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+        covariance.diagonal().add_(shrinkage)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        return weight if bool(failed) else torch.cholesky_solve((mean[1:] - mean[0]).mT, factor).mT
+
+
+def fit_symptoms(
+    sample: SequenceSample, vectors: Tensor, available: Tensor, fold: Tensor
+) -> tuple[SymptomModel, Tensor]:
+    """Learn one modality's symptoms; beside them what its detectors say of each sample that they did not see (n, C).
+
+    Args:
+        sample: n calibration sequences.
+        vectors: (n, d) utterance vectors.
+        available: (n,) bool.
+        fold: (n,) the fold of each sample; detectors of a fold are learned from the others.
+    """
+    square = (sample.variance + vectors.float().square())[available].mean(dim=0)
+    square = torch.where(square > 0, square, 1.0)  # not seen (NaN), or always 0
+    both = torch.cat([square, square])
+    moments = torch.cat([torch.cat([sample.variance, sample.change], dim=1)[:, None], sample.corrupted], dim=1)
+    features = (moments / both).add(_LEAST_VARIANCE).log().double()
+    used = available & (sample.pairs > 0)
+    clean = features[used, 0]
+    center = clean.mean(dim=0) if len(clean) else features.new_zeros(features.shape[2])
+    scale = (clean - center).square().mean(dim=0).sqrt() + 1e-2 if len(clean) else torch.ones_like(center)
+    features = ((features - center) / scale).clamp_(-_DETECTOR_BOUND, _DETECTOR_BOUND)
+    whole = DetectorSums.of(features[used])
+    detected = torch.zeros(len(fold), len(DETECTORS), dtype=torch.float64)
+    for f in set(fold.tolist()):
+        inside = fold == f
+        weight = whole.minus(DetectorSums.of(features[used & inside])).solve()
+        detected[inside] = features[inside, 0] @ weight.mT
+    model = SymptomModel(square, center.float(), scale.float(), whole.solve().float())
+    return model, detected.float()
