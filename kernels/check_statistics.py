@@ -73,6 +73,15 @@ def _centered(x, weight_ptr, k, K: tl.constexpr):
 
 
 @triton.jit
+def _unit(x, K: tl.constexpr):
+    """Return the rows with a mean square of 1 over their K components; rows of zeros stay."""
+    largest = tl.max(tl.abs(x), axis=1)
+    x = x / tl.where(largest > 0, largest, 1.0)[:, None]
+    rms = tl.sqrt(tl.sum(x * x, axis=1) / max(K, 1))
+    return x / tl.where(rms > 0, rms, 1.0)[:, None]
+
+
+@triton.jit
 def _log_likelihood_ratio(u, v, canonical_ptr, k, K: tl.constexpr):
     """Return Σ -½ log(1 - s²) - (s²u² - 2suv + s²v²) / 2(1 - s²) of the rows; LARGEST below zero if not finite."""
     s = tl.load(canonical_ptr + k, mask=k < K, other=0.0)
@@ -156,7 +165,9 @@ def check_statistics_fwd_kernel(
             DIMS[SECOND[p]], STRIDES[SECOND[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
         )  # fmt: skip
         v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
-        likelihood = _log_likelihood_ratio(u, v, canonical_ptrs[p], k, COMPONENTS[p])
+        likelihood = _log_likelihood_ratio(
+            _unit(u, COMPONENTS[p]), _unit(v, COMPONENTS[p]), canonical_ptrs[p], k, COMPONENTS[p]
+        )
         tl.store(likelihood_ptr + b * correlation_stride + (first_pair + p), likelihood, mask=inside)
         correlation = _cosine(
             _centered(u, weight_ptrs[p], k, COMPONENTS[p]), _centered(v, weight_ptrs[p], k, COMPONENTS[p])

@@ -1,110 +1,34 @@
 """Conformal calibration of the modality check: statistics become p-values against calibration samples.
 
 A statistic of pairs or of single modalities is one class here, derived from :class:`ConformalStatistic`.
-:class:`CombinedScore` makes one number of the symptoms of :mod:`m3er_fast._symptoms` and of not belonging.
 
 Dimension legend: M modalities, P pairs of modalities, B samples, n calibration samples, V values of a statistic per
-sample (P or M), S symptoms; a modality has 2^(M-1) sets of others.
+sample (P or M); a modality has 2^(M-1) sets of others.
 
 Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from m3er_fast._symptoms import DETECTORS, LOW_REASON, SURPRISES, SequenceSample
 from m3er_fast.config import CheckConfig
-from m3er_fast.functional import unchecked
-from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, modality_pairs
-
-# Folds are made of whole blocks of neighbouring samples, because these often come from one recording: calibrated on
-# recordings that the projections have seen, the check would reject every new one.
-_FOLDS = 10
-_BLOCKS = 64
-# More calibration samples are not worth their cost: the standard error of a p-value of 0.05 is then below 0.0035.
-_MAX_CALIBRATION = 4096
 
 # Recordings differ in level: energy counts as odd only if it leaves the range of the calibration samples by this
 # factor, 3 dB. On CMU-MOSI's faces a sixth of the published test split lies below the lowest 2.5 % of the training
 # split, but hardly any sample lies below half of that.
 _LEVEL_TOLERANCE = 2.0
-# The edges of a symptom, beyond which a surprise is above 1, leave this share of the calibration samples outside, all
-# symptoms taken together; each has two tails, and so has not belonging.
-_EDGE_SHARE = 0.05
-_TAILS = 2 * len(SURPRISES) + len(DETECTORS) + 1
-# Edges are at least this far from the median: where all of training is alike, a hair's breadth is no surprise.
-_LEAST_EDGE = 0.05
 # Below every real correlation.
 _UNDEFINED = -2.0
 
 Tables = Mapping[str, Tensor]
 """Learned tables of a statistic by the names of their buffers."""
-
-
-class CrossFitting:
-    """The folds of the training samples, and which of the samples calibrate.
-
-    Each fold is scored by projections learned from the other folds.
-
-    Args:
-        total: number of training samples.
-    """
-
-    folds: ClassVar[range] = range(_FOLDS)
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._block_to_fold = np.random.default_rng(0).permutation(_BLOCKS) % _FOLDS
-        # `choice` of a few among many takes neither the time nor the memory that a permutation of all would.
-        self._calibrating = np.arange(total)
-        if total > _MAX_CALIBRATION:
-            self._calibrating = np.sort(np.random.default_rng(0).choice(total, _MAX_CALIBRATION, replace=False))
-
-    def fold(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Return the fold (n,) of the samples with these numbers in the training data."""
-        return torch.from_numpy(self._block_to_fold[numbers * _BLOCKS // max(self._total, 1)])
-
-    def calibrates(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Return (n,) bool, whether the samples with these numbers calibrate."""
-        return torch.from_numpy(np.isin(numbers, self._calibrating, assume_unique=True))
-
-
-class CheckSample(NamedTuple):
-    """A part of the training samples, reduced to what :meth:`m3er_fast.ModalityCheck.fit_collected` needs."""
-
-    moments: dict[int, PairwiseMoments]  # of the utterance vectors, by fold; folds without a sample are left out
-    vectors: list[Tensor]  # M of (n, D_m) float64: utterance vectors of the calibration samples
-    available: Tensor  # (n, M) bool
-    fold: Tensor  # (n,) int64
-    sequences: list[SequenceSample]  # M; those of the calibration samples, or empty where they have no say
-
-    def merge(self, other: CheckSample) -> CheckSample:
-        """Return both parts as one; the samples of ``other`` must follow these. The result may share their memory."""
-        moments = dict(self.moments)
-        for fold, more in other.moments.items():
-            moments[fold] = PairwiseMoments(more.widths, (moments[fold], more)) if fold in moments else more
-        return CheckSample(
-            moments,
-            [torch.cat(both) for both in zip(self.vectors, other.vectors, strict=True)],
-            torch.cat([self.available, other.available]),
-            torch.cat([self.fold, other.fold]),
-            [ours.merge(theirs) for ours, theirs in zip(self.sequences, other.sequences, strict=True)],
-        )
-
-    def total_moments(self, *, left_out: int | None = None) -> PairwiseMoments:
-        """Return the moments of all folds, or of all but one."""
-        widths = [vector.shape[1] for vector in self.vectors]
-        return PairwiseMoments(widths, (self.moments[f] for f in sorted(self.moments) if f != left_out))
 
 
 class ConformalStatistic(ABC):
@@ -197,13 +121,13 @@ class PairCorrelation(ConformalStatistic):
         # A correlation over fewer than two components is never defined: such a pair is no evidence either way.
         fewest = self.fewest_components
         defined = torch.tensor([left.shape[0] >= fewest for left in projections.left]).to(available.device)
-        pair_scores, pair_count = _sort_columns(self._for_decision(values), self.is_measured(available) & defined)
+        pair_scores, pair_count = sort_columns(self._for_decision(values), self.is_measured(available) & defined)
         tables = {"pair_scores": pair_scores, "pair_count": pair_count}
         # A calibration sample counts in its own rank: with rule "all" the p-value of a new sample is then exactly the
         # one that ranking all n + 1 samples together would give.
         rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
         sets = [
-            _sort_columns(
+            sort_columns(
                 self._reduce(rank[:, m, others])[:, None],
                 (available[:, m] & comparable[:, m, others].all(dim=1))[:, None],
             )
@@ -308,7 +232,7 @@ class Energy(ConformalStatistic):
 
     def calibrate(self, values: Tensor, available: Tensor, projections: CheckProjections) -> dict[str, Tensor]:
         """Return the sorted energies of each modality."""
-        scores, count = _sort_columns(values, available)
+        scores, count = sort_columns(values, available)
         return {"energy_scores": scores, "energy_count": count}
 
     def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
@@ -331,116 +255,6 @@ class Energy(ConformalStatistic):
         return torch.stack(columns, dim=1)
 
 
-class CombinedScore:
-    """The largest surprise of all symptoms, and of not belonging, calibrated as one number.
-
-    Each symptom is measured from its median in training, in units of how far clean samples go: a surprise of 1 is the
-    edge of what they show. The largest surprise then has a p-value of its own, so that no share of alpha is wasted on
-    symptoms that are idle.
-
-    Its tables are ``symptom_center``, ``symptom_above`` and ``symptom_below`` (M, S); ``own_scores`` and
-    ``combined_scores`` (M, n), the largest surprises ascending, without and with that of not belonging; and
-    ``own_count`` and ``combined_count`` (M,), the entries of each row in use.
-    """
-
-    tables = (
-        *("symptom_center", "symptom_above", "symptom_below"),
-        *("own_scores", "own_count", "combined_scores", "combined_count"),
-    )
-
-    @staticmethod
-    def scale(symptoms: Tensor, say: Tensor, available: Tensor) -> dict[str, Tensor]:
-        """Return the tables that :meth:`surprises` needs.
-
-        Args:
-            symptoms: (n, M, S) of calibration samples.
-            say: (n, M, S), how much each counts.
-            available: (n, M) bool.
-        """
-        quantile = 1.0 - _EDGE_SHARE / _TAILS
-        center, above, below = (torch.zeros(symptoms.shape[1:]) for _ in range(3))
-        floor = torch.tensor([_LEAST_EDGE] * len(SURPRISES) + [torch.finfo(torch.float32).tiny] * len(DETECTORS))
-        for m in range(symptoms.shape[1]):
-            rows = available[:, m]
-            if not bool(rows.any()):
-                continue
-            center[m] = symptoms[rows, m].quantile(0.5, dim=0)
-            excess = (symptoms[rows, m] - center[m]) * say[rows, m]
-            above[m] = excess.quantile(quantile, dim=0, interpolation="higher")
-            below[m] = -excess.quantile(1.0 - quantile, dim=0, interpolation="lower")
-        above, below = (torch.maximum(edge, floor) for edge in (above, below))
-        below[:, [reason == 0 for reason in LOW_REASON]] = torch.inf  # low is not odd
-        return {"symptom_center": center, "symptom_above": above, "symptom_below": below}
-
-    @staticmethod
-    def surprises(symptoms: Tensor, say: Tensor, tables: Tables, *, tolerant: bool = True) -> Tensor:
-        """Return (B, M, S) surprises, negative where the symptom is low.
-
-        ``tolerant``: as new samples are judged; calibration samples get no tolerance.
-        """
-        excess = (symptoms - tables["symptom_center"]) * say
-        if tolerant:
-            excess = excess.sign() * (excess.abs() - _tolerance(symptoms)).clamp(min=0.0)
-        return torch.where(excess > 0, excess / tables["symptom_above"], excess / tables["symptom_below"])
-
-    @staticmethod
-    def of_p_value(p_value: Tensor) -> Tensor:
-        """Return the surprise of a p-value: 1 at the share of clean samples that each symptom leaves outside."""
-        return p_value.log() / math.log(_EDGE_SHARE / _TAILS)
-
-    @staticmethod
-    def sort(scores: Tensor, available: Tensor, name: str) -> dict[str, Tensor]:
-        """Return the tables of scores (n, M) by which :meth:`p_value` ranks others."""
-        values, count = _sort_columns(scores, available)
-        return {f"{name}_scores": values, f"{name}_count": count}
-
-    @staticmethod
-    def p_value(scores: Tensor, name: str, tables: Tables) -> Tensor:
-        """Return (B, M), the share of calibration samples with at least this score.
-
-        Beyond the largest of them the share goes on falling, from 1/(n+1), with the ratio of the scores.
-        """
-        columns = []
-        for score, known, count in zip(
-            scores.unbind(1), tables[f"{name}_scores"], tables[f"{name}_count"], strict=True
-        ):
-            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
-            largest = known.gather(0, (count - 1).clamp(min=0).view(1))
-            above = count - torch.searchsorted(known, score.contiguous(), right=False)
-            p_value = (above + torch.where(score > largest, largest / score, 1.0)) / (1 + count)
-            columns.append(p_value.where(count > 0, 1.0))
-        return torch.stack(columns, dim=1)
-
-
-def _tolerance(symptoms: Tensor) -> Tensor:
-    """(S,) distances that are not held against a new recording, filled on the device."""
-    zones = [*(surprise.tolerance for surprise in SURPRISES), *[0.0] * len(DETECTORS)]
-    return torch.stack([symptoms.new_full((), zone) for zone in zones])
-
-
-def measure_swapped(
-    name: str, vectors: list[Tensor], available: Tensor, projections: CheckProjections
-) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each modality, a statistic and availability when it comes from the sample half a fold away.
-
-    That sample is usually from another recording, because a fold consists of several blocks.
-
-    Args:
-        name: of the statistic.
-        vectors: M of (n, D_m), the utterance vectors of a fold.
-        available: (n, M) bool.
-        projections: learned from the other folds.
-    """
-    half = available.shape[0] // 2
-    swapped = []
-    for m, vector in enumerate(vectors):
-        mixed = [*vectors[:m], vector.roll(half, 0), *vectors[m + 1 :]]
-        present = available.clone()
-        present[:, m] = available[:, m].roll(half, 0)
-        swapped.append((getattr(unchecked.check_statistics(mixed, projections), name), present))
-    return swapped
-
-
-def _sort_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's used values ascending, as a row padded with inf at its end; and their number."""
+def sort_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each column's used values ascending, as a row padded with inf at its end; and their number."""
     return values.where(used, torch.inf).sort(dim=0).values.T.contiguous(), used.sum(dim=0)

@@ -16,17 +16,10 @@ from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from m3er_fast._conformal import (
-    CheckSample,
-    CombinedScore,
-    ConformalStatistic,
-    CrossFitting,
-    Energy,
-    PairCorrelation,
-    PairLikelihood,
-    Tables,
-    measure_swapped,
-)
+from m3er_fast._check_calibration import MATRICES, calibrate, fit_projections
+from m3er_fast._combined_score import CombinedScore
+from m3er_fast._conformal import ConformalStatistic, Energy, PairCorrelation, PairLikelihood, Tables
+from m3er_fast._cross_fitting import CheckSample, CrossFitting
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._symptoms import (
     BELONGING,
@@ -34,16 +27,13 @@ from m3er_fast._symptoms import (
     IGNORABLE,
     LOW_REASON,
     REASONS,
-    SURPRISES,
     SequenceSample,
     SymptomModel,
     draw,
-    fit_symptoms,
     sample_sequences,
     say_of,
 )
 from m3er_fast._validation import check_choice
-from m3er_fast.cca import canonical_directions, whiten
 from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.functional import unchecked
@@ -55,9 +45,6 @@ from m3er_fast.standardize import StandardizedBatch, clean_frames
 __all__ = ["CheckResult", "CheckSample", "ModalityCheck"]
 
 _PAIR_MATRICES = ("left", "left_bias", "right", "right_bias", "weight", "canonical")
-_MATRICES = ("center", "left", "left_bias", "right", "right_bias", "whitener", "weight", "canonical")
-# A canonical correlation of 1 would make every other pair of coordinates impossible.
-_LARGEST_CANONICAL = 0.999
 
 
 class CheckResult(NamedTuple):
@@ -135,15 +122,19 @@ class ModalityCheck(FittedModule):
         self._pairs = modality_pairs(modalities)
         if isinstance(config.threshold, tuple) and len(config.threshold) != len(self._pairs):
             raise ValueError(f"threshold has {len(config.threshold)} values, wanted one for {len(self._pairs)} pairs")
-        self._correlation, self._likelihood = PairCorrelation(modalities, config), PairLikelihood(modalities, config)
-        self._energy = Energy(modalities, config)
+        self._statistics = (
+            PairCorrelation(modalities, config),
+            Energy(modalities, config),
+            PairLikelihood(modalities, config),
+        )
+        self._correlation, self._energy, self._likelihood = self._statistics
         nothing = torch.zeros(0)
         self.register_learned(
             **{f"center_{m}": nothing for m in range(modalities)},
             **{f"whitener_{m}": nothing for m in range(modalities)},
             **{f"{name}_{p}": nothing for p in range(len(self._pairs)) for name in _PAIR_MATRICES},
         )
-        for statistic in (self._correlation, self._energy, self._likelihood):
+        for statistic in self._statistics:
             self.register_learned(**statistic.empty_tables())
         self.register_learned(**{f"{name}_{m}": nothing for name in SymptomModel._fields for m in range(modalities)})
         self.register_learned(
@@ -165,7 +156,7 @@ class ModalityCheck(FittedModule):
         return CheckProjections(
             **{
                 name: [self.learned(f"{name}_{n}") for n in (pairs if name in _PAIR_MATRICES else modalities)]
-                for name in _MATRICES
+                for name in MATRICES
             },
             triangular=True,
         )
@@ -254,11 +245,13 @@ class ModalityCheck(FittedModule):
         """
         if not part.moments:
             raise ValueError("features: no sample to fit the modality check to")
-        projections = self._solve(part.total_moments())
+        like = self.learned("center_0")
+        projections = fit_projections(part.total_moments(), self.config, like.dtype)
+        learned = {f"{name}_{n}": value for name in MATRICES for n, value in enumerate(getattr(projections, name))}
+        learned |= calibrate(part, projections, self._statistics, self.config)
         self.register_learned(
-            **{f"{name}_{n}": value for name in _MATRICES for n, value in enumerate(getattr(projections, name))}
+            **{k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in learned.items()}
         )
-        self._calibrate(part, projections)
         self._warn_if_few_samples()
         return self
 
@@ -327,7 +320,9 @@ class ModalityCheck(FittedModule):
             model = SymptomModel(*(self.learned(f"{name}_{m}") for name in SymptomModel._fields))
             symptoms.append(model.measure(measured.energy[:, m], vector[:, : found.mean.shape[1]], found))
             says.append(say_of(found.pairs, self.config.ignore))
-        surprises = CombinedScore.surprises(torch.stack(symptoms, dim=1), torch.stack(says, dim=1), tables)
+        surprises = CombinedScore.surprises(
+            torch.stack(symptoms, dim=1), torch.stack(says, dim=1), tables, tolerant=True
+        )
         own, which = surprises.abs().max(dim=2)
         # A modality that is odd by itself is no evidence about the others.
         p_own = CombinedScore.p_value(own, "own", tables)
@@ -337,7 +332,7 @@ class ModalityCheck(FittedModule):
         if self.config.threshold is not None:
             return p_own, trusted, reason
         p_pairs = self._likelihood.p_value(measured.likelihood, trusted, self._tables(self._likelihood))
-        belonging = self._surprise_of_pairs(p_pairs)
+        belonging = CombinedScore.of_pairs(p_pairs, self.config.ignore)
         reason = torch.where(belonging > own, REASONS.index(BELONGING), reason)
         return CombinedScore.p_value(torch.maximum(own, belonging), "combined", tables), trusted, reason
 
@@ -357,109 +352,16 @@ class ModalityCheck(FittedModule):
     def _pool(self, batch: StandardizedBatch) -> tuple[list[Tensor], list[SequenceStatistics]]:
         """M utterance vectors (B, D_m), and the moments of the sequences that they come from."""
         vectors, moments = [], []
+        dtype = self.learned("center_0").dtype
         for m, x in enumerate(batch.features):
             found = unchecked.sequence_statistics(x, batch.frame_valid[:, :, m])
+            found = found._replace(**{n: getattr(found, n).to(dtype) for n in ("mean", "variance", "change")})
             moments.append(found)
             vector = found.mean
             if self.config.pooling == "mean_std":
                 vector = torch.cat([vector, found.variance.sqrt()], dim=1)
-            vectors.append(vector.to(self.learned("center_0").dtype))
+            vectors.append(vector)
         return vectors, moments
-
-    # --- fitting ---
-
-    def _solve(self, moments: PairwiseMoments) -> CheckProjections:
-        config = self.config
-        folded: dict[str, list[NDArray[Any]]] = {name: [] for name in _MATRICES}
-        for own in moments.own:
-            folded["center"].append(own.mean)
-            # Energy is a sum of squares, which a rotation leaves as it is: a triangular matrix takes half the work.
-            folded["whitener"].append(np.asarray(np.linalg.qr(whiten(own.covariance, config.ridge).T, mode="r")))
-        for (i, j), joint in zip(self._pairs, moments.joint, strict=True):
-            split = moments.own[i].mean.size
-            solution = canonical_directions(
-                joint.covariance, split, n_components=config.n_components, ridge=config.ridge
-            )
-            weights = (
-                np.sqrt(solution.correlations) if config.component_weights else np.ones(solution.correlations.size)
-            )
-            for side, rotations, mean, center in (
-                ("left", solution.x_rotations, joint.mean[:split], moments.own[i].mean),
-                ("right", solution.y_rotations, joint.mean[split:], moments.own[j].mean),
-            ):
-                folded[side].append(rotations.T)
-                folded[f"{side}_bias"].append(rotations.T @ (center - mean))
-            folded["weight"].append(weights)
-            folded["canonical"].append(solution.correlations.clip(0.0, _LARGEST_CANONICAL))
-        dtype = self.learned("center_0").dtype
-        # Contiguous, as a loaded state is: with another layout a matrix product rounds differently.
-        return CheckProjections(
-            **{n: [torch.tensor(value, dtype=dtype).contiguous() for value in values] for n, values in folded.items()},
-            triangular=True,
-        )
-
-    def _calibrate(self, part: CheckSample, projections: CheckProjections) -> None:
-        """Learn every table, and the power of the pairs' statistic, from samples scored by the other folds."""
-        count, modalities = part.available.shape
-        dtype, device = projections.center[0].dtype, self.learned("center_0").device
-        measured = CheckStatistics(
-            *(torch.zeros(count, n, dtype=dtype) for n in (len(self._pairs), modalities, len(self._pairs)))
-        )
-        available = part.available.clone()
-        of_pairs = self._likelihood if self._uses_symptoms else self._correlation
-        swapped: list[list[tuple[Tensor, Tensor]]] = []
-        for f in CrossFitting.folds:
-            inside = part.fold == f
-            if not inside.any():
-                continue
-            unseen = self._solve(part.total_moments(left_out=f))
-            vectors = [vector[inside].to(dtype) for vector in part.vectors]
-            # Where the other folds lack a modality, or hold one sample of it, every energy is 0: nothing is measured.
-            available[inside] &= torch.tensor([whitener.shape[0] > 0 for whitener in unseen.whitener])
-            for whole, values in zip(measured, unchecked.check_statistics(vectors, unseen), strict=True):
-                whole[inside] = values
-            swapped.append(measure_swapped(of_pairs.name, vectors, available[inside], unseen))
-        for statistic in (self._correlation, self._energy, self._likelihood):
-            values = getattr(measured, statistic.name).to(device)
-            learned = statistic.calibrate(values, available.to(device), projections)
-            self.register_learned(**{f"{statistic.prefix}{name}": table for name, table in learned.items()})
-        if self._uses_symptoms:
-            self._calibrate_symptoms(part, measured, available)
-        of_modality = [
-            (torch.cat(values).to(device), torch.cat(mixed).to(device))
-            for values, mixed in (zip(*folds, strict=True) for folds in zip(*swapped, strict=True))
-        ]
-        self.register_learned(correlation_power_=of_pairs.power(of_modality, self._tables(of_pairs)))
-
-    def _surprise_of_pairs(self, p_value: Tensor) -> Tensor:
-        return torch.zeros_like(p_value) if "belonging" in self.config.ignore else CombinedScore.of_p_value(p_value)
-
-    def _calibrate_symptoms(self, part: CheckSample, measured: CheckStatistics, available: Tensor) -> None:
-        """Learn the symptoms of each modality, and rank their largest surprises."""
-        symptoms = []
-        for m, (sample, vector) in enumerate(zip(part.sequences, part.vectors, strict=True)):
-            vector = vector[:, : sample.variance.shape[1]].float()
-            model, detected = fit_symptoms(sample, vector, available[:, m], part.fold)
-            self.register_learned(**{f"{name}_{m}": value for name, value in model._asdict().items()})
-            found = SequenceStatistics(vector, sample.variance, sample.change, sample.repeated, sample.pairs)
-            seen = model.measure(measured.energy[:, m].float(), vector, found)
-            symptoms.append(torch.cat([seen[:, : len(SURPRISES)], detected], dim=1))
-        values = torch.stack(symptoms, dim=1)
-        say = torch.stack([say_of(sample.pairs, self.config.ignore) for sample in part.sequences], dim=1)
-        tables = CombinedScore.scale(values, say, available)
-        own = torch.zeros(values.shape[:2])
-        for f in set(part.fold.tolist()):  # scaled by the other folds: the edges of their own samples none would leave
-            inside = part.fold == f
-            unseen = CombinedScore.scale(values[~inside], say[~inside], available[~inside])
-            seen = CombinedScore.surprises(values[inside], say[inside], unseen, tolerant=False)
-            own[inside] = seen.abs().amax(dim=2)
-        device = self.learned("center_0").device
-        p_pairs = self._likelihood.p_value(
-            measured.likelihood.to(device), available.to(device), self._tables(self._likelihood)
-        ).to("cpu", own.dtype)
-        combined = torch.maximum(own, self._surprise_of_pairs(p_pairs))
-        tables |= CombinedScore.sort(own, available, "own") | CombinedScore.sort(combined, available, "combined")
-        self.register_learned(**tables)
 
     def _warn_if_few_samples(self) -> None:
         config = self.config

@@ -124,10 +124,10 @@ class CheckConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-        if isinstance(self.threshold, Sequence):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
+        for name in ("ignore", "threshold"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
         check_settings(self)
 
 

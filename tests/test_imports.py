@@ -27,7 +27,7 @@ LAYERS = (
     "fusion",
     "hub",
     "check proxy network loss cuda_graphs",
-    "standardize _conformal _symptoms _proxy_bank _proxy_basis",
+    "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms _proxy_bank _proxy_basis",
     "cca moments inputs config",
     "functional",
     "cpu kernels neighbors",

@@ -7,6 +7,7 @@ pair p, r_m whitened directions of modality m.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
                 square += _length(centered[:, first:] @ band).square_()
             energy[rows, m] = square / max(projections.whitener[m].shape[0], 1)
         for p, (u, v) in enumerate(projected):
-            likelihood[rows, p] = _log_likelihood_ratio(u, v, canonical[p])
+            likelihood[rows, p] = _log_likelihood_ratio(_unit(u), _unit(v), canonical[p])
             correlation[rows, p] = _cosine(_centered(u * weight[p]), _centered(v * weight[p]))
     largest = torch.finfo(dtype).max
     energy.nan_to_num_(largest, largest)
@@ -77,6 +78,20 @@ def _length(x: Tensor) -> Tensor:
 def _centered(x: Tensor) -> Tensor:
     """The rows of an (n, k_p) matrix without their means, in place."""
     return x.sub_(x.mean(dim=1, keepdim=True)) if x.shape[1] else x
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The rows of an (n, k_p) matrix with a mean square of 1; a row of zeros stays."""
+    if not x.shape[1]:
+        return x
+    length = _length(x)[:, None]
+    smallest, largest = length.aminmax() if len(x) else (1.0, 1.0)
+    if not (smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]):
+        top = x.abs().amax(dim=1, keepdim=True)
+        x = x / top.where(top > 0, 1.0)
+        length = _length(x)[:, None]
+        length = length.where(length > 0, 1.0)
+    return x * (math.sqrt(x.shape[1]) / length)
 
 
 def _log_likelihood_ratio(u: Tensor, v: Tensor, s: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def check_statistics(
     1911.05659); 0 where it is undefined because u or v does not vary.
     energy: mean squared whitened coordinate of f_m; 1 on average over the data that the check was fitted to.
     likelihood: log p(u, v) - log p(u) - log p(v) under the fitted Gaussian, the most powerful test of "these two belong
-    together" for Gaussian data (Neyman and Pearson 1933):
+    together" for Gaussian data (Neyman and Pearson 1933), of coordinates that are scaled to a mean square of 1 over the
+    components, because recordings differ in level:
 
         Σ_c -½ log(1 - s_c²) - (s_c² u_c² - 2 s_c u_c v_c + s_c² v_c²) / (2 (1 - s_c²))
 

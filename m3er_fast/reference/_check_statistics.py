@@ -25,10 +25,10 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
         v = F.linear(centered[j], projections.right[p].to(dtype), projections.right_bias[p].to(dtype))
         correlation.append(_pearson(u * projections.weight[p].to(dtype), v * projections.weight[p].to(dtype)))
         s = projections.canonical[p].to(dtype)
+        u, v = _unit(u), _unit(v)
         odds = ((s * u - v) * s * u + (s * v - u) * s * v) / (2.0 * (1.0 - s.square()))
-        likelihood.append(
-            (-0.5 * torch.log1p(-s.square()).sum() - odds.sum(dim=1)).nan_to_num(-largest, -largest, -largest)
-        )
+        ratio = -0.5 * torch.log1p(-s.square()).sum() - odds.sum(dim=1)
+        likelihood.append(ratio.nan_to_num(-largest, -largest, -largest))
     energy = []
     for x, whitener in zip(centered, projections.whitener, strict=True):
         whitened = F.linear(x, whitener.to(dtype))
@@ -50,3 +50,13 @@ def _pearson(u: Tensor, v: Tensor) -> Tensor:
     cosine = (u / u_norm[:, None] * (v / v_norm[:, None])).sum(dim=1).clamp(-1.0, 1.0)
     defined = (u_norm > 0) & (v_norm > 0) & torch.isfinite(cosine)
     return torch.where(defined, cosine, 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The rows of x (B, k) with a mean square of 1; a row of zeros stays."""
+    if not x.shape[1]:
+        return x
+    largest = x.abs().amax(dim=1, keepdim=True)  # first, so that no square overflows
+    x = x / torch.where(largest > 0, largest, 1.0)
+    rms = x.square().mean(dim=1, keepdim=True).sqrt()
+    return x / torch.where(rms > 0, rms, 1.0)
