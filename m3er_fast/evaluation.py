@@ -30,6 +30,7 @@ class Prediction:
     modality_probabilities: NDArray[np.float32]  # (M, N, C)
     effective: NDArray[np.bool_]  # (N, M)
     p_value: NDArray[np.float32]  # (N, M)
+    reason: NDArray[np.int64]  # (N, M), why a modality was rejected, an index of ``ModalityCheck.reasons``; 0: not
     abstained: NDArray[np.bool_]  # (N,)
     available: NDArray[np.bool_]  # (N, M), the modalities that had a valid frame and were known from training
     report: ClassificationReport | None
@@ -78,6 +79,7 @@ def evaluate(
                 "modality_probabilities": model.modality_probabilities(output).transpose(0, 1),
                 "effective": output.effective,
                 "p_value": output.p_value,
+                "reason": output.reason,
                 "abstained": output.abstained,
                 "available": output.available,
             }

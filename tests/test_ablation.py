@@ -477,6 +477,7 @@ def example_inputs(*, task="single", target, probabilities, own=None, effective=
         modality_probabilities=np.full((3, rows, classes), 0.5, np.float32) if own is None else own,
         effective=everything if effective is None else effective,
         p_value=np.ones((rows, 3), np.float32),
+        reason=np.zeros((rows, 3), np.int64),
         abstained=np.zeros(rows, dtype=bool),
         available=everything if available is None else available,
         report=None,

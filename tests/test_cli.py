@@ -347,9 +347,12 @@ def test_audit_with_a_model_finds_the_modality_that_is_noise(corpus, model_dir, 
     assert shares["audio"] > 0.95
     assert shares["text"] < 0.15
     assert shares["face"] is None
+    reasons = json.loads(out)["ineffectual_reason"]
+    assert reasons["audio"] in ("too loud", "noisy")
+    assert reasons["face"] is None
     _, out, _ = run("audit", tmp_path / "corpus", "--model", model_dir)
     assert "face: never available" in out
-    assert "looks ineffectual" in out
+    assert f"looks ineffectual, most often: {reasons['audio']}" in out
 
 
 def test_audit_reports_an_empty_corpus(corpus, model_dir, tmp_path, run):

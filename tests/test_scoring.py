@@ -18,7 +18,7 @@ from score_folder import SUMMARY, contents
 from scoring_problems import DIMS, edit_shard, fitted_model, make_corpus, probabilities, read_scores, with_column
 from sklearn.exceptions import NotFittedError
 
-from m3er_fast import M3ERConfig, M3ERFusion, __version__
+from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, __version__
 from m3er_fast.config import LossConfig, TrainingConfig
 from m3er_fast.corpus import CorpusError, convert, read_table, write_parquet
 from m3er_fast.metrics import classification_report
@@ -86,6 +86,10 @@ def test_scores_equal_the_model_in_every_column(corpus, model, tmp_path):
     assert table["prediction"].to_pylist() == [corpus.classes[c] for c in expected.argmax(axis=1)]
     np.testing.assert_array_equal(matrix(table, "effective", DIMS), output.effective.numpy())
     np.testing.assert_allclose(matrix(table, "p_value", DIMS), output.p_value.numpy(), rtol=0, atol=1e-6)
+    expected_reasons = [[ModalityCheck.reasons[n] if n else None for n in row] for row in output.reason.tolist()]
+    assert [list(row) for row in zip(*(table[f"reason_{name}"].to_pylist() for name in DIMS), strict=True)] == (
+        expected_reasons
+    )
     assert table["error"].null_count == len(corpus)
     np.testing.assert_array_equal(table["abstained"].to_numpy(), output.abstained.numpy())
     assert output.abstained.any()
@@ -102,11 +106,12 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
         *("p_angry", "p_happy", "p_neutral"),
         *("effective_text", "effective_audio", "effective_face"),
         *("p_value_text", "p_value_audio", "p_value_face"),
+        *("reason_text", "reason_audio", "reason_face"),
         "abstained",
         "error",
     ]
-    kinds = [pa.string()] * 2 + [pa.float32()] * 3 + [pa.bool_()] * 3 + [pa.float32()] * 3 + [pa.bool_(), pa.string()]
-    assert schema.types == kinds
+    numbers, verdicts, texts = [pa.float32()] * 3, [pa.bool_()] * 3, [pa.string()] * 3
+    assert schema.types == [*texts[:2], *numbers, *verdicts, *numbers, *texts, pa.bool_(), pa.string()]
     assert schema.metadata[b"m3er_fast.signature"].decode() == model_signature(model)
     assert schema.metadata[b"m3er_fast.version"].decode() == __version__
     assert json.loads(schema.metadata[b"m3er_fast.columns"]) == {
@@ -197,6 +202,21 @@ def test_a_modality_without_a_column_is_unavailable(corpus, model, own_corpus_di
     np.testing.assert_allclose(probabilities(table, corpus), expected, rtol=0, atol=1e-6)
     assert not table["effective_face"].to_numpy().any()
     assert not table["p_value_face"].to_numpy().any()
+    assert table["reason_face"].null_count == len(corpus)
+
+
+def test_what_was_rejected_has_a_reason_and_nothing_else_has(corpus, training, tmp_path):
+    features = {name: x.copy() for name, x in corpus.features.items()}
+    features["audio"][::2] *= 100
+    write_parquet(dataclasses.replace(corpus, features=features), tmp_path / "corpus")
+    score(tmp_path / "corpus", fitted_model(training), tmp_path / "out")
+    table = read_scores(tmp_path / "out")
+    for m, name in enumerate(DIMS):
+        rejected = ~table[f"effective_{name}"].to_numpy() & corpus.available[:, m]
+        np.testing.assert_array_equal(table[f"reason_{name}"].is_valid().to_numpy(), rejected)
+    audio = [reason for reason in table["reason_audio"].to_pylist()[::2] if reason]
+    assert len(audio) > 50
+    assert set(audio) <= {"too loud", "noisy"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
@@ -426,6 +446,14 @@ def test_a_changed_model_is_refused_on_resume(training, model, corpus_dir, tmp_p
     assert contents(tmp_path) == before
 
 
+def test_scores_without_a_column_are_those_of_another_version_and_refused_on_resume(model, corpus_dir, tmp_path):
+    score(corpus_dir, model, tmp_path)
+    for path in tmp_path.glob("*.parquet"):
+        edit_shard(path, lambda table: table.drop_columns(["reason_text"]))
+    with pytest.raises(OutputMismatchError, match=r"another version of m3er-fast: .* no column 'reason_text'; name "):
+        score(corpus_dir, model, tmp_path, resume=True)
+
+
 def test_another_corpus_is_refused_on_resume(model, corpus_dir, own_corpus_dir, tmp_path):
     score(corpus_dir, model, tmp_path / "out")
     (own_corpus_dir / "part-00003.parquet").unlink()
@@ -568,7 +596,8 @@ def test_a_bad_row_says_why_and_the_other_rows_have_their_scores(edit, corpus, m
     assert table["error"][0].as_py().startswith("column ")
     for name in table.column_names[1:-1]:
         assert table[name].slice(0, bad).null_count == bad
-        assert table[name].null_count == bad
+        assert table[name].slice(bad).null_count == clean[name].slice(bad).null_count
+        assert name.startswith("reason_") or table[name].null_count == bad
     others = table.slice(bad)
     assert others["id"].equals(clean["id"].slice(bad))
     np.testing.assert_allclose(probabilities(others, corpus), probabilities(clean, corpus)[bad:], rtol=0, atol=1e-6)

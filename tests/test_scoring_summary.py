@@ -139,6 +139,10 @@ def test_every_count_is_that_of_the_rows(scored, corpus):
         assert entry["share"] == entry["ineffectual"] / len(good)
         assert entry["p_value_0"] == sum(row[f"p_value_{entry['name']}"] == 0 for row in good)
         assert 0 < entry["p_value_0"] < entry["ineffectual"]
+        reasons = Counter(row[f"reason_{entry['name']}"] for row in good if row[f"reason_{entry['name']}"])
+        assert len(reasons) > 0
+        assert {found["reason"]: found["rows"] for found in entry["reasons"]} == reasons
+        assert [found["rows"] for found in entry["reasons"]] == sorted(reasons.values(), reverse=True)
     assert [entry["name"] for entry in found["modalities"]] == list(DIMS)
     assert found["quarantine"] == []
 
@@ -446,6 +450,10 @@ def test_a_page_needs_nothing_beside_it_and_shows_every_number_as_text(scored):
     for entry in found["modalities"]:
         assert f"{entry['name']} ineffectual" in page.text
         assert f"{100 * entry['share']:.1f}\u202f%" in page.text
+        reasons = {found["reason"]: found["rows"] for found in entry["reasons"]}
+        reasons["missing"] = entry["ineffectual"] - sum(reasons.values())
+        for reason, rows in reasons.items():
+            assert f"{reason}: {100 * rows / (ROWS - 3):.1f}\u202f%" in page.text
     for entry in found["errors"]:
         assert entry["error"] in page.text
     assert "3 of 700 utterances could not be scored" in page.text

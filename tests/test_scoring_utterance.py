@@ -87,12 +87,13 @@ def test_every_value_equals_what_score_writes_for_the_row(config, training, corp
         assert {f"p_{name}": p for name, p in found.probabilities.items()} == {
             f"p_{name}": expected[f"p_{name}"] for name in corpus.classes
         }
-        for field in ("effective", "p_value"):
+        for field in ("effective", "p_value", "reason"):
             values = getattr(found, field)
             assert list(values) == list(DIMS)
             assert values == {name: expected[f"{field}_{name}"] for name in DIMS}
     assert any(row["abstained"] for row in rows[1:])
     assert not all(row["effective_face"] for row in rows)
+    assert rows[4]["reason_face"] == ("frozen" if config.check else None)
 
 
 def test_an_utterance_without_frames_abstains(model):

@@ -527,6 +527,7 @@ def test_evaluation_returns_the_answers_of_the_model(trained):
     for name in ("effective", "abstained", "available"):
         np.testing.assert_array_equal(getattr(prediction, name), getattr(output, name))
     np.testing.assert_allclose(prediction.p_value, output.p_value, atol=1e-6)
+    np.testing.assert_array_equal(prediction.reason, output.reason)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])

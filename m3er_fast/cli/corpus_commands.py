@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -74,7 +75,8 @@ def audit(
     model: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Also report the share of each modality that this model's check calls ineffectual."
+            metavar="RUN",
+            help="Also report the share of each modality that this model's check calls ineffectual, and why.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -90,27 +92,39 @@ def audit(
     judge = None if model is None else load_model(model)
     data = read_parquet(corpus, input_dims=None if judge is None else judge.input_dims)
     report = audit_corpus(data)
-    shares = {} if judge is None else _ineffectual_shares(judge, data)
+    judged = {} if judge is None else _judge_modalities(judge, data)
     if as_json:
-        print(json.dumps({**report.to_dict(), "ineffectual": shares} if judge else report.to_dict(), indent=2))
+        found = {
+            "ineffectual": {name: share for name, (share, _) in judged.items()},
+            "ineffectual_reason": {name: reason for name, (_, reason) in judged.items()},
+        }
+        print(json.dumps({**report.to_dict(), **(found if judge else {})}, indent=2))
         return
     print(report.to_text())
-    for name, share in shares.items():
+    for name, (share, reason) in judged.items():
         verdict = "never available" if share is None else f"{share:.1%} of what is available looks ineffectual"
-        print(f"{name}: {verdict}")
+        print(f"{name}: {verdict}{f', most often: {reason}' if reason else ''}")
 
 
-def _ineffectual_shares(model: M3ERFusion, corpus: Corpus) -> dict[str, float | None]:
-    """Return the share of each modality's available utterances that the model's check calls ineffectual.
+class _Judged(NamedTuple):
+    """The verdicts of a model's check on one modality of a corpus."""
 
-    The share is None where the modality is never available.
-    """
+    share: float | None  # of the available utterances that look ineffectual; None where it is never available
+    reason: str | None  # the most frequent one; None where nothing looks ineffectual, or the model has no check
+
+
+def _judge_modalities(model: M3ERFusion, corpus: Corpus) -> dict[str, _Judged]:
+    """Return what the model's check says of each modality."""
+    from m3er_fast.check import ModalityCheck
     from m3er_fast.training import evaluate
 
     if not len(corpus):
-        return dict.fromkeys(model.input_dims)
-    effective = evaluate(model, replace(corpus, target=None)).effective
-    return {
-        name: float((~effective[present, m]).mean()) if (present := corpus.available[:, m]).any() else None
-        for m, name in enumerate(model.input_dims)
-    }
+        return dict.fromkeys(model.input_dims, _Judged(None, None))
+    prediction = evaluate(model, replace(corpus, target=None))
+    judged = {}
+    for m, name in enumerate(model.input_dims):
+        present = corpus.available[:, m]
+        reasons = Counter(ModalityCheck.reasons[n] for n in prediction.reason[present, m].tolist() if n)
+        share = float((~prediction.effective[present, m]).mean()) if present.any() else None
+        judged[name] = _Judged(share, max(reasons, key=lambda reason: (reasons[reason], reason), default=None))
+    return judged

@@ -9,6 +9,8 @@ Scores have one row per utterance, in the order of the input, and the columns
 * ``effective_<modality>``, one per modality: bool, whether the modality was judged good and used unchanged;
 * ``p_value_<modality>``, one per modality: float32, the p-value behind this verdict; 0 where the modality is
   unavailable;
+* ``reason_<modality>``, one per modality: string, why the modality check rejected it, a text of
+  ``ModalityCheck.reasons`` such as "frozen"; null where it was not rejected or is unavailable;
 * ``abstained``: bool, whether no modality was effective, so that the prediction rests on nothing that can be trusted;
 * ``error``: string, null where there is none. It says why a row could not be scored. All other columns but ``id`` are
   then null, and so is ``id`` if it is itself at fault.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3er_fast.corpus.base import CorpusError
@@ -56,17 +58,22 @@ class ScoreColumns(NamedTuple):
         return columns
 
     @classmethod
-    def of_schema(cls, schema: pa.Schema) -> ScoreColumns:
-        """Return the columns of scores that were read.
+    def of_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> ScoreColumns:
+        """Return the columns of scores that were read, from the metadata of their schema or file.
 
         Raises:
             CorpusError: the metadata do not name them.
         """
         try:
-            names = json.loads((schema.metadata or {})[COLUMNS_KEY])
+            names = json.loads((metadata or {})[COLUMNS_KEY])
             return cls(tuple(names["classes"]), tuple(names["modalities"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(f"the metadata {COLUMNS_KEY.decode()!r} do not name classes and modalities") from error
+
+    def missing_from(self, names: Iterable[str]) -> list[str]:
+        """Return the names of columns that are not among these, as in scores of an earlier version."""
+        found = set(names)
+        return [name for name, _ in self._fields_of_schema() if name not in found]
 
     def schema(self, metadata: Mapping[bytes, str]) -> pa.Schema:
         """Return the schema of scores, with these metadata and the names of classes and modalities."""
@@ -86,6 +93,10 @@ class ScoreColumns(NamedTuple):
         """Return the name of the column with a modality's p-value."""
         return f"p_value_{name}"
 
+    def reason(self, name: str) -> str:
+        """Return the name of the column that says why a modality was rejected."""
+        return f"reason_{name}"
+
     def _fields_of_schema(self) -> list[tuple[str, Any]]:
         import pyarrow as pa
 
@@ -95,6 +106,7 @@ class ScoreColumns(NamedTuple):
             *((self.probability(name), pa.float32()) for name in self.classes),
             *((self.effective(name), pa.bool_()) for name in self.modalities),
             *((self.p_value(name), pa.float32()) for name in self.modalities),
+            *((self.reason(name), pa.string()) for name in self.modalities),
             ("abstained", pa.bool_()),
             ("error", pa.string()),
         ]

@@ -77,6 +77,7 @@ class ScoreCounts:
     total: Counts  # (K,)
     order: Counts  # (parts, K), by part of the corpus
     p_value_0: Counts  # (M,)
+    reasons: list[Counter[str]]  # M, of the rows that each reason of a rejection occurs in
     probability: NDArray[np.float64]  # (C,) sums
     histogram: Counts  # of confidences
     confidence: float = 0.0  # sum
@@ -94,6 +95,7 @@ class ScoreCounts:
             total=np.zeros(size, np.int64),
             order=np.zeros((len(edges) - 1, size), np.int64),
             p_value_0=np.zeros(len(columns.modalities), np.int64),
+            reasons=[Counter() for _ in columns.modalities],
             probability=np.zeros(len(columns.classes)),
             histogram=np.zeros(_CONFIDENCE_BINS, np.int64),
         )
@@ -103,6 +105,7 @@ class ScoreCounts:
         self.total += later.total
         self.order += later.order
         self.p_value_0 += later.p_value_0
+        self.reasons = [ours + theirs for ours, theirs in zip(self.reasons, later.reasons, strict=True)]
         self.probability += later.probability
         self.histogram += later.histogram
         self.confidence += later.confidence
@@ -173,7 +176,7 @@ def _count_shard(job: ScoringJob, shard: Shard, start: int, edges: Counts) -> Sc
             ) as file,
             closing(_GroupCounter(job, shard)) as groups,
         ):
-            found = ScoreCounts.empty(ScoreColumns.of_schema(file.schema_arrow), edges)
+            found = ScoreCounts.empty(ScoreColumns.of_metadata(file.schema_arrow.metadata), edges)
             row = 0
             names = [name for name in file.schema_arrow.names if name != "id"]
             for batch in file.iter_batches(ROWS_PER_READ, columns=names, use_threads=False):
@@ -196,7 +199,6 @@ def _count_shard(job: ScoringJob, shard: Shard, start: int, edges: Counts) -> Sc
 
 def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     """Return the counts (K, N) of each row, and add all that is summed over rows alone to ``found``."""
-    import pyarrow.compute as pc
 
     def values(name: str, null: bool | None = None) -> Any:
         column = batch[name] if null is None else batch[name].fill_null(null)
@@ -210,6 +212,7 @@ def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     for m, name in enumerate(columns.modalities):
         view.ineffectual[m] = ~values(columns.effective(name), null=True)
         found.p_value_0[m] += np.count_nonzero(values(columns.p_value(name)) == 0)
+        found.reasons[m] += _count_texts(batch[columns.reason(name)])
     found.total += counts.sum(axis=1)
     scored = view.scored == 1
     probability = np.stack([values(columns.probability(name))[scored] for name in columns.classes])
@@ -217,9 +220,15 @@ def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     found.probability += probability.sum(axis=1, dtype=np.float64)
     found.confidence += float(confidence.sum(dtype=np.float64))
     found.histogram += np.histogram(confidence.clip(max=1), _CONFIDENCE_BINS, (0, 1))[0]
-    for entry in pc.value_counts(batch["prediction"].drop_null()).to_pylist():
-        found.predictions[entry["values"]] += entry["counts"]
+    found.predictions += _count_texts(batch["prediction"])
     return counts
+
+
+def _count_texts(column: pa.Array) -> Counter[str]:
+    """Return how often each text occurs in a column; nulls do not count."""
+    import pyarrow.compute as pc
+
+    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(column.drop_null()).to_pylist()})
 
 
 def _add_to_parts(order: Counts, edges: Counts, start: int, counts: Counts) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3er_fast.atomic_files import sync
+from m3er_fast.scoring.columns import ScoreColumns
 from m3er_fast.scoring.scorer import SIGNATURE_KEY
 from m3er_fast.shards.plan import Location, QuarantinedShard, Shard
 
@@ -86,7 +87,8 @@ class OutputFolder:
         """Return the counts of a shard that has been scored already, or None.
 
         Raises:
-            OutputMismatchError: the scores are those of another file of this name.
+            OutputMismatchError: the scores are those of another file of this name, or lack a column.
+            CorpusError: the scores do not say which columns they have.
         """
         import pyarrow as pa
         import pyarrow.parquet
@@ -102,6 +104,12 @@ class OutputFolder:
         if keys.get(INPUT_KEY, b"").decode() != _input_of(shard):
             raise OutputMismatchError(
                 f"{self.location} holds scores made with another corpus: {shard.name} has changed since"
+            )
+        missing = ScoreColumns.of_metadata(keys).missing_from(metadata.schema.names)
+        if missing:
+            raise OutputMismatchError(
+                f"{self.location} holds scores made with another version of m3er-fast: those of {shard.name} have no "
+                f"column {missing[0]!r}; name another folder"
             )
         return FinishedShard(int(metadata.num_rows), _count_errors(metadata))
 

@@ -21,6 +21,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from m3er_fast._validation import check_choice, check_positive_int
+from m3er_fast.check import ModalityCheck
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
 from m3er_fast.fitted_module import eval_mode
@@ -219,6 +220,7 @@ class Scorer:
             probability=self.model.probabilities(output),
             effective=output.effective,
             p_value=output.p_value,
+            reason=output.reason,
             abstained=output.abstained[:, None],
         )
 
@@ -243,10 +245,19 @@ class Scorer:
             **by_name(map(self.columns.probability, self.columns.classes), scores.probability),
             **by_name(map(self.columns.effective, self.columns.modalities), scores.effective),
             **by_name(map(self.columns.p_value, self.columns.modalities), scores.p_value),
+            **self._reasons(scores),
             **by_name(["abstained"], scores.abstained),
             "error": pa.array(errors, pa.string()) if rows.problems else pa.nulls(table.num_rows, pa.string()),
         }
         return pa.Table.from_arrays([arrays[name] for name in self.schema.names], schema=self.schema)
+
+    def _reasons(self, scores: _Scores) -> dict[str, pa.Array]:
+        """Return the columns of reasons, null where there is none, as in rows that were not scored."""
+        import pyarrow as pa
+
+        texts = pa.array([None, *ModalityCheck.reasons[1:]], pa.string())
+        columns = zip(map(self.columns.reason, self.columns.modalities), scores.reason.T, strict=True)
+        return {name: texts.take(pa.array(np.ascontiguousarray(numbers))) for name, numbers in columns}
 
     def _measure_batch_frames(self) -> int:
         """Return how many frames half of the free memory holds on CUDA, extrapolated from a small batch."""
@@ -278,6 +289,7 @@ class _Scores(NamedTuple):
     probability: np.ndarray  # (N, C) float32
     effective: np.ndarray  # (N, M) bool
     p_value: np.ndarray  # (N, M) float32
+    reason: np.ndarray  # (N, M) int8, an index of ModalityCheck.reasons
     abstained: np.ndarray  # (N, 1) bool
 
     @classmethod
@@ -287,6 +299,7 @@ class _Scores(NamedTuple):
             probability=np.zeros((rows, classes), np.float32),
             effective=np.zeros((rows, modalities), bool),
             p_value=np.zeros((rows, modalities), np.float32),
+            reason=np.zeros((rows, modalities), np.int8),
             abstained=np.zeros((rows, 1), bool),
         )
 

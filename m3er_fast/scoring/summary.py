@@ -113,10 +113,14 @@ def summarize(
                 "name": name,
                 "ineffectual": int(ineffectual),
                 "share": _ratio(ineffectual, total.scored),
+                "reasons": [
+                    {"reason": reason, "rows": rows}
+                    for reason, rows in sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))
+                ],
                 "p_value_0": int(p_value_0),
             }
-            for name, ineffectual, p_value_0 in zip(
-                found.columns.modalities, total.ineffectual, found.p_value_0, strict=True
+            for name, ineffectual, reasons, p_value_0 in zip(
+                found.columns.modalities, total.ineffectual, found.reasons, found.p_value_0, strict=True
             )
         ],
         "order": [

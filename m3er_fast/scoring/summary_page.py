@@ -209,14 +209,27 @@ def _modalities(summary: Mapping[str, Any]) -> str:
         (
             _name(entry["name"]),
             _share(entry["share"]),
+            _reasons(entry, summary["utterances"]["scored"]),
             _number(entry["ineffectual"]),
             _number(entry["p_value_0"]),
         )
         for entry in summary["modalities"]
     ]
-    about = "Judged ineffectual, or missing. A modality without any signal has the p-value 0."
-    heads = ("Modality", "Ineffectual in", "Utterances", f"With p{_NARROW_SPACE}={_NARROW_SPACE}0")
-    return f"<h2>Ineffectual modalities</h2>\n{_table(heads, rows, about, numbers=(2, 3))}"
+    about = (
+        "Judged ineffectual, or missing. Why: what was furthest from the training data, in shares of all utterances; "
+        "one that does not belong does not fit the other modalities. A modality without any signal has the p-value 0."
+    )
+    heads = ("Modality", "Ineffectual in", "Why", "Utterances", f"With p{_NARROW_SPACE}={_NARROW_SPACE}0")
+    return f"<h2>Ineffectual modalities</h2>\n{_table(heads, rows, about, numbers=(3, 4))}"
+
+
+def _reasons(entry: Mapping[str, Any], scored: int) -> str:
+    """Return the reasons why a modality was ineffectual, each with its share of the scored utterances."""
+    found = [(_name(reason["reason"]), reason["rows"]) for reason in entry["reasons"]]
+    missing = entry["ineffectual"] - sum(rows for _, rows in found)
+    if missing:
+        found = sorted([*found, ("missing", missing)], key=lambda reason: -reason[1])
+    return "".join(f"<div>{reason}: {_percent(rows / scored)}</div>" for reason, rows in found) or _DASH
 
 
 def _order(summary: Mapping[str, Any]) -> str:

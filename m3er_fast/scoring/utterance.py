@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3er_fast.check import ModalityCheck
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.scorer import MOST_FRAMES
@@ -26,6 +27,7 @@ class UtteranceScores:
     probabilities: dict[str, float]  # by class, in the model's order
     effective: dict[str, bool]  # by modality: whether it was judged good and used unchanged
     p_value: dict[str, float]  # by modality: the p-value behind this verdict; 0 where it is unavailable
+    reason: dict[str, str | None]  # by modality: why it was rejected, such as "frozen"; None if not, or unavailable
     abstained: bool  # whether no modality was effective, so that nothing here can be trusted
 
 
@@ -65,6 +67,7 @@ def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
         probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
         effective=by_modality(output.effective),
         p_value=by_modality(output.p_value.float()),
+        reason={name: ModalityCheck.reasons[n] if n else None for name, n in by_modality(output.reason).items()},
         abstained=bool(output.abstained[0]),
     )
 
