@@ -117,8 +117,10 @@ _LIMITS = """\
   it.
 - Expect it to work only on recordings, features, languages and people like those it was trained on. How its errors
   differ between groups of people was not measured here: measure it before use.
-- The modality check recognises noise, silence and mismatch as far as the training data make them recognisable. A share
-  of about α of clean utterances like the training data, or less, loses a modality. Proxies are estimates from training
+- The modality check recognises noise, silence, a wrong level, frozen, lost or shuffled frames, and modalities that do
+  not belong together, as far as the training data make them recognisable. In utterances of one frame it knows only the
+  level and the agreement with other modalities. A share of about α of clean utterances like the training data, or less,
+  loses a modality; of another microphone, camera or language it may be more. Proxies are estimates from training
   frames.
 - Where no modality was effective, the output has `abstained` set: discard the prediction.
 - The proxy bank holds standardised feature frames of the training data. Sharing this model shares them.
