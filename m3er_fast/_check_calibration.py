@@ -133,23 +133,23 @@ def _calibrate_symptoms(
 ) -> dict[str, Tensor]:
     """Learn the symptoms of each modality, and rank their largest surprises."""
     learned: dict[str, Tensor] = {}
-    energy, available = measured.statistics.energy.float(), measured.available
+    energy, available = measured.statistics.energy, measured.available
     symptoms = []
     for m, (sample, vector) in enumerate(zip(part.sequences, part.vectors, strict=True)):
-        mean = vector[:, : sample.variance.shape[1]].float()
+        mean, variance, change = (x.to(energy.dtype) for x in (vector[:, : sample.variance.shape[1]], *sample[:2]))
         model, detected = fit_symptoms(sample, mean, available[:, m], part.fold)
         learned |= {f"{name}_{m}": value for name, value in model._asdict().items()}
-        found = SequenceStatistics(mean, sample.variance, sample.change, sample.repeated, sample.pairs)
+        found = SequenceStatistics(mean, variance, change, sample.repeated, sample.pairs)
         seen = model.measure(energy[:, m], mean, found)
         symptoms.append(torch.cat([seen[:, : len(SURPRISES)], detected], dim=1))
     values = torch.stack(symptoms, dim=1)
     say = torch.stack([say_of(sample.pairs, config.ignore) for sample in part.sequences], dim=1)
-    own = torch.zeros(values.shape[:2])
+    own = torch.zeros_like(available, dtype=values.dtype)
     for f in CrossFitting.folds:  # scaled by the other folds: the edges of their own samples none would leave
         inside = part.fold == f
         unseen = CombinedScore.scale(values[~inside], say[~inside], available[~inside])
         surprises = CombinedScore.surprises(values[inside], say[inside], unseen, tolerant=False)
         own[inside] = surprises.abs().amax(dim=2)
-    combined = torch.maximum(own, CombinedScore.of_pairs(p_pairs.float(), config.ignore))
+    combined = torch.maximum(own, CombinedScore.of_pairs(p_pairs.to(own.dtype), config.ignore))
     learned |= CombinedScore.scale(values, say, available)
     return learned | CombinedScore.sort(own, available, "own") | CombinedScore.sort(combined, available, "combined")

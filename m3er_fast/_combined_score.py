@@ -15,10 +15,10 @@ from torch import Tensor
 from m3er_fast._conformal import Tables, sort_columns
 from m3er_fast._symptoms import DETECTORS, LOW_REASON, SURPRISES
 
-# The edges of a symptom, beyond which a surprise is above 1, leave this share of the calibration samples outside, all
-# symptoms taken together; each has two tails, and so has not belonging.
-_EDGE_SHARE = 0.05
-_TAILS = 2 * len(SURPRISES) + len(DETECTORS) + 1
+# The tails of a symptom start at its near edges, and end at its far ones: the shares of the calibration samples beyond
+# them. The far ones together leave out a share of 0.05: each symptom has two tails or one, and so has not belonging.
+_NEAR_SHARE = 0.05
+_FAR_SHARE = 0.05 / (2 * len(SURPRISES) + len(DETECTORS) + 1)
 # Edges are at least this far from the median: where all of training is alike, a hair's breadth is no surprise.
 _LEAST_EDGE = 0.05
 
@@ -26,13 +26,15 @@ _LEAST_EDGE = 0.05
 class CombinedScore:
     """The largest surprise of all symptoms, and of not belonging, calibrated as one number.
 
-    Each symptom is measured from its median in training, in units of how far clean samples go: a surprise of 1 is the
-    edge of what they show. The largest surprise then has a p-value of its own, so that no share of alpha is wasted on
-    symptoms that are idle.
+    The surprise of a p-value is log p, in units of the far edge's. Each symptom is measured from its median in
+    training; its surprise is that of p = 0.05 at the near edge of its tail and 1 at the far one, linear between, and
+    beyond in proportion to the distance. Heavy and light tails thus count alike, and gross faults more than all clean
+    samples. The largest surprise then has a p-value of its own, so that no share of alpha is wasted on symptoms that
+    are idle.
 
-    Its tables are ``symptom_center``, ``symptom_above`` and ``symptom_below`` (M, S); ``own_scores`` and
-    ``combined_scores`` (M, n), the largest surprises ascending, without and with that of not belonging; and
-    ``own_count`` and ``combined_count`` (M,), the entries of each row in use.
+    Its tables are ``symptom_center`` (M, S); ``symptom_above`` and ``symptom_below`` (M, S, 2), the distances of the
+    near and far edges; ``own_scores`` and ``combined_scores`` (M, n), the largest surprises ascending, without and with
+    that of not belonging; and ``own_count`` and ``combined_count`` (M,), the entries of each row in use.
     """
 
     tables = (
@@ -49,9 +51,9 @@ class CombinedScore:
             say: (n, M, S), how much each counts.
             available: (n, M) bool.
         """
-        quantile = 1.0 - _EDGE_SHARE / _TAILS
-        center = torch.zeros(symptoms.shape[1:])
-        above, below = torch.full_like(center, torch.inf), torch.full_like(center, torch.inf)
+        center = symptoms.new_zeros(symptoms.shape[1:])
+        above, below = (symptoms.new_full((*center.shape, 2), torch.inf) for _ in range(2))
+        tails = symptoms.new_tensor([_NEAR_SHARE, _FAR_SHARE])
         for m, k in itertools.product(*map(range, center.shape)):
             rows = available[:, m] & (say[:, m, k] > 0)
             if not bool(rows.any()):
@@ -60,9 +62,9 @@ class CombinedScore:
             center[m, k] = values.median()
             excess = (values - center[m, k]) * say[rows, m, k]
             least = _LEAST_EDGE if k < len(SURPRISES) else torch.finfo(torch.float32).tiny
-            above[m, k] = excess.quantile(quantile, interpolation="higher").clamp(min=least)
+            above[m, k] = excess.quantile(1.0 - tails, interpolation="higher").clamp(min=least)
             if LOW_REASON[k]:
-                below[m, k] = -excess.quantile(1.0 - quantile, interpolation="lower").clamp(max=-least)
+                below[m, k] = -excess.quantile(tails, interpolation="lower").clamp(max=-least)
         return {"symptom_center": center, "symptom_above": above, "symptom_below": below}
 
     @staticmethod
@@ -75,12 +77,17 @@ class CombinedScore:
         excess = (symptoms - tables["symptom_center"]) * say
         if tolerant:
             excess = excess.sign() * (excess.abs() - _tolerance(symptoms)).clamp(min=0.0)
-        return torch.where(excess > 0, excess / tables["symptom_above"], excess / tables["symptom_below"])
+        edges = torch.where((excess > 0)[..., None], tables["symptom_above"], tables["symptom_below"])
+        (near, far), distance = edges.unbind(dim=-1), excess.abs()
+        at_near = math.log(_NEAR_SHARE) / math.log(_FAR_SHARE)
+        in_tail = at_near + (1.0 - at_near) * (distance - near) / (far - near)
+        inside = torch.where(distance < near, at_near * distance / near, in_tail)
+        return torch.where(distance < far, inside, distance / far).copysign(excess)
 
     @staticmethod
     def of_pairs(p_value: Tensor, ignored: Collection[str]) -> Tensor:
-        """Return the surprise of not belonging: 1 at the p-value that each symptom gives to its edge."""
-        return torch.zeros_like(p_value) if "belonging" in ignored else p_value.log() / math.log(_EDGE_SHARE / _TAILS)
+        """Return the surprise of not belonging."""
+        return torch.zeros_like(p_value) if "belonging" in ignored else p_value.log() / math.log(_FAR_SHARE)
 
     @staticmethod
     def sort(scores: Tensor, available: Tensor, name: str) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ corruptions, F = 2d features of a detector.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,10 +67,10 @@ class Detector(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random numbers of a corruption, each sample's from a seed of its own."""
+    """The standard normal numbers of a corruption, each sample's from a seed of its own."""
 
-    normal: Tensor  # (B, T, d)
-    uniform: Tensor  # (B, T)
+    noise: Tensor  # (B, T, d)
+    fate: Tensor  # (B, T)
     order: Tensor  # (B, T)
 
 
@@ -96,13 +97,13 @@ def _noise(snr: float) -> Callable[[Tensor, Tensor, Draws], Tensor]:
     def corrupt(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
         entries = valid.sum(dim=1).clamp(min=1) * x.shape[2]
         rms = (x.square().sum(dim=(1, 2)) / entries).sqrt()
-        return x + draws.normal * (rms / math.sqrt(snr))[:, None, None] * valid[:, :, None]
+        return x + draws.noise * (rms / math.sqrt(snr))[:, None, None] * valid[:, :, None]
 
     return corrupt
 
 
 def _lose_frames(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
-    return x * (draws.uniform >= 0.5)[:, :, None]
+    return x * (draws.fate >= 0)[:, :, None]
 
 
 def _double(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
@@ -185,17 +186,13 @@ class SequenceSample(NamedTuple):
         return cls(none, none, count, count, torch.zeros(0, len(DETECTORS), 2 * features))
 
 
-def draw(seeds: list[int], steps: int, features: list[int]) -> list[Draws]:
+def draw(seeds: Iterable[int], steps: int, features: Sequence[int]) -> list[Draws]:
     """Return each modality's random numbers. A sample's depend on its seed alone, and not on the padding."""
-    generator = torch.Generator()
-    width = sum(features)
-    numbers = torch.empty(len(seeds), steps, width + 2)
-    for row, seed in enumerate(seeds):
-        generator.manual_seed(seed)
-        numbers[row, :, :width] = torch.randn(steps, width, generator=generator)
-        numbers[row, :, width:] = torch.rand(steps, 2, generator=generator)
-    *normal, uniform, order = torch.split(numbers, [*features, 1, 1], dim=2)
-    return [Draws(one, uniform[:, :, 0], order[:, :, 0]) for one in normal]
+    # NumPy draws one number after the other: the first of many are the first of few. PyTorch's last 16 are not.
+    width = sum(features) + 2
+    numbers = [np.random.default_rng(seed).standard_normal((steps, width), np.float32) for seed in seeds]
+    *noise, fate, order = torch.split(torch.from_numpy(np.stack(numbers)), [*features, 1, 1], dim=2)
+    return [Draws(one, fate[:, :, 0], order[:, :, 0]) for one in noise]
 
 
 def sample_sequences(x: Tensor, valid: Tensor, draws: Draws) -> SequenceSample:
@@ -282,7 +279,7 @@ def fit_symptoms(
         available: (n,) bool.
         fold: (n,) the fold of each sample; detectors of a fold are learned from the others.
     """
-    square = (sample.variance + vectors.float().square())[available].mean(dim=0)
+    square = (sample.variance + vectors.square())[available].mean(dim=0)
     square = torch.where(square > 0, square, 1.0)  # not seen (NaN), or always 0
     both = torch.cat([square, square])
     moments = torch.cat([torch.cat([sample.variance, sample.change], dim=1)[:, None], sample.corrupted], dim=1)
@@ -298,5 +295,6 @@ def fit_symptoms(
         inside = fold == f
         weight = whole.minus(DetectorSums.of(features[used & inside])).solve()
         detected[inside] = features[inside, 0] @ weight.mT
-    model = SymptomModel(square, center.float(), scale.float(), whole.solve().float())
-    return model, detected.float()
+    dtype = vectors.dtype
+    model = SymptomModel(square, center.to(dtype), scale.to(dtype), whole.solve().to(dtype))
+    return model, detected.to(dtype)

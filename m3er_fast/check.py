@@ -231,7 +231,7 @@ class ModalityCheck(FittedModule):
         """The sequences of some samples of a batch, with these numbers in the training data."""
         valid = batch.frame_valid.cpu()[chosen]
         frames = [x.cpu()[chosen] for x in batch.features]
-        draws = draw(numbers.tolist(), valid.shape[1], list(self.input_dims.values()))
+        draws = draw(numbers.tolist(), valid.shape[1], [*self.input_dims.values()])
         return [sample_sequences(x, valid[:, :, m], draws[m]) for m, x in enumerate(frames)]
 
     def fit_collected(self, part: CheckSample) -> Self:
