@@ -150,7 +150,9 @@ def draw_ablation(
     except ImportError:  # the pictures need an extra; the tables hold the numbers
         return
     bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.rows]
-    plots.plot_ablation(bars, out / "ablation.png", metric="Overall F1 (* = with ineffectual modalities)")
+    corruption = "" if result.other_corruption is None else f": {result.other_corruption}"
+    metric = f"Overall F1 (* = with ineffectual modalities{corruption})"
+    plots.plot_ablation(bars, out / "ablation.png", metric=metric)
     draw_proxies(result.proxy_errors, frames, out / "figure7.png")
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")

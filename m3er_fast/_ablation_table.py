@@ -8,6 +8,9 @@ from typing import Any
 
 from m3er_fast.metrics import ClassificationReport, mean_std
 
+PAPER_CORRUPTION = "gaussian_noise"
+"""White noise at an SNR of 0.01, as in the paper's protocol."""
+
 
 @dataclass(frozen=True)
 class AblationRow:
@@ -54,6 +57,13 @@ class AblationResult:
     """Relative L2 error of each modality's proxy, regenerated from all other modalities, on the clean test split."""
     classes: tuple[str, ...]
     settings: dict[str, Any]
+    corruption: str = PAPER_CORRUPTION
+    """The name of the corruption of the ineffectual modalities."""
+
+    @property
+    def other_corruption(self) -> str | None:
+        """The name of the corruption, if it is not the paper's."""
+        return None if self.corruption == PAPER_CORRUPTION else self.corruption
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
@@ -68,11 +78,15 @@ class AblationResult:
             ],
             "checks": [vars(check) for check in self.checks],
             "proxy_errors": self.proxy_errors,
+            "corruption": self.corruption,
             "settings": self.settings,
         }
 
     def to_markdown(self) -> str:
-        """Return Table 2 with mean ± standard deviation over seeds, and two small tables for checks and proxies."""
+        """Return Table 2 with mean ± standard deviation over seeds, and two small tables for checks and proxies.
+
+        Rows with ineffectual modalities name the corruption, unless it is the paper's.
+        """
         return "\n\n".join([self._score_table(), self._check_table(), self._proxy_table()])
 
     def _score_table(self) -> str:
@@ -80,8 +94,9 @@ class AblationResult:
         header = ["Ineffectual modalities?", "Experiment"]
         header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")] + ["Accuracy"]
         lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
+        ineffectual = "Yes" if self.other_corruption is None else f"Yes: {self.other_corruption}"
         for row in self.rows:
-            cells = ["Yes" if row.ineffectual else "No", row.label]
+            cells = [ineffectual if row.ineffectual else "No", row.label]
             for c in range(len(names)):
                 cells.append(_cell([report.per_class[c].f1 for report in row.reports]))
                 cells.append(_cell([report.per_class[c].mean_accuracy for report in row.reports], percent=True))

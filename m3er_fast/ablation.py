@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from m3er_fast._ablation_figures import Regenerated, draw_ablation, draw_proxies, examples, regenerate
-from m3er_fast._ablation_table import AblationResult, AblationRow, CheckQuality
+from m3er_fast._ablation_table import PAPER_CORRUPTION, AblationResult, AblationRow, CheckQuality
 from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import NO_LABEL, Corpus
 from m3er_fast.corpus.splits import ensure_validation
-from m3er_fast.corruption import paper_protocol
+from m3er_fast.corruption import Corruption, corrupt, named, takes_groups
 from m3er_fast.evaluation import Prediction, evaluate, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
@@ -88,29 +88,35 @@ def run_ablation(
     *,
     seeds: int = 5,
     out: str | Path | None = None,
+    corruption: str = PAPER_CORRUPTION,
     progress: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Train with both losses and test with and without each step, on clean and on corrupted utterances.
 
-    The corruption is the slides': white noise at an SNR of 0.01 on at least one modality of 75 % of the test
-    utterances, but never on all modalities. Each seed trains two models, whose weights all its rows share. Two rows are
-    not in the slides: one with the other kind of check (the paper's correlation, or ours), and one with the true
-    corruption mask, which is the result that a perfect check would give.
+    The corruption is the slides' by default: white noise at an SNR of 0.01 on at least one modality of 75 % of the test
+    utterances, but never on all modalities. Another kind replaces the noise, in the same modalities of the same
+    utterances. Each seed trains two models, whose weights all its rows share. Two rows are not in the slides: one with
+    the other kind of check (the paper's correlation, or ours), and one with the true corruption mask, which is the
+    result that a perfect check would give.
 
     Args:
         corpus: with labels and the splits train and test; a validation split is taken from train if there is none.
         config: settings of the full model; None takes the defaults for the corpus.
         seeds: trainings of each model, with seeds from ``config.training.seed`` on.
         out: a folder for table.md, table.json and, if matplotlib is installed, the figures.
+        corruption: the kind of corruption, by its name in ``corruption.KINDS``, such as ``"freeze"``, or by name and
+            severity, such as ``"gain:mild"``.
         progress: called with a line of text at every stage.
 
     Raises:
-        ValueError: if the corpus lacks labels or a split, or the configuration lacks the check or the proxies.
+        ValueError: if the corpus lacks labels, a split, or the groups that the corruption goes by; if the configuration
+            lacks the check or the proxies; or if there is no such corruption.
     """
     config = default_config(corpus) if config is None else config
     if config.check is None or config.proxy is None:
         raise ValueError("config must have both the check and the proxies, for an ablation to remove them")
     check_positive_int("seeds", seeds)
+    _find_corruption(corpus, corruption)
     test = corpus.subset("test")
     if not len(test):
         raise ValueError("the corpus has no test split to score")
@@ -128,7 +134,7 @@ def run_ablation(
     for number in range(seeds):
         seed = config.training.seed + number
         settings = config.replace(training=replace(config.training, seed=seed))
-        run = _train_and_predict(corpus, settings, report_progress, f"seed {number + 1} of {seeds}")
+        run = _train_and_predict(corpus, settings, corruption, report_progress, f"seed {number + 1} of {seeds}")
         for experiment, prediction in run.predictions.items():
             assert prediction.report is not None
             reports.setdefault(experiment, []).append(prediction.report)
@@ -147,6 +153,7 @@ def run_ablation(
         proxy_errors=errors,
         classes=corpus.classes,
         settings=_describe(corpus, config, seeds),
+        corruption=corruption,
     )
     if out is not None:
         with replacing(out / "table.md") as partial:
@@ -158,15 +165,35 @@ def run_ablation(
     return result
 
 
-def corrupt_corpus(model: M3ERFusion, corpus: Corpus, seed: int) -> tuple[Corpus, NDArray[np.bool_]]:
-    """Corrupt a corpus by the paper's protocol, applied to standardised features.
+def corrupt_corpus(
+    model: M3ERFusion, corpus: Corpus, seed: int, *, corruption: str | Corruption = PAPER_CORRUPTION
+) -> tuple[Corpus, NDArray[np.bool_]]:
+    """Corrupt a corpus by the paper's protocol, applied to standardised features, with any kind of corruption.
+
+    Scores on corrupted utterances are two lines::
+
+        corrupted, truth = corrupt_corpus(model, corpus.subset("test"), seed=0, corruption="freeze")
+        report = evaluate(model, corrupted).report
+
+    Args:
+        model: fitted; its standardiser gives the features that are corrupted.
+        corpus: utterances with the model's modalities.
+        seed: decides which modalities of which utterances are corrupted, and how.
+        corruption: the kind of corruption, as for :func:`m3er_fast.corruption.corrupt`.
 
     Returns:
         The corrupted corpus and the (N, M) mask of corrupted modalities.
+
+    Raises:
+        ValueError: if the corpus does not have the model's modalities or lacks the groups that the corruption goes by,
+            or if there is no such corruption.
     """
+    kind = _find_corruption(corpus, corruption)
     batch = standardize_corpus(model, corpus)
     features = dict(zip(corpus.features, batch.features, strict=True))
-    noisy, truth = paper_protocol(features, seed, lengths=batch.lengths, available=batch.available)
+    noisy, truth = corrupt(
+        features, seed, kind=kind, lengths=batch.lengths, available=batch.available, groups=corpus.group
+    )
     raw = model.standardizer.unstandardize([noisy[name] for name in corpus.features])
     mask = batch.frame_valid
     changed = {}
@@ -176,7 +203,17 @@ def corrupt_corpus(model: M3ERFusion, corpus: Corpus, seed: int) -> tuple[Corpus
     return replace(corpus, features=changed), truth.numpy()
 
 
-def _train_and_predict(corpus: Corpus, config: M3ERConfig, report_progress: Callable[[str], None], which: str) -> _Run:
+def _find_corruption(corpus: Corpus, corruption: str | Corruption) -> Corruption:
+    """Return a corruption by name; refuse one that goes by groups if the corpus has none."""
+    kind = named(corruption, argument="corruption") if isinstance(corruption, str) else corruption
+    if corpus.group is None and takes_groups(kind):
+        raise ValueError(f"corruption {corruption!r} goes by the groups of a corpus, but this corpus has none")
+    return kind
+
+
+def _train_and_predict(
+    corpus: Corpus, config: M3ERConfig, corruption: str, report_progress: Callable[[str], None], which: str
+) -> _Run:
     """Train with both losses, and predict every row of Table 2."""
     assert config.check is not None
     test = corpus.subset("test")
@@ -184,7 +221,7 @@ def _train_and_predict(corpus: Corpus, config: M3ERConfig, report_progress: Call
     original = train(corpus, config.replace(loss=replace(config.loss, variant="original"))).model
     report_progress(f"{which}: training M3ER")
     model = train(corpus, config).model
-    noisy, truth = corrupt_corpus(model, test, config.training.seed)
+    noisy, truth = corrupt_corpus(model, test, config.training.seed, corruption=corruption)
     with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
     other = _OTHER_CHECK[_other_statistic(config.check)]
     report_progress(f"{which}: scoring")

@@ -17,6 +17,7 @@ from m3er_fast import M3ERConfig, M3ERFusion, ModalityCheck, ablation, demo
 from m3er_fast.ablation import AblationResult, AblationRow, CheckQuality, corrupt_corpus, examples, regenerate
 from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig, TrainingConfig
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.corruption import compose, paper_protocol
 from m3er_fast.metrics import classification_report
 from m3er_fast.training import Prediction, evaluate, train
 
@@ -169,6 +170,7 @@ def test_the_result_is_written_as_json_and_markdown(ablated):
         assert [seed["accuracy"] for seed in kept["seeds"]] == [report.accuracy for report in row.reports]
     assert written["proxy_errors"] == result.proxy_errors
     assert written["checks"] == [asdict(check) for check in result.checks]
+    assert written["corruption"] == "gaussian_noise"
     assert written["settings"]["seeds"] == 2
     assert written["settings"]["utterances"] == {part: len(CORPUS.subset(part)) for part in ("train", "valid", "test")}
     assert M3ERConfig.from_dict(written["settings"]["config"]) == CONFIG
@@ -223,6 +225,14 @@ def test_the_markdown_holds_hand_computed_means_and_deviations():
     assert proxies[2:] == [[r"te\|xt", "12.35%"]]
 
 
+def test_the_table_names_a_corruption_that_is_not_the_paper_s():
+    paper = table_of([[0, 0, 1, 1]])
+    frozen = replace(paper, corruption="freeze")
+    assert frozen.to_dict()["corruption"] == "freeze"
+    assert frozen.to_markdown() == paper.to_markdown().replace("| Yes |", "| Yes: freeze |")
+    assert "| Yes: freeze | second |" in frozen.to_markdown()
+
+
 def test_a_single_seed_has_no_deviation():
     table = table_of([[0, 0, 1, 1]])
     assert "±" not in table.to_markdown()
@@ -255,6 +265,21 @@ def test_the_paper_s_settings_give_the_rows_with_the_combined_check_beside_the_p
     assert [check.check for check in result.checks] == ["correlation", "combined"]
     assert result.checks[1].detected["text"] > 0.9
     assert "±" not in result.to_markdown()
+
+
+def test_another_corruption_changes_the_rows_with_ineffectual_modalities_alone(ablated, tmp_path):
+    result = ablation.run_ablation(CORPUS, with_seed(6), seeds=1, corruption="silence", out=tmp_path)
+    assert [(row.ineffectual, row.label) for row in result.rows] == ROWS
+    assert result.corruption == "silence"
+    assert "| Yes: silence | M3ER |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "table.json").read_text())["corruption"] == "silence"
+    for found, paper in zip(result.rows[:2], ablated[0].rows[:2], strict=True):
+        assert found.reports[0] == paper.reports[1]
+    full = train(CORPUS, with_seed(6)).model
+    silent, truth = corrupt_corpus(full, TEST, 6, corruption="silence")
+    for row, effective in ((result.rows[4], None), (result.rows[6], ~truth)):
+        answer = answers(full, silent, effective=effective)
+        assert row.reports[0].accuracy == pytest.approx(accuracy_score(TEST.target, answer))
 
 
 @pytest.mark.parametrize("task", ["multi", "distribution"])
@@ -317,6 +342,24 @@ def test_invalid_arguments_are_an_error_before_any_training(monkeypatch, corpus,
         ablation.run_ablation(corpus, config, seeds=seeds)
 
 
+@pytest.mark.parametrize(
+    ("corpus", "corruption", "message"),
+    [
+        (CORPUS, "hum", "corruption must be one of .*, got 'hum'"),
+        (CORPUS, "gain:harsh", "the severity of corruption must be one of 'mild', 'medium', 'severe', got 'harsh'"),
+        (
+            replace(CORPUS, group=None),
+            "wrong_face",
+            "corruption 'wrong_face' goes by the groups of a corpus, but this corpus has none",
+        ),
+    ],
+)
+def test_a_corruption_that_cannot_be_done_is_an_error_before_any_training(monkeypatch, corpus, corruption, message):
+    monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(ValueError, match=message):
+        ablation.run_ablation(corpus, CONFIG, seeds=1, corruption=corruption)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained for nothing"))
     (tmp_path / "file").touch()
@@ -370,6 +413,48 @@ def test_the_seed_decides_the_corruption(model):
     assert (first[1] != other[1]).any()
     for name in DIMS:
         np.testing.assert_array_equal(first[0].features[name], again[0].features[name])
+
+
+def test_by_default_the_corruption_is_the_paper_s_protocol(model):
+    batch = model.standardize(TEST.features, TEST.lengths, TEST.available)
+    features = dict(zip(DIMS, batch.features, strict=True))
+    noisy, truth = paper_protocol(features, 3, lengths=batch.lengths, available=batch.available)
+    corrupted, found = corrupt_corpus(model, TEST, 3)
+    np.testing.assert_array_equal(found, truth.numpy())
+    raw = model.standardizer.unstandardize([noisy[name] for name in DIMS])
+    for m, name in enumerate(DIMS):
+        hit = valid_frames(TEST) & found[:, m, None]
+        np.testing.assert_array_equal(corrupted.features[name][hit], raw[m].numpy()[hit])
+
+
+@pytest.mark.parametrize(
+    ("corruption", "silent"), [("silence", True), ("freeze", False), (compose("freeze", "silence"), True)]
+)
+def test_any_corruption_hits_the_same_modalities_of_a_corpus(model, corruption, silent):
+    corrupted, truth = corrupt_corpus(model, CORPUS, 2, corruption=corruption)
+    np.testing.assert_array_equal(truth, corrupt_corpus(model, CORPUS, 2)[1])
+    for m, (name, found) in enumerate(standardized(corrupted).items()):
+        assert truth[:, m].any()
+        for row in np.flatnonzero(truth[:, m]):
+            frames = found[row, : CORPUS.lengths[row]]
+            np.testing.assert_allclose(frames, 0 if silent else np.broadcast_to(frames[0], frames.shape), atol=1e-5)
+        np.testing.assert_array_equal(corrupted.features[name][~truth[:, m]], CORPUS.features[name][~truth[:, m]])
+
+
+def test_a_corpus_lends_its_groups_to_a_corruption_that_goes_by_them(model):
+    numbers = np.arange(len(CORPUS), dtype=np.float32)
+    marked = {name: np.broadcast_to(numbers[:, None, None], x.shape).copy() for name, x in CORPUS.features.items()}
+    corpus = replace(CORPUS, features=marked)
+    for corruption, same in (("wrong_face", True), ("another_speaker", False)):
+        swapped, truth = corrupt_corpus(model, corpus, 0, corruption=corruption)
+        for m, name in enumerate(DIMS):
+            donor = swapped.features[name][:, 0, 0].round().astype(int)
+            hit = truth[:, m]
+            assert (donor[~hit] == numbers[~hit]).all()
+            assert (donor[hit] != numbers[hit]).all()
+            assert ((corpus.group[donor] == corpus.group)[hit] == same).all()
+    with pytest.raises(ValueError, match="goes by the groups of a corpus, but this corpus has none"):
+        corrupt_corpus(model, replace(CORPUS, group=None), 0, corruption="another_speaker")
 
 
 def test_a_corpus_in_another_order_than_the_model_is_an_error(model):

@@ -99,7 +99,7 @@ def test_help_lists_every_command_the_exit_codes_and_debug(run):
         ("convert", ["--format", "--out", "mfn-h5", "utterance-csv", "csd", "mmsa-pkl", "mult-pkl", "iemocap-pkl"]),
         ("train", ["--out", "--config", "--paper", "--seed", "--epochs", "--no-resume"]),
         ("score", ["--model", "--out", "--engine", "--resume", "--batch-frames"]),
-        ("ablate", ["--out", "--seeds", "--config"]),
+        ("ablate", ["--out", "--seeds", "--config", "--corruption"]),
         ("audit", ["--model"]),
     ],
 )
@@ -136,6 +136,8 @@ def test_the_console_entry_point_exits_with_the_code_of_main():
         (["convert", "nowhere", "--format", "xml", "--out", "y"], ["xml", "mfn-h5"]),
         (["convert", "nowhere", "--format", "csd", "--out", "y"], ["nowhere"]),
         (["ablate", "x", "--out", "y", "--seeds", "0"], ["--seeds"]),
+        (["ablate", "x", "--out", "y", "--corruption", "hum"], ["--corruption", "gaussian_noise", "hum"]),
+        (["ablate", "x", "--out", "y", "--corruption", "gain:harsh"], ["--corruption", "mild", "harsh"]),
         (["audit", "nowhere"], ["nowhere"]),
     ],
 )
@@ -525,8 +527,8 @@ class FakeResult:
 def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir, tmp_path, run):
     calls = []
 
-    def run_ablation(data, config, *, seeds, out, progress):
-        calls.append((len(data), config.training.epochs, seeds, out))
+    def run_ablation(data, config, *, seeds, out, corruption, progress):
+        calls.append((len(data), config.training.epochs, seeds, out, corruption))
         return FakeResult()
 
     monkeypatch.setitem(sys.modules, "m3er_fast.ablation", types.SimpleNamespace(run_ablation=run_ablation))
@@ -534,7 +536,9 @@ def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir,
     assert (code, error) == (0, "")
     assert "| row | F1 |" in out
     assert str(tmp_path) in out
-    assert calls == [(200, 7, 2, tmp_path)]
+    assert calls == [(200, 7, 2, tmp_path, "gaussian_noise")]
+    assert run("ablate", corpus_dir, "--out", tmp_path, "--corruption", "gain:mild")[0] == 0
+    assert calls[1][-1] == "gain:mild"
 
 
 def test_demo_goes_to_runs_demo_and_prints_the_table(monkeypatch, run):

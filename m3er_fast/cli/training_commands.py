@@ -146,6 +146,14 @@ def ablate(
     config: ConfigOption = None,
     paper: PaperOption = False,
     epochs: EpochsOption = None,
+    corruption: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Corruption of the test split, such as freeze or gain:mild.  [default: the paper's, gaussian_noise]",
+            show_default=False,
+        ),
+    ] = "gaussian_noise",
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure the contribution of each step of the method.
@@ -153,12 +161,17 @@ def ablate(
     Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation.
     """
     from m3er_fast.ablation import run_ablation
+    from m3er_fast.corruption import named
 
+    try:
+        named(corruption, argument="NAME")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--corruption") from error
     use_threads(threads)
     data = read_for_training(corpus)
     settings = training_settings(data, config, paper, epochs=epochs)
     with ProgressDisplay("ablate") as display:
-        result = run_ablation(data, settings, seeds=seeds, out=out, progress=display.say)
+        result = run_ablation(data, settings, seeds=seeds, out=out, corruption=corruption, progress=display.say)
     _print_ablation(result, out)
 
 
