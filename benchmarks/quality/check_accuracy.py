@@ -44,7 +44,9 @@ def corrupt_corpus(model, corpus, kind, seed):
     """
     batch = standardize_corpus(model, corpus)
     features = dict(zip(corpus.features, batch.features, strict=True))
-    spoilt, truth = corrupt(features, seed, kind=kind, lengths=batch.lengths, available=batch.available)
+    spoilt, truth = corrupt(
+        features, seed, kind=kind, lengths=batch.lengths, available=batch.available, groups=corpus.group
+    )
     valid = batch.frame_valid
     changed = [
         ((spoilt[name] != x).any(dim=2) & valid[:, :, m] & truth[:, m, None]).any(dim=1)

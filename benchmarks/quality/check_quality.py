@@ -66,7 +66,9 @@ CALIBRATED = ("new", "correlation")  # drawn over alpha, and as ROC curves
 DETECTORS_OF = {
     "gaussian_noise": ("noise", "faint noise"),
     "coloured_noise": ("noise", "faint noise"),
+    "brown_noise": ("noise", "faint noise"),
     "drop_frames": ("lost frames",),
+    "drop_words": ("lost frames",),
     "gain": ("gain",),
     "shuffle_frames": ("order",),
 }
@@ -82,6 +84,7 @@ class Recordings(NamedTuple):
     """Clean utterances, and checks that were fitted to others."""
 
     clean: StandardizedBatch
+    groups: np.ndarray | None  # (N,) speakers or recordings
     checks: dict[str, ModalityCheck]
 
     @property
@@ -147,7 +150,7 @@ def fitted(train, test):
         warnings.simplefilter("ignore", UserWarning)
         sample = ModalityCheck(dims).collect([clean_train], total=len(train))
         checks = {name: ModalityCheck(dims, **given).fit_collected(sample) for name, given in settings.items()}
-    return Recordings(clean, checks)
+    return Recordings(clean, test.group, checks)
 
 
 def at_alpha(check, alpha):
@@ -186,14 +189,15 @@ def calibration(parts):
     return counts
 
 
-def by_group(part, groups):
+def by_group(part):
     """Return [utterances that lost a modality, utterances] by group, at the default settings."""
+    groups = part.groups
     effective = part.checks["new"].check_batch(part.clean).effective
     lost = (part.clean.available & ~effective).any(dim=1).numpy()
     return {str(group): [int(lost[groups == group].sum()), int((groups == group).sum())] for group in np.unique(groups)}
 
 
-def corrupted(batch, m, corrupt):
+def corrupted(batch, m, corrupt, groups=None):
     """Return the batch with the valid frames of modality m corrupted, and (N,) bool, where that changed something.
 
     The corruption sees the valid frames alone, one after the other.
@@ -202,6 +206,7 @@ def corrupted(batch, m, corrupt):
     clean, valid = batch.features[m][rows], batch.frame_valid[rows, :, m]
     places = (~valid).int().argsort(dim=1, stable=True)[:, :, None].expand_as(clean)
     generator = torch.Generator().manual_seed(m)
+    corrupt = common.with_groups(corrupt, None if groups is None else groups[rows.numpy()])
     spoilt = corrupt(clean.gather(1, places), generator=generator, lengths=valid.sum(dim=1))
     features = list(batch.features)
     features[m] = features[m].clone()
@@ -219,7 +224,7 @@ def evidence(parts):
             for m, modality in enumerate(part.modalities):
                 if part.clean.available[:, m].sum() < 2:
                     continue
-                batch, changed = corrupted(part.clean, m, corrupt)
+                batch, changed = corrupted(part.clean, m, corrupt, part.groups)
                 for name in contestants:
                     after = part.checks[name].check_batch(batch)
                     found[kind, severity, name, modality].append(
@@ -397,8 +402,12 @@ def detections_table(kinds, modalities):
     header += [f"{name}{'' if which == 'all' else f', {LONG} frames'}" for which in lengths for name in modalities]
     rows = []
     for kind, severities in kinds.items():
+        before = None
         for severity, names in severities.items():
             columns = [cell(names["new"].get(name), which) for which in lengths for name in modalities]
+            if columns == before and lengths == ["all"]:
+                continue  # of vectors, whose one frame no fraction divides
+            before = columns
             reasons = sum((Counter(one["all"]["reasons"]) for one in names["new"].values()), Counter())
             most = ", ".join(reason for reason, _ in reasons.most_common(2)) or "–"
             rows.append(f"| {common.described(kind, severity)} | {' | '.join(columns)} | {most} |")
@@ -425,6 +434,8 @@ def contestants_table(case, kinds, modalities):
     rows = []
     for kind, severities in kinds.items():
         for severity, names in severities.items():
+            if severity != "medium" and (kind, severity) not in {*common.DRAWN, common.PAPERS_NOISE}:
+                continue
             unseen = names.get(left_out(DETECTORS_OF.get(kind, ())))
             columns = [mean(names[name]) for name in ("new", "surprise")]
             columns += [mean(unseen), *(mean(names[name]) for name in ("likelihood", "energy", "correlation"))]
@@ -551,8 +562,7 @@ def main():
         parts = [fitted(*pair) for pair in pairs]
         alarms[case], calibrated[case] = false_alarms(parts), calibration(parts)
         if case.startswith("CMU-MOSI"):
-            lost = (by_group(part, test.group) for part, (_, test) in zip(parts, pairs, strict=True))
-            groups[case] = {group: count for counts in lost for group, count in counts.items()}
+            groups[case] = {group: count for part in parts for group, count in by_group(part).items()}
         if case == "CMU-MOSI, training videos":
             continue
         of_protocol[case] = protocol(parts)

@@ -26,46 +26,23 @@ def add_data_argument(parser):
 # --- Corruptions ---
 
 
-def _scale(x, factor, generator, *, lengths):
-    return factor * x
-
-
-def _shuffle_frames(x, generator, *, lengths):
-    valid = torch.arange(x.shape[1]) < lengths[:, None]
-    order = torch.rand(valid.shape, generator=generator).masked_fill(~valid, 2.0).argsort(dim=1)
-    return x.gather(1, order[:, :, None].expand_as(x))
-
-
 def corruptions():
     """Return each corruption by name and severity."""
     return {
-        ("gaussian_noise", "mild"): partial(corruption.gaussian_noise, snr=10.0),
-        ("gaussian_noise", "medium"): partial(corruption.gaussian_noise, snr=1.0),
-        ("gaussian_noise", "severe"): partial(corruption.gaussian_noise, snr=0.01),
-        ("silence", "severe"): corruption.silence,
-        ("freeze", "severe"): corruption.freeze,
-        ("drop_frames", "mild"): partial(corruption.drop_frames, probability=0.25),
-        ("drop_frames", "medium"): partial(corruption.drop_frames, probability=0.5),
-        ("drop_frames", "severe"): partial(corruption.drop_frames, probability=0.75),
-        ("clip", "mild"): partial(corruption.clip, limit=1.0),
-        ("clip", "medium"): partial(corruption.clip, limit=0.5),
-        ("clip", "severe"): partial(corruption.clip, limit=0.25),
-        ("gain", "mild"): partial(_scale, factor=1.5),
-        ("gain", "medium"): partial(_scale, factor=2.0),
-        ("gain", "severe"): partial(_scale, factor=4.0),
-        ("shuffle_frames", "severe"): _shuffle_frames,
-        ("mismatch", "severe"): corruption.mismatch,
+        (kind, severity): corrupt
+        for kind, severities in corruption.SEVERITIES.items()
+        for severity, corrupt in severities._asdict().items()
     }
 
 
+def with_groups(corrupt, groups):
+    """Return a corruption that knows the speakers or recordings (B,) of its samples, if it goes by them."""
+    return partial(corrupt, groups=groups) if groups is not None and corruption.takes_groups(corrupt) else corrupt
+
+
 def corruptions_of_accuracy():
-    """Return (name, severity, corruption) of each medium severity, or of the only one, and of the paper's noise."""
-    table = corruptions()
-    return [
-        (kind, severity, corrupt)
-        for (kind, severity), corrupt in table.items()
-        if severity == "medium" or (kind, "medium") not in table or (kind, severity) == PAPERS_NOISE
-    ]
+    """Return (name, severity, corruption) of each medium severity, and of the paper's noise."""
+    return [(*key, corrupt) for key, corrupt in corruptions().items() if key[1] == "medium" or key == PAPERS_NOISE]
 
 
 class Wanted(NamedTuple):
@@ -104,8 +81,12 @@ BEFORE = {
 
 
 def described(kind, severity):
-    """Return a corruption as a table calls it."""
-    return DRAWN.get((kind, severity), f"{kind}, {severity}")
+    """Return a corruption as a table calls it, with its setting."""
+    if (kind, severity) in DRAWN:
+        return DRAWN[kind, severity]
+    values = getattr(corruptions()[kind, severity], "keywords", {})  # of a partial
+    setting = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    return kind.replace("_", " ") + (f", {setting.replace('snr', 'SNR')}" if setting else "")
 
 
 # --- Results ---
