@@ -109,7 +109,7 @@ def run_ablation(
         progress: called with a line of text at every stage.
 
     Raises:
-        ValueError: if the corpus lacks labels, a split, or the groups that the corruption goes by; if the configuration
+        ValueError: if the corpus lacks labels, a split, or the groups that the corruption needs; if the configuration
             lacks the check or the proxies; or if there is no such corruption.
     """
     config = default_config(corpus) if config is None else config
@@ -185,7 +185,7 @@ def corrupt_corpus(
         The corrupted corpus and the (N, M) mask of corrupted modalities.
 
     Raises:
-        ValueError: if the corpus does not have the model's modalities or lacks the groups that the corruption goes by,
+        ValueError: if the corpus does not have the model's modalities or lacks the groups that the corruption needs,
             or if there is no such corruption.
     """
     kind = _find_corruption(corpus, corruption)
@@ -204,10 +204,10 @@ def corrupt_corpus(
 
 
 def _find_corruption(corpus: Corpus, corruption: str | Corruption) -> Corruption:
-    """Return a corruption by name; refuse one that goes by groups if the corpus has none."""
+    """Return a corruption by name; refuse one that needs groups if the corpus has none."""
     kind = named(corruption, argument="corruption") if isinstance(corruption, str) else corruption
     if corpus.group is None and takes_groups(kind):
-        raise ValueError(f"corruption {corruption!r} goes by the groups of a corpus, but this corpus has none")
+        raise ValueError(f"corruption {corruption!r} needs a corpus with groups, but this one has none")
     return kind
 
 

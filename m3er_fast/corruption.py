@@ -530,7 +530,7 @@ class _Composition:
 
 
 def takes_groups(corruption: Corruption) -> bool:
-    """Return whether a corruption, or a part of a composed one, goes by the groups of the samples."""
+    """Return whether a corruption, or a part of a composed one, uses the groups of the samples."""
     if isinstance(corruption, _Composition):
         return any(takes_groups(part) for part in corruption.parts)
     return "groups" in inspect.signature(corruption).parameters
@@ -563,7 +563,7 @@ def corrupt(
         probability: share of samples with at least one corrupted modality, in [0, 1].
         lengths: (B,) valid leading frames; None means all T.
         available: (B, M) bool in the order of ``features``; None means every modality.
-        groups: (B,) strings or integers, the speaker or recording of each sample, for kinds that go by it
+        groups: (B,) strings or integers, the speaker or recording of each sample, for kinds that use it
             (`another_speaker`, `wrong_face`).
 
     Returns:
@@ -694,7 +694,8 @@ def _integrate(white: Tensor, order: float) -> Tensor:
     k = torch.arange(1, steps, device=white.device, dtype=torch.float64)
     kernel = torch.cat([k.new_ones(1), ((k - 1 + order) / k).cumprod(dim=0)])
     spectrum = torch.fft.rfft(white, n=2 * steps, dim=1) * torch.fft.rfft(kernel, n=2 * steps)[:, None]
-    return torch.fft.irfft(spectrum, n=2 * steps, dim=1)[:, :steps]
+    noise: Tensor = torch.fft.irfft(spectrum, n=2 * steps, dim=1)[:, :steps]
+    return noise
 
 
 def _group_numbers(groups: Any, batch: int) -> Tensor:
@@ -713,8 +714,8 @@ def _draw_donors(group: Tensor, valid: Tensor, generator: torch.Generator, *, sa
     rows = valid.flatten(1).any(dim=1).cpu().nonzero()[:, 0]
     rows = rows[group[rows].argsort(stable=True)]
     # Sorted by group, a sample's group is a stretch; donors are the rest of the stretch, or of the row around it.
-    _, number, sizes = group[rows].unique_consecutive(return_inverse=True, return_counts=True)
-    size, start = sizes[number], (sizes.cumsum(dim=0) - sizes)[number]
+    sizes = group[rows].bincount()
+    size, start = sizes[group[rows]], (sizes.cumsum(dim=0) - sizes)[group[rows]]
     place = torch.arange(len(rows))
     choices = size - 1 if same_group else len(rows) - size
     drawn = (draws[rows] * choices).long()
@@ -725,7 +726,7 @@ def _draw_donors(group: Tensor, valid: Tensor, generator: torch.Generator, *, sa
 
 
 def _receive(x: Tensor, donor: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    """Return x with each sample's frames after a share of them replaced by its donor's; (B,) ``donor`` are rows."""
+    """Return x with each sample's frames after the share replaced by its donor's; ``donor`` (B,) holds rows."""
     received = x[donor]
     has_frames = valid.flatten(1).any(dim=1)[donor].view(-1, *[1] * (x.ndim - 1))
     if x.ndim == 3:

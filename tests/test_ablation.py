@@ -350,7 +350,7 @@ def test_invalid_arguments_are_an_error_before_any_training(monkeypatch, corpus,
         (
             replace(CORPUS, group=None),
             "wrong_face",
-            "corruption 'wrong_face' goes by the groups of a corpus, but this corpus has none",
+            "corruption 'wrong_face' needs a corpus with groups, but this one has none",
         ),
     ],
 )
@@ -441,7 +441,7 @@ def test_any_corruption_hits_the_same_modalities_of_a_corpus(model, corruption, 
         np.testing.assert_array_equal(corrupted.features[name][~truth[:, m]], CORPUS.features[name][~truth[:, m]])
 
 
-def test_a_corpus_lends_its_groups_to_a_corruption_that_goes_by_them(model):
+def test_donors_are_chosen_by_the_groups_of_the_corpus(model):
     numbers = np.arange(len(CORPUS), dtype=np.float32)
     marked = {name: np.broadcast_to(numbers[:, None, None], x.shape).copy() for name, x in CORPUS.features.items()}
     corpus = replace(CORPUS, features=marked)
@@ -453,7 +453,7 @@ def test_a_corpus_lends_its_groups_to_a_corruption_that_goes_by_them(model):
             assert (donor[~hit] == numbers[~hit]).all()
             assert (donor[hit] != numbers[hit]).all()
             assert ((corpus.group[donor] == corpus.group)[hit] == same).all()
-    with pytest.raises(ValueError, match="goes by the groups of a corpus, but this corpus has none"):
+    with pytest.raises(ValueError, match="needs a corpus with groups, but this one has none"):
         corrupt_corpus(model, replace(CORPUS, group=None), 0, corruption="another_speaker")
 
 

@@ -635,7 +635,7 @@ def test_every_two_kinds_compose(first):
         assert torch.equal(result[padding], x[padding])
 
 
-def test_groups_reach_the_kinds_that_go_by_them_and_no_other():
+def test_groups_reach_the_kinds_that_use_them_and_no_other():
     assert {kind for kind in EVERY_KIND if takes_groups(KINDS[kind])} == {"another_speaker", "wrong_face"}
     assert takes_groups(compose("gain", compose("wrong_face")))
     assert not takes_groups(compose("gain", "mismatch"))
