@@ -5,8 +5,8 @@
 trains the default network with three seeds on the generated corpus and, if $M3ER_DATA or shared/data has it, on
 CMU-MOSI, with the settings of docs/results.md. It corrupts the test split by the protocol of
 :func:`m3er_fast.corruption.corrupt`: some modalities, but never all, of about 75 % of the utterances. Each corruption
-has its medium severity; the paper's noise, SNR 0.01, is there too. The utterances are then classified with proxies for
-the modalities that are judged ineffectual
+has its medium severity; the paper's noise and silent, frozen and swapped modalities are there too. The utterances are
+then classified with proxies for the modalities that are judged ineffectual
 
 * by no check,
 * by the paper's check, the correlation,

@@ -41,8 +41,8 @@ def with_groups(corrupt, groups):
 
 
 def corruptions_of_accuracy():
-    """Return (name, severity, corruption) of each medium severity, and of the paper's noise."""
-    return [(*key, corrupt) for key, corrupt in corruptions().items() if key[1] == "medium" or key == PAPERS_NOISE]
+    """Return (name, severity, corruption) of each medium severity, and of what takes a modality away altogether."""
+    return [(*key, corrupt) for key, corrupt in corruptions().items() if key[1] == "medium" or key in DESTRUCTIVE]
 
 
 class Wanted(NamedTuple):
@@ -62,6 +62,7 @@ WANTED = {
 }
 SWAPPED = ("mismatch", "severe")
 PAPERS_NOISE = ("gaussian_noise", "severe")
+DESTRUCTIVE = {PAPERS_NOISE, ("silence", "severe"), ("freeze", "severe"), SWAPPED}
 DRAWN = {
     ("gaussian_noise", "mild"): "noise, SNR 10",
     ("gaussian_noise", "medium"): "noise, SNR 1",
