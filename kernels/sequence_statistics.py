@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3er_fast.kernels._math import LARGEST
 from m3er_fast.kernels._operators import operator
 from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 from m3er_fast.operands import SequenceStatistics
@@ -70,11 +71,16 @@ def sequence_statistics_fwd_kernel(
         was_valid = valid
     count = tl.maximum(frames, 1).to(tl.float32)
     shift = total / count
-    variance = tl.maximum(squares / count - shift * shift, 0.0)
+    mean = first + shift
+    mean = tl.where(tl.abs(mean) <= LARGEST, mean, 0.0)
+    variance = squares / count - shift * shift
+    variance = tl.where(variance < 0.0, 0.0, tl.where(variance <= LARGEST, variance, LARGEST))
+    change = changes / (2.0 * tl.maximum(pairs, 1).to(tl.float32))
+    change = tl.where(change <= LARGEST, change, LARGEST)  # also for inf
     row = b * D + d
-    tl.store(mean_ptr + row, first + shift, mask=inside)
+    tl.store(mean_ptr + row, mean, mask=inside)
     tl.store(variance_ptr + row, variance, mask=inside)
-    tl.store(change_ptr + row, changes / (2.0 * tl.maximum(pairs, 1).to(tl.float32)), mask=inside)
+    tl.store(change_ptr + row, change, mask=inside)
     tl.store(repeated_ptr + b, repeated.to(tl.int64))
     tl.store(pair_ptr + b, pairs.to(tl.int64))
 

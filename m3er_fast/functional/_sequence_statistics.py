@@ -24,12 +24,13 @@ def sequence_statistics(x: Tensor, valid: Tensor, *, backend: str = "auto") -> S
     ratio is half of von Neumann's, 1941). Without a pair the change is 0.
 
     Args:
-        x: (B, T, d), finite where ``valid``; half precision is computed in float32.
+        x: (B, T, d), whatever it holds where not ``valid``; half precision is computed in float32.
         valid: (B, T) bool, the frames that count.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        mean, variance and change (B, d), the frames that equal the frame before (B,), and the pairs (B,).
+        mean, variance and change (B, d), the frames that equal the frame before (B,), and the pairs (B,). Moments that
+        overflow, or are of frames that are not finite, are the largest number; such a mean is 0.
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
@@ -51,5 +52,7 @@ def sequence_statistics(x: Tensor, valid: Tensor, *, backend: str = "auto") -> S
 
 def compute_sequence_statistics(x: Tensor, valid: Tensor, *, backend: str = "auto") -> SequenceStatistics:
     """:func:`sequence_statistics` of checked arguments."""
-    statistics: SequenceStatistics = choose("sequence_statistics", backend, x, valid).load()(x, valid)
+    compute = choose("sequence_statistics", backend, x, valid).load()
+    with torch.autocast(x.device.type, enabled=False):  # which would round products of the frames to 8 bits
+        statistics: SequenceStatistics = compute(x, valid)
     return statistics

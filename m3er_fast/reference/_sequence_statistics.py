@@ -13,14 +13,19 @@ from m3er_fast.operands import SequenceStatistics, upcast
 
 def sequence_statistics(x: Tensor, valid: Tensor) -> SequenceStatistics:
     """Moments of frames and of their changes; :func:`m3er_fast.functional.sequence_statistics` documents them."""
-    x = upcast(x)
+    x = torch.where(valid[:, :, None], upcast(x), 0.0)  # first: NaN times 0 is NaN, in a gradient too
     pair = valid[:, 1:] & valid[:, :-1]
-    mean = _mean(x, valid)
-    variance = _mean((x - mean[:, None]).square(), valid)
+    # A common offset costs no digits of what is relative to the first valid frame, and a frozen sequence does not vary.
+    origin = x.detach().gather(1, valid.int().argmax(dim=1)[:, None, None].expand(-1, 1, x.shape[2]))
+    shifted = x - origin
+    shift = _mean(shifted, valid)
+    variance = _mean((shifted - shift[:, None]).square(), valid)
     difference = x[:, 1:] - x[:, :-1]
     change = _mean(difference.square(), pair) / 2
     repeated = ((difference == 0).all(dim=2) & pair).sum(dim=1)
-    return SequenceStatistics(mean, variance, change, repeated, pair.sum(dim=1))
+    largest = torch.finfo(x.dtype).max
+    mean = (origin[:, 0] + shift).nan_to_num(0.0, 0.0, 0.0)
+    return SequenceStatistics(mean, variance.nan_to_num(largest), change.nan_to_num(largest), repeated, pair.sum(dim=1))
 
 
 def _mean(x: Tensor, valid: Tensor) -> Tensor:
