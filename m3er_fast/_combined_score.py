@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3er_fast._conformal import Tables, sort_columns
-from m3er_fast._symptoms import DETECTORS, LOW_REASON, SURPRISES
+from m3er_fast._symptoms import DETECTORS, SURPRISES, TWO_SIDED
 
 # The tails of a symptom start at its near edges, and end at its far ones: the shares of the calibration samples beyond
 # them. The far ones together leave out a share of 0.05: each symptom has two tails or one, and so has not belonging.
@@ -63,7 +63,7 @@ class CombinedScore:
             excess = (values - center[m, k]) * say[rows, m, k]
             least = _LEAST_EDGE if k < len(SURPRISES) else torch.finfo(torch.float32).tiny
             above[m, k] = excess.quantile(1.0 - tails, interpolation="higher").clamp(min=least)
-            if LOW_REASON[k]:
+            if TWO_SIDED[k]:
                 below[m, k] = -excess.quantile(tails, interpolation="lower").clamp(max=-least)
         return {"symptom_center": center, "symptom_above": above, "symptom_below": below}
 

@@ -48,14 +48,15 @@ class SequenceMoments(NamedTuple):
 
 
 class Surprise(NamedTuple):
-    """A symptom that is odd if it leaves the range of training, on either side or on one."""
+    """A symptom that is odd if it leaves the range of training, on both sides or only above."""
 
     name: str
     measure: Callable[[SequenceMoments], Tensor]  # (B,)
-    low: str | None  # the reason reported if it is low; None: low is not odd
+    low: str | None  # the reason reported if it is low; None: other symptoms say why
     high: str | None
     tolerance: float = 0.0  # how far recordings may differ beside
     of_sequences: bool = True  # whether it needs pairs of frames
+    two_sided: bool = True
 
 
 class Detector(NamedTuple):
@@ -83,8 +84,8 @@ def _log_change(x: SequenceMoments) -> Tensor:
 
 
 def _log_roughness(x: SequenceMoments) -> Tensor:
-    change, variance = x.change.mean(dim=1), x.variance.mean(dim=1)
-    return (change + _LEAST_VARIANCE).log() - (variance + _LEAST_VARIANCE).log()
+    change, power = x.change.mean(dim=1), (x.variance + x.mean_square).mean(dim=1)
+    return (change + _LEAST_VARIANCE).log() - (power + _LEAST_VARIANCE).log()
 
 
 def _log_evenness(x: SequenceMoments) -> Tensor:
@@ -121,10 +122,10 @@ def _reorder(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
 SURPRISES = (
     Surprise("level", lambda x: x.energy.log(), "too quiet", "too loud", tolerance=math.log(2.0), of_sequences=False),
     Surprise("power", _log_power, "too quiet", "too loud"),
-    Surprise("change", _log_change, "frozen", "noisy"),
+    Surprise("change", _log_change, None, None),  # power times roughness: one of these is the reason
     Surprise("roughness", _log_roughness, "frozen", "noisy"),
     Surprise("evenness", _log_evenness, "frames lost", "noisy"),
-    Surprise("repeated frames", lambda x: x.repeated, None, "frozen"),
+    Surprise("repeated frames", lambda x: x.repeated, None, "frames lost", two_sided=False),
 )
 DETECTORS = (
     Detector("noise", _noise(1.0), "noisy"),
@@ -136,13 +137,34 @@ DETECTORS = (
 SYMPTOMS = (*(surprise.name for surprise in SURPRISES), *(detector.name for detector in DETECTORS))
 BELONGING = "does not belong"
 
+TWO_SIDED = (*(surprise.two_sided for surprise in SURPRISES), *(False for _ in DETECTORS))
+
 _LOW = (*(surprise.low for surprise in SURPRISES), *(None for _ in DETECTORS))
 _HIGH = (*(surprise.high for surprise in SURPRISES), *(detector.reason for detector in DETECTORS))
 REASONS = (NO_REASON, *dict.fromkeys(reason for reason in (*_LOW, *_HIGH, BELONGING) if reason is not None))
 """What a modality may be rejected for, by number; 0 is no reason."""
 
-LOW_REASON = tuple(REASONS.index(reason or NO_REASON) for reason in _LOW)
-HIGH_REASON = tuple(REASONS.index(reason or NO_REASON) for reason in _HIGH)
+_REASON_NUMBERS = [[REASONS.index(reason or NO_REASON) for reason in side] for side in (_LOW, _HIGH)]
+_POWER, _CHANGE, _ROUGHNESS, _REPEATED = map(SYMPTOMS.index, ("power", "change", "roughness", "repeated frames"))
+
+
+def reason_of(surprises: Tensor, symptoms: Tensor) -> Tensor:
+    """Return (B, M) int64, the reason that belongs to the largest of (B, M, S) surprises.
+
+    Among the detectors the likeliest fault is the reason. Repeated frames mean that frames were lost; but if frames
+    change less than in training, the sequence is quiet, or frozen for a while.
+    """
+    low, high = (torch.stack([symptoms.new_full((), n, dtype=torch.int64) for n in side]) for side in _REASON_NUMBERS)
+    is_named = torch.where(surprises < 0, low, high) != 0
+    which = surprises.abs().where(is_named, -1.0).argmax(dim=2)
+    likeliest = len(SURPRISES) + symptoms[:, :, len(SURPRISES) :].argmax(dim=2)
+    which = torch.where(which < len(SURPRISES), which, likeliest)
+    is_still = (which == _REPEATED) & (surprises[:, :, _CHANGE] < 0)
+    which = torch.where(
+        is_still, torch.where(surprises[:, :, _POWER] < surprises[:, :, _ROUGHNESS], _POWER, _ROUGHNESS), which
+    )
+    is_low = is_still | (surprises.gather(2, which[:, :, None])[:, :, 0] < 0)
+    return torch.where(is_low, low[which], high[which])
 
 
 IGNORABLE = (*SYMPTOMS, "belonging")
@@ -222,7 +244,7 @@ class SymptomModel(NamedTuple):
             mean_square=vector.square() / self.square,
             variance=found.variance / self.square,
             change=found.change / self.square,
-            repeated=found.repeated / found.pairs.clamp(min=1),
+            repeated=found.repeated.to(energy.dtype) / found.pairs.clamp(min=1),
         )
         surprises = [surprise.measure(moments) for surprise in SURPRISES]
         features = detector_features(moments.variance, moments.change)
@@ -256,7 +278,11 @@ class DetectorSums(NamedTuple):
         return DetectorSums(self.sequences - other.sequences, self.total - other.total, self.product - other.product)
 
     def solve(self) -> Tensor:
-        """Return the (C, F) weights of the linear discriminants, zeros if there are too few sequences."""
+        """Return the (C, F) weights of the linear discriminants, zeros if there are too few sequences.
+
+        Their values have a variance of about 1 in training. The likeliest corruption is then the one with the largest,
+        however strong it is.
+        """
         weight = torch.zeros_like(self.total[1:])
         if self.sequences < _FEWEST_SEQUENCES:
             return weight
@@ -265,7 +291,12 @@ class DetectorSums(NamedTuple):
         shrinkage = _DETECTOR_SHRINKAGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
         covariance.diagonal().add_(shrinkage)
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        return weight if bool(failed) else torch.cholesky_solve((mean[1:] - mean[0]).mT, factor).mT
+        if bool(failed):
+            return weight
+        difference = mean[1:] - mean[0]
+        weight = torch.cholesky_solve(difference.mT, factor).mT
+        distance = (weight * difference).sum(dim=1, keepdim=True).sqrt()
+        return weight / distance.where(distance > 0, 1.0)
 
 
 def fit_symptoms(

@@ -23,13 +23,12 @@ from m3er_fast._cross_fitting import CheckSample, CrossFitting
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._symptoms import (
     BELONGING,
-    HIGH_REASON,
     IGNORABLE,
-    LOW_REASON,
     REASONS,
     SequenceSample,
     SymptomModel,
     draw,
+    reason_of,
     sample_sequences,
     say_of,
 )
@@ -320,15 +319,13 @@ class ModalityCheck(FittedModule):
             model = SymptomModel(*(self.learned(f"{name}_{m}") for name in SymptomModel._fields))
             symptoms.append(model.measure(measured.energy[:, m], vector[:, : found.mean.shape[1]], found))
             says.append(say_of(found.pairs, self.config.ignore))
-        surprises = CombinedScore.surprises(
-            torch.stack(symptoms, dim=1), torch.stack(says, dim=1), tables, tolerant=True
-        )
-        own, which = surprises.abs().max(dim=2)
+        of_modalities = torch.stack(symptoms, dim=1)
+        surprises = CombinedScore.surprises(of_modalities, torch.stack(says, dim=1), tables, tolerant=True)
+        own = surprises.abs().amax(dim=2)
         # A modality that is odd by itself is no evidence about the others.
         p_own = CombinedScore.p_value(own, "own", tables)
         trusted = available & (p_own >= self.config.alpha)
-        is_low = surprises.gather(2, which[:, :, None])[:, :, 0] < 0
-        reason = torch.where(is_low, _constant(LOW_REASON, which)[which], _constant(HIGH_REASON, which)[which])
+        reason = reason_of(surprises, of_modalities)
         if self.config.threshold is not None:
             return p_own, trusted, reason
         p_pairs = self._likelihood.p_value(measured.likelihood, trusted, self._tables(self._likelihood))
@@ -382,8 +379,3 @@ class ModalityCheck(FittedModule):
 
     def _tables(self, statistic: ConformalStatistic) -> Tables:
         return {name: self.learned(f"{statistic.prefix}{name}") for name in statistic.tables}
-
-
-def _constant(values: tuple[int, ...], like: Tensor) -> Tensor:
-    """The values as a tensor, filled on the device: one made of a list would wait for it."""
-    return torch.stack([like.new_full((), value) for value in values])
