@@ -1,8 +1,9 @@
-"""The two statistics of the modality check in one kernel.
+"""The statistics of utterance vectors that the modality check judges by, in one kernel.
 
 Each program computes the statistics of one block of samples. For each pair of modalities it projects both sides by the
-folded matrices, block of features by block of features, and reduces the two projections to their cosine while they are
-still in registers. For each modality it computes the mean square of the whitened features in the same way. Products are
+folded matrices, block of features by block of features, and reduces the two projections to their correlation and their
+likelihood ratio while they are still in registers. For each modality it computes the mean square of the whitened
+features in the same way. Products are
 tf32x3: three passes of the matrix unit, which keep float32's digits. Plain tf32 would change which samples pass near a
 threshold, and so would bf16x3 when features are nearly collinear, since a whitener enlarges their rounding errors.
 
@@ -83,12 +84,16 @@ def _unit(x, K: tl.constexpr):
 
 @triton.jit
 def _log_likelihood_ratio(u, v, canonical_ptr, k, K: tl.constexpr):
-    """Return Σ -½ log(1 - s²) - (s²u² - 2suv + s²v²) / 2(1 - s²) of the rows; LARGEST below zero if not finite."""
+    """Return Σ -½ log(1 - s²) - (s²u² - 2suv + s²v²) / 2(1 - s²) of the rows; LARGEST below zero if not finite.
+
+    The three terms are computed as s²(u - v)² - 2s(1 - s)uv: near s = 1 they would cancel.
+    """
     s = tl.load(canonical_ptr + k, mask=k < K, other=0.0)
-    rest = 1.0 - s * s
-    s, rest = s[None, :], rest[None, :]
-    odds = ((s * u - v) * s * u + (s * v - u) * s * v) / (2.0 * rest) + 0.5 * tl.log(rest)
-    ratio = -tl.sum(odds, axis=1)
+    rest = (1.0 - s) * (1.0 + s)
+    of_distance, of_product, constant = s * s / (2.0 * rest), s / (1.0 + s), 0.5 * tl.log(rest)
+    distance = u - v
+    odds = of_distance[None, :] * distance * distance - of_product[None, :] * u * v + constant[None, :]
+    ratio = -tl.sum(tl.where((k < K)[None, :], odds, 0.0), axis=1)  # past K, NaN of a row that is not finite
     return tl.where(tl.abs(ratio) <= LARGEST, ratio, -LARGEST)
 
 
@@ -379,8 +384,8 @@ def _specialization(label: str, part: Part, dtype: torch.dtype, targets: tuple[i
         "center_ptrs": ("*fp32",) * modalities,
         **{f"{side}_ptrs": ("*fp32",) * pairs for side in ("left", "left_bias", "right", "right_bias")},
         "whitener_ptrs": ("*fp32",) * max(len(part.ranks), 1),
-        "correlation_ptr": "*fp32",
-        "energy_ptr": "*fp32",
+        **{f"{name}_ptrs": ("*fp32",) * pairs for name in ("weight", "canonical")},
+        **{f"{name}_ptr": "*fp32" for name in CheckStatistics._fields},
     }
     numbers = ("B", "first_pair", "first_modality", "correlation_stride", "energy_stride")
     tile = tile_for(part, targets[0])

@@ -53,14 +53,17 @@ def test_a_compiled_loss_is_the_references():
     assert names == ["torch"]
 
 
-@pytest.mark.parametrize(("batch", "name"), [(1, "torch"), (127, "torch"), (128, "cpu")])
-def test_the_check_has_a_fast_path_from_128_samples_on(batch, name):
+@pytest.mark.parametrize("batch", [1, 128])
+def test_the_check_has_a_fast_path_for_every_batch_without_a_gradient(batch):
     vector, matrix = torch.zeros(1), torch.ones(1, 1)
-    projections = CheckProjections([vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2)
-    features = [torch.zeros(batch, 1)] * 2
-    assert choose("check_statistics", "auto", features[0], features, projections).name == name
-    features = [torch.zeros(batch, 1, requires_grad=True)] * 2
-    assert choose("check_statistics", "auto", features[0], features, projections).name == "torch"
+    projections = CheckProjections(
+        [vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2, [vector], [vector]
+    )
+    for needs_gradient, name in ((False, "cpu"), (True, "torch")):
+        features = [torch.zeros(batch, 1, requires_grad=needs_gradient)] * 2
+        assert choose("check_statistics", "auto", features[0], features, projections).name == name
+        x, valid = features[0][:, None], torch.ones(batch, 1, dtype=torch.bool)
+        assert choose("sequence_statistics", "auto", x, valid).name == name
 
 
 @pytest.mark.parametrize(

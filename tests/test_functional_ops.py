@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal, norm
 from sklearn.manifold._locally_linear import barycenter_weights
 from sklearn.neighbors import NearestNeighbors
 
@@ -14,8 +15,8 @@ from m3er_fast.cpu import check_statistics as cpu_check
 from m3er_fast.functional import (
     BackendUnavailableError,
     CheckProjections,
-    _dispatch,
     check_statistics,
+    gate_statistics,
     local_least_squares,
     nearest_neighbors,
 )
@@ -30,26 +31,22 @@ PAIRS = [(0, 1), (0, 2), (1, 2)]
 
 
 def fitted_views(seed=0, components=(3, 4, 2), dims=DIMS, ranks=(5, 4, 3)):
-    """Means, unfolded pair matrices H (k, d) and whiteners (r, d), as a check might have learned them."""
+    """Means, pairs (matrices H (k, d) of both sides, canonical correlations, component weights), whiteners (r, d)."""
     rng = np.random.default_rng(seed)
     means = [rng.normal(size=d) for d in dims]
     pairs = [
-        (rng.normal(size=(k, dims[i])), rng.normal(size=(k, dims[j])), rng.uniform(0.3, 1.0, size=k))
-        for (i, j), k in zip(PAIRS, components, strict=True)
+        (*(rng.normal(size=(k, dims[m])) for m in pair), rng.uniform(0.3, 1.0, size=k))
+        for pair, k in zip(PAIRS, components, strict=True)
     ]
     whiteners = [rng.normal(size=(r, d)) for r, d in zip(ranks, dims, strict=True)]
+    pairs = [(left, right, rng.uniform(0.0, 0.95, size=len(weight)), weight) for left, right, weight in pairs]
     return means, pairs, whiteners
 
 
 def fold(means, pairs, whiteners, dtype=torch.float64):
-    """Component weights and the centring over the k components go into H; as the means go first, biases stay zero."""
-
-    def folded(matrix, weight):
-        weighted = weight[:, None] * matrix
-        return torch.from_numpy(weighted - (weighted.mean(axis=0) if len(weighted) else 0.0)).to(dtype)
-
-    left, right = [[folded(pair[side], np.sqrt(pair[2])) for pair in pairs] for side in (0, 1)]
-    zeros = [torch.zeros(len(pair[2]), dtype=dtype) for pair in pairs]
+    """The same as projections; as the means are subtracted first, biases stay zero."""
+    left, right, canonical, weight = ([torch.from_numpy(pair[part]).to(dtype) for pair in pairs] for part in range(4))
+    zeros = [torch.zeros_like(s) for s in canonical]
     return CheckProjections(
         center=[torch.from_numpy(mean).to(dtype) for mean in means],
         left=left,
@@ -57,7 +54,17 @@ def fold(means, pairs, whiteners, dtype=torch.float64):
         right=right,
         right_bias=zeros,
         whitener=[torch.from_numpy(whitener).to(dtype) for whitener in whiteners],
+        weight=weight,
+        canonical=canonical,
     )
+
+
+def log_likelihood_ratio(u, v, canonical):
+    """log p(u, v) - log p(u) - log p(v) of one sample, by the densities of scipy."""
+    u, v = (x / np.sqrt(np.mean(x**2)) for x in (u, v))
+    joint = np.block([[np.eye(len(u)), np.diag(canonical)], [np.diag(canonical), np.eye(len(u))]])
+    together = multivariate_normal(cov=joint).logpdf(np.concatenate([u, v]))
+    return together - norm.logpdf(u).sum() - norm.logpdf(v).sum()
 
 
 def vectors(batch, seed=1, dtype=torch.float64):
@@ -67,9 +74,9 @@ def vectors(batch, seed=1, dtype=torch.float64):
 
 @pytest.fixture(params=["few samples", "many samples"])
 def samples(request, monkeypatch):
-    """Whether a batch counts as large: then the CPU computes blocks (here of three) and bands (here of two rows)."""
+    """Whether a batch counts as large: blocks (here of three), stacked matrices and bands (here of two rows)."""
     if request.param == "many samples":
-        monkeypatch.setattr(_dispatch, "FEWEST_CHECKED_SAMPLES", 0)
+        monkeypatch.setattr(cpu_check, "FEWEST_STACKED_SAMPLES", 0)
         monkeypatch.setattr(cpu_check, "BLOCK_SAMPLES", 3)
         monkeypatch.setattr(cpu_check, "BAND_ROWS", 2)
 
@@ -77,16 +84,20 @@ def samples(request, monkeypatch):
 @pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_check_statistics_equal_numpy(batch, dtype, tolerance):
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_check_statistics_equal_numpy(batch, dtype, tolerance, backend):
     means, pairs, whiteners = fitted_views()
     features = vectors(batch, dtype=dtype)
-    correlation, energy = check_statistics(features, fold(means, pairs, whiteners, dtype))
-    assert correlation.dtype == energy.dtype == dtype
+    correlation, energy, likelihood = check_statistics(features, fold(means, pairs, whiteners, dtype), backend=backend)
+    assert correlation.dtype == energy.dtype == likelihood.dtype == dtype
     centered = [x.double().numpy() - mean for x, mean in zip(features, means, strict=True)]
-    for p, ((i, j), (left, right, weight)) in enumerate(zip(PAIRS, pairs, strict=True)):
+    for p, ((i, j), (left, right, canonical, weight)) in enumerate(zip(PAIRS, pairs, strict=True)):
         for b in range(batch):
-            u, v = np.sqrt(weight) * (left @ centered[i][b]), np.sqrt(weight) * (right @ centered[j][b])
-            assert correlation[b, p].item() == pytest.approx(np.corrcoef(u, v)[0, 1], abs=tolerance)
+            u, v = left @ centered[i][b], right @ centered[j][b]
+            wanted = np.corrcoef(weight * u, weight * v)[0, 1]
+            assert correlation[b, p].item() == pytest.approx(wanted, abs=tolerance)
+            wanted = log_likelihood_ratio(u, v, canonical)
+            assert likelihood[b, p].item() == pytest.approx(wanted, rel=20 * tolerance, abs=20 * tolerance)
     for m, whitener in enumerate(whiteners):
         wanted = ((centered[m] @ whitener.T) ** 2).mean(axis=1)
         np.testing.assert_allclose(energy[:, m].numpy(), wanted, rtol=tolerance)
@@ -99,7 +110,7 @@ def test_energy_of_triangular_whiteners_equals_numpy(ranks):
     whiteners = [np.triu(whitener) for whitener in whiteners]
     features = vectors(8)
     dense = fold(means, pairs, whiteners)
-    correlation, energy = check_statistics(features, dense._replace(triangular=True))
+    correlation, energy, _ = check_statistics(features, dense._replace(triangular=True))
     for m, whitener in enumerate(whiteners):
         wanted = (((features[m].numpy() - means[m]) @ whitener.T) ** 2).sum(axis=1) / max(ranks[m], 1)
         np.testing.assert_allclose(energy[:, m].numpy(), wanted, rtol=1e-12)
@@ -122,32 +133,94 @@ def test_bias_is_added_after_the_projection():
     projections = fold(*fitted_views())
     shift = [torch.linspace(-1, 1, len(bias), dtype=torch.float64) for bias in projections.left_bias]
     features = vectors(5)
-    correlation, _ = check_statistics(features, projections._replace(left_bias=shift))
+    correlation, _, likelihood = check_statistics(features, projections._replace(left_bias=shift))
     x, y = features[0] - projections.center[0], features[2] - projections.center[2]
     u, v = x @ projections.left[1].T + shift[1], y @ projections.right[1].T
-    torch.testing.assert_close(correlation[:, 1], torch.cosine_similarity(u, v, dim=1), rtol=1e-12, atol=1e-12)
+    for b in range(5):
+        wanted = np.corrcoef(projections.weight[1] * u[b], projections.weight[1] * v[b])[0, 1]
+        assert correlation[b, 1].item() == pytest.approx(wanted, abs=1e-12)
+        wanted = log_likelihood_ratio(u[b].numpy(), v[b].numpy(), projections.canonical[1].numpy())
+        assert likelihood[b, 1].item() == pytest.approx(wanted, abs=1e-10)
 
 
 @pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize("components", [0, 1])
 def test_too_few_components_to_vary_count_as_not_correlated(components):
-    correlation, energy = check_statistics(vectors(3), fold(*fitted_views(components=(components,) * 3)))
+    projections = fold(*fitted_views(components=(components,) * 3))
+    correlation, energy, likelihood = check_statistics(vectors(3), projections)
     assert torch.equal(correlation, torch.zeros(3, 3, dtype=torch.float64))
     assert (energy > 0).all()
+    assert likelihood.any() == (components > 0)
+    wanted = check_statistics(vectors(3), projections, backend="torch").likelihood
+    torch.testing.assert_close(likelihood, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_pairs_may_differ_in_their_components(backend):
+    found = check_statistics(vectors(5), fold(*fitted_views(components=(0, 4, 1))), backend=backend)
+    alone = check_statistics(vectors(5), fold(*fitted_views(components=(0, 4, 1))), backend="torch")
+    assert not found.correlation[:, ::2].any()
+    assert not found.likelihood[:, 0].any()
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("canonical", [0.0, 0.999, 1 - 2**-20])
+def test_likelihood_of_strongly_correlated_components_keeps_its_digits(backend, canonical):
+    """1 - s² is down to 2e-6: terms of a million cancel where u and v agree."""
+    projections = fold(*fitted_views(components=(4, 4, 4)), torch.float32)
+    same = [torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.25, 1.0, 1.0, -1.0]])] * 2
+    eye, zeros = torch.eye(4), torch.zeros(4)
+    projections = CheckProjections(
+        [zeros] * 2, [eye], [zeros], [eye], [zeros], [eye] * 2, [zeros + 1], [zeros + canonical]
+    )
+    found = check_statistics(same, projections, backend=backend).likelihood
+    for b, x in enumerate(same[0].double().numpy()):
+        wanted = log_likelihood_ratio(x, x, np.full(4, canonical, dtype=np.float32).astype(np.float64))
+        assert found[b, 0].item() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.usefixtures("samples")
+def test_likelihood_and_correlation_do_not_see_level():
+    projections = fold(*fitted_views())
+    features = [x + 1.0 for x in vectors(6)]
+    louder = [c + 8.0 * (x - c) for x, c in zip(features, projections.center, strict=True)]
+    plain, scaled = check_statistics(features, projections), check_statistics(louder, projections)
+    torch.testing.assert_close(scaled.correlation, plain.correlation, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scaled.likelihood, plain.likelihood, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scaled.energy, 64 * plain.energy, rtol=1e-12, atol=0)
+
+
+def test_gate_statistics_are_the_first_two():
+    projections = fold(*fitted_views())
+    found, (correlation, energy) = check_statistics(vectors(4), projections), gate_statistics(vectors(4), projections)
+    assert torch.equal(correlation, found.correlation)
+    assert torch.equal(energy, found.energy)
+
+
+@pytest.mark.usefixtures("samples")
+def test_a_gradient_of_the_likelihood_is_that_of_finite_differences():
+    projections = fold(*fitted_views())
+    inputs = tuple(x.requires_grad_() for x in vectors(3))
+    torch.autograd.gradcheck(lambda *x: tuple(check_statistics(x, projections)), inputs)
 
 
 @pytest.mark.usefixtures("samples")
 def test_a_sample_at_the_training_mean_counts_as_not_correlated():
     means, pairs, whiteners = fitted_views()
     features = [torch.from_numpy(mean)[None] for mean in means]
-    correlation, energy = check_statistics(features, fold(means, pairs, whiteners))
+    correlation, energy, likelihood = check_statistics(features, fold(means, pairs, whiteners))
     assert not correlation.any()
     assert not energy.any()
+    for p, (*_, canonical, _) in enumerate(pairs):  # u = v = 0
+        assert likelihood[0, p].item() == pytest.approx(-0.5 * np.log(1 - canonical**2).sum(), abs=1e-12)
 
 
 @pytest.mark.usefixtures("samples")
 def test_a_modality_without_whitened_directions_has_no_energy():
-    _, energy = check_statistics(vectors(3), fold(*fitted_views(ranks=(0, 4, 3))))
+    _, energy, _ = check_statistics(vectors(3), fold(*fitted_views(ranks=(0, 4, 3))))
     assert not energy[:, 0].any()
     assert (energy[:, 1:] > 0).all()
 
@@ -158,28 +231,33 @@ def test_check_statistics_are_finite_whatever_a_modality_holds(value):
     features = vectors(4, dtype=torch.float32)
     clean = check_statistics(features, fold(*fitted_views(), torch.float32))
     features[1] = torch.full_like(features[1], value)
-    correlation, energy = check_statistics(features, fold(*fitted_views(), torch.float32))
+    correlation, energy, likelihood = check_statistics(features, fold(*fitted_views(), torch.float32))
     assert torch.isfinite(correlation).all()
+    assert torch.isfinite(likelihood).all()
+    if not math.isfinite(value):
+        assert (likelihood[:, ::2] < -1e38).all()
+        assert not correlation[:, ::2].any()
     assert (correlation.abs() <= 1).all()
     assert torch.isfinite(energy).all()
     assert (energy[:, 1] > 1e20).all()
     assert torch.equal(correlation[:, 1], clean[0][:, 1])  # the pair without that modality
+    assert torch.equal(likelihood[:, 1], clean[2][:, 1])
     assert torch.equal(energy[:, ::2], clean[1][:, ::2])
 
 
 @pytest.mark.usefixtures("samples")
 def test_check_statistics_of_an_empty_batch():
-    correlation, energy = check_statistics(vectors(0), fold(*fitted_views()))
-    assert correlation.shape == (0, 3)
+    correlation, energy, likelihood = check_statistics(vectors(0), fold(*fitted_views()))
+    assert correlation.shape == likelihood.shape == (0, 3)
     assert energy.shape == (0, 3)
 
 
 @pytest.mark.usefixtures("samples")
 def test_one_modality_has_energy_and_no_pair():
     projections = fold(*fitted_views())
-    alone = CheckProjections(projections.center[:1], [], [], [], [], projections.whitener[:1])
-    correlation, energy = check_statistics(vectors(4)[:1], alone)
-    assert correlation.shape == (4, 0)
+    alone = CheckProjections(projections.center[:1], [], [], [], [], projections.whitener[:1], [], [])
+    correlation, energy, likelihood = check_statistics(vectors(4)[:1], alone)
+    assert correlation.shape == likelihood.shape == (4, 0)
     torch.testing.assert_close(energy[:, 0], check_statistics(vectors(4), projections)[1][:, 0], rtol=0, atol=0)
 
 

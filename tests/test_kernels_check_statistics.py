@@ -14,7 +14,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 PAPER = (300, 74, 35)
-# Absolute error of ρ, and relative error of an energy.
+# Absolute error of ρ and relative error of an energy.
 CLOSE = 1e-5
 
 
@@ -40,25 +40,45 @@ def problem(seed, batch, dims, components, *, triangular=True, ranks=None, dtype
         right=[matrix(k, dims[j]) for (_, j), k in zip(pairs, components, strict=True)],
         right_bias=[matrix(1, k)[0] for k in components],
         whitener=[matrix(r, d).triu() if triangular else matrix(r, d) for r, d in zip(ranks, dims, strict=True)],
+        weight=[torch.from_numpy(rng.uniform(0.2, 1.0, size=k)).float() for k in components],
+        canonical=[torch.from_numpy(rng.uniform(0.0, 0.98, size=k)).float() for k in components],
         triangular=triangular,
     )
     return [torch.from_numpy(rng.normal(size=(batch, d))).to(dtype) for d in dims], projections
 
 
 def oracle(features, projections):
-    """ρ and energy in NumPy, float64."""
+    """ρ, energy and likelihood in NumPy, float64."""
     x = [f.double().cpu().numpy() - c.double().numpy() for f, c in zip(features, projections.center, strict=True)]
-    correlation = []
+    correlation, likelihood = [], []
     for p, (i, j) in enumerate(itertools.combinations(range(len(x)), 2)):
         u = x[i] @ projections.left[p].double().numpy().T + projections.left_bias[p].double().numpy()
         v = x[j] @ projections.right[p].double().numpy().T + projections.right_bias[p].double().numpy()
+        s, weight = projections.canonical[p].double().numpy(), projections.weight[p].double().numpy()
+        likelihood.append(log_likelihood_ratio(u, v, s))
+        u, v = (centered(side * weight) for side in (u, v))
         length = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
-        correlation.append(np.divide((u * v).sum(axis=1), length, out=np.zeros(len(u)), where=length > 0))
+        defined = length > 0 if len(s) > 1 else np.zeros(len(u), dtype=bool)
+        correlation.append(np.divide((u * v).sum(axis=1), length, out=np.zeros(len(u)), where=defined))
     energy = [
         ((f @ w.double().numpy().T) ** 2).sum(axis=1) / max(len(w), 1)
         for f, w in zip(x, projections.whitener, strict=True)
     ]
-    return np.array(correlation).reshape(-1, len(x[0])).T, np.array(energy).T
+    of_pairs = (np.array(values).reshape(-1, len(x[0])).T for values in (correlation, likelihood))
+    return next(of_pairs), np.array(energy).T, next(of_pairs)
+
+
+def centered(x):
+    return x - x.mean(axis=1, keepdims=True) if x.shape[1] else x
+
+
+def log_likelihood_ratio(u, v, s):
+    """By determinants and quadratic forms of each component's covariance [[1, s], [s, 1]]."""
+    u, v = (x / np.sqrt((x**2).mean(axis=1, keepdims=True)) if x.shape[1] else x for x in (u, v))
+    covariance = np.moveaxis(np.array([[np.ones_like(s), s], [s, np.ones_like(s)]]), 2, 0)
+    pair = np.stack([u, v], axis=2)
+    quadratic = np.einsum("bki,kij,bkj->bk", pair, np.linalg.inv(covariance) - np.eye(2), pair)
+    return -0.5 * (np.linalg.slogdet(covariance)[1] + quadratic).sum(axis=1)
 
 
 def on(device, value):
@@ -70,11 +90,15 @@ def moved(device, projections):
 
 
 def assert_equals_oracle(device, features, projections, backend="triton"):
-    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
-    assert correlation.dtype == energy.dtype == torch.float32
-    wanted_correlation, wanted_energy = oracle(features, projections)
+    correlation, energy, likelihood = check_statistics(
+        on(device, features), moved(device, projections), backend=backend
+    )
+    assert correlation.dtype == energy.dtype == likelihood.dtype == torch.float32
+    wanted_correlation, wanted_energy, wanted_likelihood = oracle(features, projections)
     np.testing.assert_allclose(correlation.cpu().numpy(), wanted_correlation, rtol=0, atol=CLOSE)
     np.testing.assert_allclose(energy.cpu().numpy(), wanted_energy, rtol=CLOSE, atol=1e-30)
+    # Divided by 1 - s², down to 0.04.
+    np.testing.assert_allclose(likelihood.cpu().numpy(), wanted_likelihood, rtol=20 * CLOSE, atol=20 * CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +159,16 @@ def test_statistics_that_are_undefined_or_overflow_are_finite(device, backend):
     features[1][2] = torch.nan
     features[2][3] = torch.inf
     features[0][4] = 3e38
-    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
+    correlation, energy, likelihood = check_statistics(
+        on(device, features), moved(device, projections), backend=backend
+    )
     assert correlation.isfinite().all()
     assert (correlation.abs() <= 1).all()
     assert energy.isfinite().all()
+    assert likelihood.isfinite().all()
+    assert not likelihood[:, 1].any()
+    assert likelihood[2, 0] < -1e38
+    assert (likelihood[2:4, 2] < -1e38).all()
     assert correlation[1, 0] == 0  # a sample at the mean does not vary
     assert not correlation[:, 1].any()  # nor does a pair without components
     assert not correlation[2, 0]
@@ -150,6 +180,7 @@ def test_statistics_that_are_undefined_or_overflow_are_finite(device, backend):
     wanted = oracle([x[fine] for x in features], projections)
     np.testing.assert_allclose(correlation[fine].cpu().numpy(), wanted[0], rtol=0, atol=CLOSE)
     np.testing.assert_allclose(energy[fine].cpu().numpy(), wanted[1], rtol=CLOSE)
+    np.testing.assert_allclose(likelihood[fine].cpu().numpy(), wanted[2], rtol=20 * CLOSE, atol=20 * CLOSE)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12, 1e18])
@@ -162,8 +193,10 @@ def test_a_cosine_does_not_see_scale(device, backend, scale):
 
 def test_an_empty_batch(device, backend):
     features, projections = problem(7, 0, (12, 9), (4,))
-    correlation, energy = check_statistics(on(device, features), moved(device, projections), backend=backend)
-    assert (correlation.shape, energy.shape) == ((0, 1), (0, 2))
+    correlation, energy, likelihood = check_statistics(
+        on(device, features), moved(device, projections), backend=backend
+    )
+    assert (correlation.shape, energy.shape, likelihood.shape) == ((0, 1), (0, 2), (0, 1))
 
 
 def test_a_fitted_check_near_collinear_features(device, backend):
@@ -204,8 +237,8 @@ def test_compiles_in_one_graph_and_exports(device, backend):
 
     class Check(torch.nn.Module):
         def forward(self, a, b, c):
-            correlation, energy = check_statistics([a.sin(), b, c], projections, backend=backend)
-            return correlation.sum(dim=1) + energy.sum(dim=1)
+            correlation, energy, likelihood = check_statistics([a.sin(), b, c], projections, backend=backend)
+            return correlation.sum(dim=1) + energy.sum(dim=1) + likelihood.sum(dim=1)
 
     inputs = on(device, features)
     wanted = Check()(*inputs)
@@ -233,10 +266,10 @@ def test_a_gradient_is_the_torch_path(device):
         BackendUnavailableError, match=r"check_statistics: backend 'triton' .*it has no gradient: detach"
     ):
         check_statistics(features, projections, backend="triton")
-    correlation, energy = check_statistics(features, projections)
-    found = torch.autograd.grad(correlation.sum() + energy.sum(), features)
-    wanted = check_statistics(features, projections, backend="torch")
-    for got, right in zip(found, torch.autograd.grad(wanted[0].sum() + wanted[1].sum(), features), strict=True):
+    correlation, energy, likelihood = check_statistics(features, projections)
+    found = torch.autograd.grad(correlation.sum() + energy.sum() + likelihood.sum(), features)
+    wanted = sum(value.sum() for value in check_statistics(features, projections, backend="torch"))
+    for got, right in zip(found, torch.autograd.grad(wanted, features), strict=True):
         torch.testing.assert_close(got, right)
         assert got.any()
     with torch.no_grad():
@@ -259,7 +292,7 @@ def test_bad_arguments_are_named(changes, message):
 
 
 def test_no_modality_at_all_is_refused():
-    nothing = CheckProjections([], [], [], [], [], [])
+    nothing = CheckProjections([], [], [], [], [], [], [], [])
     with pytest.raises(ValueError, match="features is empty"):
         check_statistics([], nothing)
 

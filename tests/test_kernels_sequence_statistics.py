@@ -140,7 +140,7 @@ def test_compiles_in_one_graph_and_exports(device):
 def test_a_gradient_is_the_torch_path(device):
     x, valid = (value.to(device) for value in problem(12))
     x.requires_grad_()
-    with pytest.raises(BackendUnavailableError, match="sequence_statistics: backend 'triton' .*it has no gradient"):
+    with pytest.raises(BackendUnavailableError, match=r"sequence_statistics: backend 'triton' .*it has no gradient"):
         sequence_statistics(x, valid, backend="triton")
     (gradient,) = torch.autograd.grad(sequence_statistics(x, valid).change.sum(), x)
     assert gradient.any()
@@ -150,5 +150,5 @@ def test_a_gradient_is_the_torch_path(device):
 
 def test_float64_is_refused(device):
     x, valid = (value.to(device) for value in problem(13, dtype=torch.float64))
-    with pytest.raises(BackendUnavailableError, match="it computes float16, bfloat16 and float32, got torch.float64"):
+    with pytest.raises(BackendUnavailableError, match=r"it computes float16, bfloat16 and float32, got torch.float64"):
         sequence_statistics(x, valid, backend="triton")

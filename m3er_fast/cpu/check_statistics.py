@@ -1,135 +1,106 @@
-"""The check's two statistics on the CPU: few wide products, a block of samples at a time.
+"""The check's statistics on the CPU: few wide products, and all pairs of modalities in the same calls.
 
-Dimension legend: B samples, n samples of a block, d_m features of modality m, P pairs of modalities, k_p components of
-pair p, r_m whitened directions of modality m.
+Dimension legend: B samples, n samples of a block, M modalities, d_m features of modality m, P pairs of modalities, k_p
+components of pair p, K the largest k_p, r_m whitened directions of modality m.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
-# docs/performance.md has the times of other sizes.
-BLOCK_SAMPLES = 4096
-# Two lengths whose product lies between these have not left float32, and neither have the squares in them.
+# A block's coordinates fit the cache. docs/performance.md has the times of other sizes.
+BLOCK_SAMPLES = 512
+# Fewer samples are multiplied by each matrix by itself: stacking the matrices must take less than it saves.
+FEWEST_STACKED_SAMPLES = 128
+# The squares of lengths between these, and the product of two such lengths, are far from the ends of float32.
 _SAFE_LENGTHS = (1e-15, 1e15)
 # Rows of a band of a triangular whitener: narrower bands skip more zeros, but multiply more slowly.
 BAND_ROWS = 100
 
 
-class _Factors(NamedTuple):
-    """All that a modality's centred vectors are multiplied by."""
+class _Components(NamedTuple):
+    """Constants of every pair's components, zeros where a pair has fewer than K."""
 
-    matrix: Tensor  # (d_m, Σ k_p + rows of the first band): of its pairs one after the other, then of its whitener
-    bias: Tensor  # (Σ k_p + rows,)
-    sizes: list[int]  # the k_p, then those rows
-    bands: list[tuple[int, Tensor]]  # the rest of the whitener: first column, (d_m - first, rows)
+    count: Tensor  # (P, 1) k_p, at least 1
+    exists: Tensor  # (P, 1, K), 1 where there is a component
+    weight: Tensor  # (P, 1, K)
+    of_distance: Tensor  # (P, 1, K) -s² / 2(1 - s²)
+    of_product: Tensor  # (P, 1, K) s / (1 + s)
+    constant: Tensor  # (P, 1) Σ -½ log(1 - s²)
 
 
 def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
-    """:func:`m3er_fast.functional.check_statistics` of checked arguments, none of which needs a gradient.
-
-    A whitener is by far the largest matrix; fitted ones are triangular, and most of their zeros are left out. The
-    other matrices of a modality are stacked upon its first band: wide products are the fast ones.
-    """
-    batch = features[0].shape[0]
-    dtype = upcast(features[0][:0]).dtype
+    """:func:`m3er_fast.functional.check_statistics` of checked arguments, none of which needs a gradient."""
+    batch, dtype = features[0].shape[0], upcast(features[0][:0]).dtype
     pairs = modality_pairs(len(features))
-    correlation = torch.empty((batch, len(pairs)), dtype=dtype)
-    energy = torch.empty((batch, len(features)), dtype=dtype)
-    likelihood = torch.empty_like(correlation)
-    canonical = [s.to(dtype) for s in projections.canonical]
-    weight = [w.to(dtype) for w in projections.weight]
-    factors = [_factors(projections, m, pairs, dtype) for m in range(len(features))]
+    center = [c.to(dtype) for c in projections.center]
+    stacked = batch >= FEWEST_STACKED_SAMPLES
+    factors = [_Factors(projections, m, dtype, stacked=stacked) for m in range(len(features))]
+    components = _components(projections, dtype) if any(len(left) for left in projections.left) else None
+    correlation, likelihood = (torch.zeros((len(pairs), batch), dtype=dtype) for _ in range(2))
+    energy = torch.zeros((len(features), batch), dtype=dtype)
     for start in range(0, batch, BLOCK_SAMPLES):
         rows = slice(start, start + BLOCK_SAMPLES)
-        projected: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
+        sides: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
         for m, x in enumerate(features):
-            centered = x[rows].to(dtype) - projections.center[m].to(dtype)
-            matrix, bias, sizes, bands = factors[m]
-            *vectors, whitened = torch.split(torch.addmm(bias, centered, matrix), sizes, dim=1)
-            for p, vector in zip((p for p, pair in enumerate(pairs) if m in pair), vectors, strict=True):
-                projected[p].append(vector)
-            square = _length(whitened).square_()
-            for first, band in bands:
-                square += _length(centered[:, first:] @ band).square_()
-            energy[rows, m] = square / max(projections.whitener[m].shape[0], 1)
-        for p, (u, v) in enumerate(projected):
-            likelihood[rows, p] = _log_likelihood_ratio(_unit(u), _unit(v), canonical[p])
-            correlation[rows, p] = _cosine(_centered(u * weight[p]), _centered(v * weight[p]))
+            coordinates, whitened = factors[m].multiply(x[rows].to(dtype) - center[m])
+            for p, vectors in zip((p for p, pair in enumerate(pairs) if m in pair), coordinates, strict=True):
+                sides[p].append(vectors)
+            for part in whitened:
+                energy[m, rows] += torch.linalg.vector_norm(part, dim=1).square_()
+        if components is not None:
+            correlation[:, rows], likelihood[:, rows] = _compare(sides, components)
+    ranks = energy.new_tensor([max(whitener.shape[0], 1) for whitener in projections.whitener])
     largest = torch.finfo(dtype).max
-    energy.nan_to_num_(largest, largest)
-    return CheckStatistics(correlation, energy, likelihood.nan_to_num_(-largest, -largest, -largest))
-
-
-def _length(x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=1)
-    return length
-
-
-def _centered(x: Tensor) -> Tensor:
-    """The rows of an (n, k_p) matrix without their means, in place."""
-    return x.sub_(x.mean(dim=1, keepdim=True)) if x.shape[1] else x
-
-
-def _unit(x: Tensor) -> Tensor:
-    """The rows of an (n, k_p) matrix with a mean square of 1; a row of zeros stays."""
-    if not x.shape[1]:
-        return x
-    length = _length(x)[:, None]
-    smallest, largest = length.aminmax() if len(x) else (1.0, 1.0)
-    if not (smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]):
-        top = x.abs().amax(dim=1, keepdim=True)
-        x = x / top.where(top > 0, 1.0)
-        length = _length(x)[:, None]
-        length = length.where(length > 0, 1.0)
-    return x * (math.sqrt(x.shape[1]) / length)
-
-
-def _log_likelihood_ratio(u: Tensor, v: Tensor, s: Tensor) -> Tensor:
-    """(n,) log p(u, v) - log p(u) - log p(v) of canonical coordinates (n, k_p) with canonical correlations (k_p,)."""
-    rest = 1.0 - s.square()
-    # s²u² - 2suv + s²v² over 2(1 - s²), as two products with a vector each.
-    of_squares, of_product = s.square() / (2.0 * rest), s / rest
-    ratio = (u * v) @ of_product
-    ratio.sub_((u.square().addcmul_(v, v)) @ of_squares)
-    return ratio.sub_(0.5 * rest.log().sum())
-
-
-def _cosine(u: Tensor, v: Tensor) -> Tensor:
-    """Cosine of the rows of two (n, k_p) matrices; 0 where it is undefined or not finite."""
-    lengths = _length(u).mul_(_length(v))
-    smallest, largest = lengths.aminmax()
-    if smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]:
-        cosine = (u * v).sum(dim=1).div_(lengths)
-    else:  # one by one no length overflows or vanishes before its time
-        cosine = (F.normalize(u, dim=1, eps=0.0) * F.normalize(v, dim=1, eps=0.0)).sum(dim=1)
-    return cosine.clamp_(-1.0, 1.0).nan_to_num_(0.0, 0.0, 0.0)
-
-
-def _factors(projections: CheckProjections, m: int, pairs: list[tuple[int, int]], dtype: torch.dtype) -> _Factors:
-    matrices, biases = [], []
-    for p, (i, j) in enumerate(pairs):
-        if m in (i, j):
-            left = m == i
-            matrices.append((projections.left if left else projections.right)[p].to(dtype))
-            biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
-    (_, first), *others = _bands(projections.whitener[m].to(dtype), triangular=projections.triangular)
-    matrices.append(first)
-    return _Factors(
-        torch.cat(matrices).T,
-        torch.cat([*biases, first.new_zeros(first.shape[0])]),
-        [matrix.shape[0] for matrix in matrices],
-        [(column, band.T) for column, band in others],
+    return CheckStatistics(
+        correlation.clamp_(-1.0, 1.0).nan_to_num_(0.0).T.contiguous(),
+        energy.div_(ranks[:, None]).nan_to_num_(largest, largest).T.contiguous(),
+        likelihood.nan_to_num_(-largest, -largest, -largest).T.contiguous(),
     )
+
+
+class _Factors:
+    """The matrices that multiply a modality's centred vectors: those of its pairs, and its whitener.
+
+    A whitener is by far the largest. Fitted ones are triangular, and most of their zeros are left out. With many
+    samples the other matrices are stacked upon its first band: wide products are the fast ones.
+    """
+
+    def __init__(self, projections: CheckProjections, m: int, dtype: torch.dtype, *, stacked: bool) -> None:
+        self._matrices: list[Tensor] = []  # (columns, d_m)
+        self._biases: list[Tensor] = []
+        for p, (i, j) in enumerate(modality_pairs(len(projections.center))):
+            if m in (i, j):
+                left = m == i
+                self._matrices.append((projections.left if left else projections.right)[p].to(dtype))
+                self._biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
+        bands = _bands(projections.whitener[m].to(dtype), triangular=projections.triangular and stacked)
+        self._bands = [(column, band.T) for column, band in bands]
+        self._stack: tuple[Tensor, Tensor] | None = None
+        if stacked:
+            first = bands[0][1]
+            self._bands = self._bands[1:]
+            self._matrices.append(first)
+            bias = torch.cat([*self._biases, first.new_zeros(first.shape[0])])
+            self._stack = torch.cat(self._matrices).T, bias
+
+    def multiply(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the canonical coordinates (n, k_p) of the modality's pairs, and the parts of its whitened vectors."""
+        whitened = [x[:, column:] @ band for column, band in self._bands]
+        if self._stack is None:
+            pairs = zip(self._biases, self._matrices, strict=True)
+            return [torch.addmm(bias, x, matrix.T) for bias, matrix in pairs], whitened
+        matrix, bias = self._stack
+        *coordinates, first = torch.addmm(bias, x, matrix).split([part.shape[0] for part in self._matrices], dim=1)
+        return coordinates, [first, *whitened]
 
 
 def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
@@ -140,3 +111,59 @@ def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
         return [(0, whitener)]
     edges = [rows * band // bands for band in range(bands + 1)]
     return [(first, whitener[first:last, first:]) for first, last in itertools.pairwise(edges)]
+
+
+def _components(projections: CheckProjections, dtype: torch.dtype) -> _Components:
+    counts = [left.shape[0] for left in projections.left]
+    weight = pad_sequence([w.to(dtype) for w in projections.weight], batch_first=True)[:, None]
+    s = pad_sequence([s.to(dtype) for s in projections.canonical], batch_first=True)[:, None]
+    count = weight.new_tensor(counts)[:, None]
+    rest = (1.0 - s) * (1.0 + s)  # 1 - s², with all of its digits near s = 1
+    return _Components(
+        count=count.clamp(min=1.0),
+        exists=(torch.arange(s.shape[2]) < count[:, :, None]).to(dtype),
+        weight=weight,
+        of_distance=s.square().div_(rest).mul_(-0.5),
+        of_product=s / (1.0 + s),
+        constant=rest.log().sum(dim=2).mul_(-0.5),
+    )
+
+
+def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor, Tensor]:
+    """Return ρ and the log likelihood ratio of every pair, (P, n) each; NaN where undefined.
+
+    The exponent (s²u² - 2suv + s²v²) / 2(1 - s²) is computed as s²(u - v)² / 2(1 - s²) - uv s/(1 + s): near s = 1 the
+    three terms would cancel.
+    """
+    pairs, samples, largest = len(sides), sides[0][0].shape[0], components.weight.shape[2]
+    x = components.weight.new_zeros((2, pairs, samples, largest))
+    for p, (u, v) in enumerate(sides):
+        x[0, p, :, : u.shape[1]] = u
+        x[1, p, :, : v.shape[1]] = v
+    weighted = x * components.weight
+    mean = weighted.sum(dim=3).div_(components.count)
+    weighted.addcmul_(mean[..., None], components.exists, value=-1.0)
+    unit, length = _safe(x)
+    unit = unit * (components.count.sqrt() / length)[..., None]
+    u, v = unit.unbind()
+    product = (u * v).mul_(components.of_product)
+    likelihood = (u - v).square_().mul_(components.of_distance).add_(product).sum(dim=2).add_(components.constant)
+    weighted, length = _safe(weighted)
+    correlation = (weighted[0] * weighted[1]).sum(dim=2).div_(length[0] * length[1])
+    return correlation, likelihood
+
+
+def _safe(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (..., K), and their lengths, 1 for zeros; scaled if their squares might overflow or vanish.
+
+    Scaling is by powers of two, which changes no digit: no vector's result depends on its neighbours.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1)
+    smallest, largest = length.aminmax()
+    if smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]:
+        return x, length
+    top = x.abs().amax(dim=-1, keepdim=True)
+    power = top / (2.0 * torch.frexp(top).mantissa)
+    x = x / power.where(power.isfinite(), 1.0)  # not finite: of zeros, or of what is not finite itself
+    length = torch.linalg.vector_norm(x, dim=-1)
+    return x, length.where(length != 0, 1.0)

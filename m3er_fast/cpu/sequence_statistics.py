@@ -1,8 +1,8 @@
 """The statistics of feature sequences on the CPU: few passes over the frames, a block of samples at a time.
 
 Frames are taken relative to the first valid one: sums of squares then lose no digits to a common offset, and a frozen
-sequence has a variance of exactly zero. At worst, beside a first frame that is unlike all others, a variance has T times
-the rounding error of its squares.
+sequence has a variance of exactly zero. At worst, beside a first frame that is unlike all others, a variance has T
+times the rounding error of its squares.
 
 Dimension legend: B samples, n samples of a block, T time steps, d features.
 """

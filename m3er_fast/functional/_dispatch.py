@@ -37,7 +37,6 @@ _SMALLEST_KERNEL_RIDGE = 1e-4
 
 # Sizes from which an implementation for the CPU is the faster one; docs/performance.md and docs/memory_scan.md have the
 # times.
-FEWEST_CHECKED_SAMPLES = 128  # of the check: stacking its matrices must take less than it saves
 FEWEST_TRAINED_STEPS = 4  # of the scan: reordering its weights costs three steps
 FEWEST_SCORED_STEPS = 5
 MOST_TRAINED_SAMPLES = 128  # unless there are
@@ -182,9 +181,7 @@ def _no_check_kernel(first: Tensor, features: Sequence[Tensor], projections: Che
     return _no_fused_check(features) or _no_kernel(first, len(features))
 
 
-def _no_cpu_check(first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
-    if first.shape[0] < FEWEST_CHECKED_SAMPLES:
-        return f"plain PyTorch is faster with fewer than {FEWEST_CHECKED_SAMPLES} samples"
+def _no_cpu_check(_first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
     return _no_fused_check(features)
 
 

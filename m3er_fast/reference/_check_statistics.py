@@ -1,4 +1,4 @@
-"""The two statistics of the modality check (method step 1).
+"""The statistics of utterance vectors that the modality check judges by (method step 1).
 
 Dimension legend: M modalities, B samples, d_m features of modality m, P pairs of modalities, k components of a pair.
 """
@@ -26,8 +26,9 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
         correlation.append(_pearson(u * projections.weight[p].to(dtype), v * projections.weight[p].to(dtype)))
         s = projections.canonical[p].to(dtype)
         u, v = _unit(u), _unit(v)
-        odds = ((s * u - v) * s * u + (s * v - u) * s * v) / (2.0 * (1.0 - s.square()))
-        ratio = -0.5 * torch.log1p(-s.square()).sum() - odds.sum(dim=1)
+        # s²u² - 2suv + s²v² as s²(u - v)² - 2s(1 - s)uv: near s = 1, where it is divided by little, nothing cancels.
+        odds = s.square() * (u - v).square() / (2.0 * (1.0 - s) * (1.0 + s)) - s * u * v / (1.0 + s)
+        ratio = -0.5 * (torch.log1p(-s) + torch.log1p(s)).sum() - odds.sum(dim=1)
         likelihood.append(ratio.nan_to_num(-largest, -largest, -largest))
     energy = []
     for x, whitener in zip(centered, projections.whitener, strict=True):
