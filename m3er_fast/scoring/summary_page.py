@@ -216,8 +216,9 @@ def _modalities(summary: Mapping[str, Any]) -> str:
         for entry in summary["modalities"]
     ]
     about = (
-        "Judged ineffectual, or missing. Why: what was furthest from the training data, in shares of all utterances; "
-        "one that does not belong does not fit the other modalities. A modality without any signal has the p-value 0."
+        "Judged ineffectual, or missing. Why: the symptom that was furthest from the training data, with its share of "
+        "the utterances. A modality that does not belong fits none of the others. One without any signal has the "
+        "p-value 0."
     )
     heads = ("Modality", "Ineffectual in", "Why", "Utterances", f"With p{_NARROW_SPACE}={_NARROW_SPACE}0")
     return f"<h2>Ineffectual modalities</h2>\n{_table(heads, rows, about, numbers=(3, 4))}"
