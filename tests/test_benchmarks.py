@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.speed import work
+
 _ROOT = Path(__file__).parents[1]
 
 
@@ -72,3 +74,19 @@ def test_a_run_ends_with_one_table_per_group(run):
     printed, content = run
     for group in {result["extra_info"]["group"] for result in content["benchmarks"]}:
         assert f"**{group}**" in printed
+
+
+def test_the_least_work_is_what_must_be_moved_and_multiplied():
+    # 65536 queries of 32 neighbours each, 300 features in and out, in bfloat16.
+    local = work.local_least_squares(65536, 32, 300, 300, torch.bfloat16, torch.bfloat16)
+    gathered = 65536 * 32 * (300 + 300) * 2
+    assert gathered < local.bytes < 1.1 * gathered
+    assert local.flops > 65536 * 32 * 32 * 300
+    # Two modalities of 5 and 4 features, 3 components, triangular whiteners of 15 and 10 numbers.
+    check = work.check_statistics(7, (5, 4), (3,), (5, 4), torch.float32)
+    numbers = 3 * (5 + 4) + 15 + 10
+    assert check.bytes == 7 * 9 * 4 + numbers * 4 + 7 * 4 * (2 * 1 + 2)  # ρ and the likelihood ratio, two energies
+    assert check.flops == 2 * 7 * numbers
+    # Logits are read and a gradient written, each 3 × 16 × 6 numbers; labels are of 8 bytes.
+    assert work.fusion_loss(3, 16, 6, torch.float32).bytes == 2 * 3 * 16 * 6 * 4 + 16 * 8
+    assert work.fusion_loss(3, 16, 6, torch.float32, with_gradient=False).bytes == 3 * 16 * 6 * 4 + 16 * 8

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_problems import problem
 
 from m3er_fast import MultiplicativeFusionLoss, reference
 from m3er_fast.functional import BackendUnavailableError, class_costs, fusion_loss
@@ -96,27 +97,6 @@ def naive_loss(
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (divisor or 1.0)
-
-
-def problem(seed, modalities, batch, classes, activation, target_kind, *, weighted=True, masked=True, ignoring=True):
-    """Random logits, target and options of fusion_loss; the weights and the mask only where asked for."""
-    rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(rng.normal(scale=2.0, size=(modalities, batch, classes)))
-    if target_kind == "soft" and activation == "softmax":
-        target = torch.from_numpy(rng.dirichlet(np.ones(classes), size=batch))
-    elif target_kind == "soft":
-        target = torch.from_numpy(rng.uniform(size=(batch, classes)))
-    else:
-        target = torch.from_numpy(rng.integers(0, classes, size=batch))
-        if ignoring:
-            target[torch.from_numpy(rng.uniform(size=batch) < 0.3)] = -100
-    options = {}
-    if weighted:
-        options["class_weight"] = torch.from_numpy(rng.uniform(0.2, 3.0, size=classes))
-        options["modality_weight"] = torch.from_numpy(rng.uniform(0.2, 3.0, size=modalities))
-    if masked:
-        options["available"] = torch.from_numpy(rng.uniform(size=(batch, modalities)) < 0.7)
-    return logits, target, options
 
 
 def assert_equals_formula(logits, target, **options):

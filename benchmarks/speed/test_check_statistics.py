@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Definition:
-    """ρ and energy as in docs/method.md: centre, project, weight, correlate over components; whiten, square."""
+    """The statistics as in docs/method.md: centre, project; weight and correlate, or likelihood ratio; whiten, square."""
 
     def __init__(self, features, components, dtype):
         self.dtype = dtype
@@ -44,13 +44,22 @@ class Definition:
 
     def __call__(self, features):
         centered = [x.to(self.dtype) - mean for x, mean in zip(features, self.mean, strict=True)]
-        correlation = []
+        correlation, likelihood = [], []
         for i, j, left, right, canonical in self.pairs:
-            u, v = centered[i] @ left * canonical.sqrt(), centered[j] @ right * canonical.sqrt()
+            u, v = centered[i] @ left, centered[j] @ right
+            likelihood.append(self._log_likelihood_ratio(u, v, canonical.clamp(max=0.999)))
+            u, v = u * canonical.sqrt(), v * canonical.sqrt()
             u, v = u - u.mean(dim=1, keepdim=True), v - v.mean(dim=1, keepdim=True)
             correlation.append((u * v).sum(dim=1) / (u.norm(dim=1) * v.norm(dim=1)))
         energy = [(x @ whitener).square().mean(dim=1) for x, whitener in zip(centered, self.whitener, strict=True)]
-        return torch.stack(correlation, dim=1), torch.stack(energy, dim=1)
+        return torch.stack(correlation, dim=1), torch.stack(energy, dim=1), torch.stack(likelihood, dim=1)
+
+    @staticmethod
+    def _log_likelihood_ratio(u, v, canonical):
+        u, v = (x / x.square().mean(dim=1, keepdim=True).sqrt() for x in (u, v))
+        rest = 1.0 - canonical.square()
+        explained = canonical.square() * (u.square() + v.square()) - 2.0 * canonical * u * v
+        return -0.5 * (rest.log() + explained / rest).sum(dim=1)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def fusion_loss(modalities: int, batch: int, classes: int, dtype: torch.dtype, *
 def check_statistics(
     batch: int, dims: Sequence[int], components: Sequence[int], ranks: Sequence[int], dtype: torch.dtype
 ) -> Work:
-    """Return the least work of the check's statistics: one product with each matrix; two statistics are written.
+    """Return the least work of the check's statistics: one product with each matrix; three statistics are written.
 
     Only half of a triangular whitener, such as a check fits, counts.
 
@@ -79,7 +79,7 @@ def check_statistics(
     pairs = list(itertools.combinations(range(len(dims)), 2))
     numbers = sum(k * (dims[i] + dims[j]) for (i, j), k in zip(pairs, components, strict=True))
     numbers += sum(rank * (2 * dim - rank + 1) // 2 for dim, rank in zip(dims, ranks, strict=True))
-    moved = batch * sum(dims) * dtype.itemsize + 4 * numbers + 4 * batch * (len(pairs) + len(dims))
+    moved = batch * sum(dims) * dtype.itemsize + 4 * numbers + 4 * batch * (2 * len(pairs) + len(dims))
     return Work(moved, 2 * batch * numbers, "tf32x3")
 
 
