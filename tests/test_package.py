@@ -137,6 +137,7 @@ NETWORK = ["hidden", "memory", "attention", "fusion", "head", "dropout", "feedba
         (functional.fusion_loss, ["logits", "target", *LOSS]),
         (functional.class_costs, ["logits", "variant", "beta", "modality_weight", "available", "backend"]),
         (functional.check_statistics, ["features", "projections", "backend"]),
+        (functional.sequence_statistics, ["x", "valid", "backend"]),
         (functional.nearest_neighbors, ["query", "bank", "k", "engine"]),
         (
             functional.local_least_squares,
@@ -226,7 +227,7 @@ def test_options_of_the_functions_are_keyword_only():
             m3er_fast.M3EROutput,
             ["logits", "modality_logits", "fused", "effective", "correlation", "energy", "p_value", "abstained"],
         ),
-        (m3er_fast.CheckResult, ["effective", "correlation", "energy", "p_value"]),
+        (m3er_fast.CheckResult, ["effective", "correlation", "energy", "p_value", "reason"]),
     ],
 )
 def test_results_begin_with_the_documented_fields(result, fields):

@@ -21,6 +21,7 @@ class Operation(NamedTuple):
 OPERATIONS = (
     Operation("fusion_loss", "Fusion loss and gradient", 4),
     Operation("check_statistics", "Statistics of the check", 3),
+    Operation("sequence_statistics", "Statistics of sequences", 2),
     Operation("cca", "CCA", 2),
     Operation("neighbors", "Nearest neighbours", 3),
     Operation("local_lstsq", "Local least squares", 3),

@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Definition:
-    """The statistics as in docs/method.md: centre, project; weight and correlate, or likelihood ratio; whiten, square."""
+    """The statistics of docs/method.md: centre, project; weight and correlate, or likelihood ratio; whiten, square."""
 
     def __init__(self, features, components, dtype):
         self.dtype = dtype

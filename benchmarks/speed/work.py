@@ -83,6 +83,17 @@ def check_statistics(
     return Work(moved, 2 * batch * numbers, "tf32x3")
 
 
+def sequence_statistics(views: Views, dtype: torch.dtype) -> Work:
+    """Return the least work of the moments of all modalities' sequences: read each frame once, write three moments.
+
+    Seven operations per number: shift to the first frame, sum, square, sum; difference, square, sum.
+    """
+    modalities, features = len(views.dims), sum(views.dims.values())
+    read = views.frames * (features * dtype.itemsize + modalities)
+    written = views.batch * (3 * 4 * features + 2 * 8 * modalities)
+    return Work(read + written, 7 * views.frames * features)
+
+
 def local_least_squares(
     queries: int, neighbors: int, features: int, targets: int, bank_dtype: torch.dtype, target_dtype: torch.dtype
 ) -> Work:
@@ -148,6 +159,7 @@ def model(views: Views, classes: int, *, training: bool) -> list[Work]:
     pairs = len(list(itertools.combinations(dims, 2)))
     components = [min(COMPONENTS, *dims)] * pairs
     works = [
+        sequence_statistics(views, torch.float32),
         check_statistics(views.batch, dims, components, dims, torch.float32),
         memory_scan(views, training=training),
     ]

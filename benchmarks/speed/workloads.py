@@ -23,7 +23,7 @@ TINY_DIMS = {"text": 32, "audio": 16, "face": 8}
 
 
 class Views(NamedTuple):
-    """A batch of feature sequences, for the whole model and its scan."""
+    """A batch of feature sequences, for the whole model, its scan and the moments that its check judges by."""
 
     dims: dict[str, int]
     batch: int
@@ -128,6 +128,17 @@ CHECK["cuda"] = {
     "8192 samples, bf16": Vectors(MOSEI_DIMS, 8192, 30, torch.bfloat16),
     **CHECK["cpu"],
 }
+
+SEQUENCES: dict[Device, dict[str, Views]] = {
+    "cpu": {
+        "B=1, T=20": Views(PAPER_DIMS, 1, 20),
+        "B=32, T=20": Views(PAPER_DIMS, 32, 20),
+        "B=512, T=20": Views(PAPER_DIMS, 512, 20),
+        "B=512, T=1": Views(PAPER_DIMS, 512, 1),
+        "B=64, T=500": Views(PAPER_DIMS, 64, 500),
+    }
+}
+SEQUENCES["cuda"] = {"B=8192, T=100": Views(PAPER_DIMS, 8192, 100), **SEQUENCES["cpu"]}
 
 NEIGHBORS: dict[Device, dict[str, Bank]] = {
     "cpu": {
