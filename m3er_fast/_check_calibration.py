@@ -143,7 +143,7 @@ def _calibrate_symptoms(
         seen = model.measure(energy[:, m], mean, found)
         symptoms.append(torch.cat([seen[:, : len(SURPRISES)], detected], dim=1))
     values = torch.stack(symptoms, dim=1)
-    say = torch.stack([say_of(sample.pairs, config.ignore) for sample in part.sequences], dim=1)
+    say = say_of(torch.stack([sample.pairs for sample in part.sequences], dim=1), config.ignore)
     own = torch.zeros_like(available, dtype=values.dtype)
     for f in CrossFitting.folds:  # scaled by the other folds: the edges of their own samples none would leave
         inside = part.fold == f

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 from m3er_fast._conformal import Tables, sort_columns
 from m3er_fast._symptoms import DETECTORS, SURPRISES, TWO_SIDED
@@ -76,7 +77,9 @@ class CombinedScore:
         """
         excess = (symptoms - tables["symptom_center"]) * say
         if tolerant:
-            excess = excess.sign() * (excess.abs() - _tolerance(symptoms)).clamp(min=0.0)
+            for k, surprise in enumerate(SURPRISES):
+                if surprise.tolerance:
+                    excess[..., k] = softshrink(excess[..., k], surprise.tolerance)
         edges = torch.where((excess > 0)[..., None], tables["symptom_above"], tables["symptom_below"])
         (near, far), distance = edges.unbind(dim=-1), excess.abs()
         at_near = math.log(_NEAR_SHARE) / math.log(_FAR_SHARE)
@@ -101,19 +104,9 @@ class CombinedScore:
 
         Beyond the largest of them the share goes on falling, from 1/(n+1), with the ratio of the scores.
         """
-        columns = []
-        for score, known, count in zip(
-            scores.unbind(1), tables[f"{name}_scores"], tables[f"{name}_count"], strict=True
-        ):
-            # Gathered: as a subscript the number would be read by the host, which would wait for the device.
-            largest = known.gather(0, (count - 1).clamp(min=0).view(1))
-            above = count - torch.searchsorted(known, score.contiguous(), right=False)
-            p_value = (above + torch.where(score > largest, largest / score, 1.0)) / (1 + count)
-            columns.append(p_value.where(count > 0, 1.0))
-        return torch.stack(columns, dim=1)
-
-
-def _tolerance(symptoms: Tensor) -> Tensor:
-    """(S,) distances that are not held against a new recording, filled on the device."""
-    zones = [*(surprise.tolerance for surprise in SURPRISES), *[0.0] * len(DETECTORS)]
-    return torch.stack([symptoms.new_full((), zone) for zone in zones])
+        known, count, score = tables[f"{name}_scores"], tables[f"{name}_count"][:, None], scores.T.contiguous()
+        # Gathered: as a subscript the number would be read by the host, which would wait for the device.
+        largest = known.gather(1, (count - 1).clamp(min=0))
+        above = count - torch.searchsorted(known, score, right=False)
+        p_value = (above + torch.where(score > largest, largest / score, 1.0)) / (1 + count)
+        return p_value.where(count > 0, 1.0).T

@@ -126,14 +126,13 @@ class PairCorrelation(ConformalStatistic):
         # A calibration sample counts in its own rank: with rule "all" the p-value of a new sample is then exactly the
         # one that ranking all n + 1 samples together would give.
         rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
-        sets = [
-            sort_columns(
-                self._reduce(rank[:, m, others])[:, None],
-                (available[:, m] & comparable[:, m, others].all(dim=1))[:, None],
-            )
-            for m in range(self.modalities)
-            for others in self._sets_of_others(m)
-        ]
+        sets = []
+        for m in range(self.modalities):
+            for others in self._sets_of_others(m):
+                used = torch.zeros_like(comparable)
+                used[:, m, others] = True
+                together = available[:, m] & comparable[:, m, others].all(dim=1)
+                sets.append(sort_columns(self._reduce(rank, used)[:, m, None], together[:, None]))
         tables["rank_scores"] = torch.cat([scores for scores, _ in sets])
         tables["rank_count"] = torch.cat([count for _, count in sets])
         return tables
@@ -141,19 +140,15 @@ class PairCorrelation(ConformalStatistic):
     def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
         """Return (B, M), the share of comparable calibration samples that correlate no better."""
         rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
-        columns = []
-        row = 0
-        for m in range(self.modalities):
-            p_value = torch.ones_like(rank[:, m, m])
-            others_of_m = [j for j in range(self.modalities) if j != m]
-            for others in self._sets_of_others(m):
-                same_set = torch.stack([comparable[:, m, j] == (j in others) for j in others_of_m]).all(dim=0)
-                score = self._reduce(rank[:, m, others])
-                below = torch.searchsorted(tables["rank_scores"][row], score.contiguous(), right=True)
-                p_value = torch.where(same_set, (1 + below) / (1 + tables["rank_count"][row]), p_value)
-                row += 1
-            columns.append(p_value)
-        return torch.stack(columns, dim=1)
+        score = self._reduce(rank, comparable).T.contiguous()
+        # Every score is ranked in the table of every set, for all modalities in one call; its own set's rank counts.
+        shape = (self.modalities, 2 ** (self.modalities - 1))
+        known = tables["rank_scores"].view(*shape, tables["rank_scores"].shape[1])
+        below = torch.searchsorted(known, score[:, None].expand(*shape, -1).contiguous(), right=True)
+        number = self._number_of_set(comparable).T
+        below = below.gather(1, number[:, None])[:, 0]
+        count = tables["rank_count"].view(shape).gather(1, number)
+        return ((1 + below).to(values.dtype) / (1 + count)).T
 
     def passes_threshold(
         self, values: Tensor, available: Tensor, threshold: float | tuple[float, ...], tables: Tables
@@ -175,23 +170,20 @@ class PairCorrelation(ConformalStatistic):
     def _ranks(self, values: Tensor, tables: Tables) -> Tensor:
         """(B, M, M) share of calibration samples whose ρ of the pair is no larger."""
         values = self._for_decision(values)
-        shares = [
-            torch.searchsorted(scores, values[:, p].contiguous(), right=True) / count.clamp(min=1)
-            for p, (scores, count) in enumerate(zip(tables["pair_scores"], tables["pair_count"], strict=True))
-        ]
-        return self._by_modality(torch.stack(shares, dim=1).to(values.dtype))
+        below = torch.searchsorted(tables["pair_scores"], values.T.contiguous(), right=True)
+        return self._by_modality((below.to(values.dtype) / tables["pair_count"].clamp(min=1)[:, None]).T)
 
     def _by_modality(self, of_pairs: Tensor) -> Tensor:
         """(B, M, M) of (B, P): the value of the pair (i, j) at [i, j] and [j, i], zeros on the diagonal."""
-        result = of_pairs.new_zeros((of_pairs.shape[0], self.modalities, self.modalities))
-        for p, (i, j) in enumerate(self.pairs):
-            result[:, i, j] = of_pairs[:, p]
-            result[:, j, i] = of_pairs[:, p]
-        return result
+        columns = dict(zip(self.pairs, of_pairs.unbind(1), strict=True))
+        none = torch.zeros_like(of_pairs[:, 0])
+        modalities = range(self.modalities)
+        cells = [columns.get((min(i, j), max(i, j)), none) for i in modalities for j in modalities]
+        return torch.stack(cells, dim=1).view(-1, self.modalities, self.modalities)
 
     def _sets_of_others(self, m: int) -> list[list[int]]:
         """Every set of modalities other than m; set number s holds the c-th of the others if bit c of s is set."""
-        others = [j for j in range(self.modalities) if j != m]
+        others = self._others(m)
         return [[j for c, j in enumerate(others) if s >> c & 1] for s in range(2 ** len(others))]
 
     @staticmethod
@@ -199,10 +191,22 @@ class PairCorrelation(ConformalStatistic):
         """ρ with its undefined values, which are exactly 0, below every real correlation."""
         return values.where(values != 0, _UNDEFINED)
 
-    def _reduce(self, rank: Tensor) -> Tensor:
-        if not rank.shape[1]:
-            return rank.new_ones(rank.shape[0])  # nothing to compare with
-        return rank.amax(dim=1) if self.config.rule == "all" else rank.amin(dim=1)
+    def _number_of_set(self, comparable: Tensor) -> Tensor:
+        """(B, M) the number of the set of comparable others."""
+        number = torch.zeros_like(comparable[:, 0], dtype=torch.int64)
+        for m in range(self.modalities):
+            for c, j in enumerate(self._others(m)):
+                number[:, m].add_(comparable[:, m, j], alpha=1 << c)
+        return number
+
+    def _others(self, m: int) -> list[int]:
+        return [j for j in range(self.modalities) if j != m]
+
+    def _reduce(self, rank: Tensor, used: Tensor) -> Tensor:
+        """(B, M), the largest (or smallest) of the ranks used (B, M, M) of each modality; 1 where none is."""
+        if self.config.rule == "all":
+            return rank.where(used, -1.0).amax(dim=2).where(used.any(dim=2), 1.0)
+        return rank.where(used, 1.0).amin(dim=2)
 
 
 class PairLikelihood(PairCorrelation):

@@ -38,12 +38,12 @@ _FEWEST_SEQUENCES = 20
 
 
 class SequenceMoments(NamedTuple):
-    """What the symptoms of one modality are computed from; variances in units of the feature's mean square."""
+    """What the surprises of one modality are computed from, each feature in units of its mean square in training."""
 
     energy: Tensor  # (B,)
-    mean_square: Tensor  # (B, d), of the utterance vector
-    variance: Tensor  # (B, d)
-    change: Tensor  # (B, d)
+    power: Tensor  # (B,) mean square of the frames
+    change: Tensor  # (B,)
+    log_change: Tensor  # (B,) mean logarithm over the features
     repeated: Tensor  # (B,) share of the pairs of frames
 
 
@@ -76,22 +76,20 @@ class Draws(NamedTuple):
 
 
 def _log_power(x: SequenceMoments) -> Tensor:
-    return (x.variance + x.mean_square).mean(dim=1).add(_LEAST_TOTAL).log()
+    return x.power.add(_LEAST_TOTAL).log()
 
 
 def _log_change(x: SequenceMoments) -> Tensor:
-    return x.change.mean(dim=1).add(_LEAST_TOTAL).log()
+    return x.change.add(_LEAST_TOTAL).log()
 
 
 def _log_roughness(x: SequenceMoments) -> Tensor:
-    change, power = x.change.mean(dim=1), (x.variance + x.mean_square).mean(dim=1)
-    return (change + _LEAST_VARIANCE).log() - (power + _LEAST_VARIANCE).log()
+    return ((x.change + _LEAST_VARIANCE) / (x.power + _LEAST_VARIANCE)).log()
 
 
 def _log_evenness(x: SequenceMoments) -> Tensor:
     """How evenly the features change: the geometric mean of their changes over the arithmetic one."""
-    change = x.change + _LEAST_VARIANCE
-    return change.log().mean(dim=1) - change.mean(dim=1).log()
+    return x.log_change - x.change.add(_LEAST_VARIANCE).log()
 
 
 def _noise(snr: float) -> Callable[[Tensor, Tensor, Draws], Tensor]:
@@ -144,17 +142,19 @@ _HIGH = (*(surprise.high for surprise in SURPRISES), *(detector.reason for detec
 REASONS = (NO_REASON, *dict.fromkeys(reason for reason in (*_LOW, *_HIGH, BELONGING) if reason is not None))
 """What a modality may be rejected for, by number; 0 is no reason."""
 
-_REASON_NUMBERS = [[REASONS.index(reason or NO_REASON) for reason in side] for side in (_LOW, _HIGH)]
+REASON_NUMBERS = [[REASONS.index(reason or NO_REASON) for reason in side] for side in (_LOW, _HIGH)]
+"""Of each symptom if it is low, and if it is high."""
+
 _POWER, _CHANGE, _ROUGHNESS, _REPEATED = map(SYMPTOMS.index, ("power", "change", "roughness", "repeated frames"))
 
 
-def reason_of(surprises: Tensor, symptoms: Tensor) -> Tensor:
-    """Return (B, M) int64, the reason that belongs to the largest of (B, M, S) surprises.
+def reason_of(surprises: Tensor, symptoms: Tensor, numbers: Tensor) -> Tensor:
+    """Return (B, M) int64, the one of ``numbers`` (2, S) that belongs to the largest of (B, M, S) surprises.
 
     Among the detectors the likeliest fault is the reason. Repeated frames mean that frames were lost; but if frames
     change less than in training, the sequence is quiet, or frozen for a while.
     """
-    low, high = (torch.stack([symptoms.new_full((), n, dtype=torch.int64) for n in side]) for side in _REASON_NUMBERS)
+    low, high = numbers
     is_named = torch.where(surprises < 0, low, high) != 0
     which = surprises.abs().where(is_named, -1.0).argmax(dim=2)
     likeliest = len(SURPRISES) + symptoms[:, :, len(SURPRISES) :].argmax(dim=2)
@@ -172,17 +172,15 @@ IGNORABLE = (*SYMPTOMS, "belonging")
 
 
 def say_of(pairs: Tensor, ignored: Collection[str] = ()) -> Tensor:
-    """Return (B, S), how much each symptom counts: those of sequences less with few ``pairs`` (B,) of frames."""
+    """Return (B, M, S), how much each symptom counts: those of sequences less with few ``pairs`` (B, M) of frames."""
     share = pairs / (pairs + _HALF_SAY_PAIRS)
     none, whole = torch.zeros_like(share), torch.ones_like(share)
+    needs_pairs = (*(surprise.of_sequences for surprise in SURPRISES), *(True for _ in DETECTORS))
     says = [
-        none if name in ignored else share if needs_pairs else whole
-        for name, needs_pairs in zip(SYMPTOMS, _NEEDS_PAIRS, strict=True)
+        none if name in ignored else share if needed else whole
+        for name, needed in zip(SYMPTOMS, needs_pairs, strict=True)
     ]
-    return torch.stack(says, dim=1)
-
-
-_NEEDS_PAIRS = (*(surprise.of_sequences for surprise in SURPRISES), *(True for _ in DETECTORS))
+    return torch.stack(says, dim=2)
 
 
 # --- Sequences of training ---
@@ -239,25 +237,26 @@ class SymptomModel(NamedTuple):
 
     def measure(self, energy: Tensor, vector: Tensor, found: SequenceStatistics) -> Tensor:
         """Return the (B, S) symptoms of utterance vectors (B, d) and of the moments of their sequences."""
+        dim = self.square.shape[0]
+        per_feature = self.square.mul(dim).reciprocal()
+        features = detector_features(found.variance, found.change, self.square)
         moments = SequenceMoments(
             energy=energy,
-            mean_square=vector.square() / self.square,
-            variance=found.variance / self.square,
-            change=found.change / self.square,
+            power=found.variance.addcmul(vector, vector) @ per_feature,
+            change=found.change @ per_feature,
+            log_change=features[:, dim:].mean(dim=1),
             repeated=found.repeated.to(energy.dtype) / found.pairs.clamp(min=1),
         )
-        surprises = [surprise.measure(moments) for surprise in SURPRISES]
-        features = detector_features(moments.variance, moments.change)
+        surprises = torch.stack([surprise.measure(moments) for surprise in SURPRISES], dim=1)
         scaled = ((features - self.detector_center) / self.detector_scale).clamp(-_DETECTOR_BOUND, _DETECTOR_BOUND)
-        detected = scaled @ self.detector_weight.mT
-        symptoms = torch.cat([torch.stack(surprises, dim=1).to(detected.dtype), detected], dim=1)
+        symptoms = torch.cat([surprises, scaled @ self.detector_weight.mT], dim=1)
         largest = torch.finfo(symptoms.dtype).max
         return symptoms.nan_to_num(largest, largest, -largest)
 
 
-def detector_features(variance: Tensor, change: Tensor) -> Tensor:
-    """Return (B, F): logarithms of each feature's variance over time and of its change."""
-    return torch.cat([variance, change], dim=-1).add(_LEAST_VARIANCE).log()
+def detector_features(variance: Tensor, change: Tensor, square: Tensor) -> Tensor:
+    """Return (..., F): logarithms of each feature's variance over time and of its change, both over ``square`` (d,)."""
+    return torch.cat([variance, change], dim=-1).div(torch.cat([square, square])).add(_LEAST_VARIANCE).log()
 
 
 class DetectorSums(NamedTuple):
@@ -312,9 +311,9 @@ def fit_symptoms(
     """
     square = (sample.variance + vectors.square())[available].mean(dim=0)
     square = torch.where(square > 0, square, 1.0)  # not seen (NaN), or always 0
-    both = torch.cat([square, square])
     moments = torch.cat([torch.cat([sample.variance, sample.change], dim=1)[:, None], sample.corrupted], dim=1)
-    features = (moments / both).add(_LEAST_VARIANCE).log().double()
+    variance, change = moments.chunk(2, dim=2)
+    features = detector_features(variance, change, square).double()
     used = available & (sample.pairs > 0)
     clean = features[used, 0]
     center = clean.mean(dim=0) if len(clean) else features.new_zeros(features.shape[2])

@@ -24,6 +24,7 @@ from m3er_fast._settings import takes_settings_of
 from m3er_fast._symptoms import (
     BELONGING,
     IGNORABLE,
+    REASON_NUMBERS,
     REASONS,
     SequenceSample,
     SymptomModel,
@@ -140,6 +141,8 @@ class ModalityCheck(FittedModule):
             **{name: nothing.long() if name.endswith("_count") else nothing for name in CombinedScore.tables}
         )
         self.register_learned(correlation_power_=nothing)
+        self._reason_numbers: Tensor
+        self.register_buffer("_reason_numbers", torch.tensor(REASON_NUMBERS), persistent=False)
 
     @property
     def is_fitted(self) -> bool:
@@ -314,18 +317,18 @@ class ModalityCheck(FittedModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of the largest surprise of all."""
         tables = {name: self.learned(name) for name in CombinedScore.tables}
-        symptoms, says = [], []
+        symptoms = []
         for m, (vector, found) in enumerate(zip(vectors, moments, strict=True)):
             model = SymptomModel(*(self.learned(f"{name}_{m}") for name in SymptomModel._fields))
             symptoms.append(model.measure(measured.energy[:, m], vector[:, : found.mean.shape[1]], found))
-            says.append(say_of(found.pairs, self.config.ignore))
         of_modalities = torch.stack(symptoms, dim=1)
-        surprises = CombinedScore.surprises(of_modalities, torch.stack(says, dim=1), tables, tolerant=True)
+        say = say_of(torch.stack([found.pairs for found in moments], dim=1), self.config.ignore)
+        surprises = CombinedScore.surprises(of_modalities, say, tables, tolerant=True)
         own = surprises.abs().amax(dim=2)
         # A modality that is odd by itself is no evidence about the others.
         p_own = CombinedScore.p_value(own, "own", tables)
         trusted = available & (p_own >= self.config.alpha)
-        reason = reason_of(surprises, of_modalities)
+        reason = reason_of(surprises, of_modalities, self._reason_numbers)
         if self.config.threshold is not None:
             return p_own, trusted, reason
         p_pairs = self._likelihood.p_value(measured.likelihood, trusted, self._tables(self._likelihood))

@@ -29,7 +29,7 @@ BAND_ROWS = 100
 class _Components(NamedTuple):
     """Constants of every pair's components, zeros where a pair has fewer than K."""
 
-    count: Tensor  # (P, 1) k_p, at least 1
+    number: Tensor  # (P, 1) k_p, at least 1
     exists: Tensor  # (P, 1, K), 1 where there is a component
     weight: Tensor  # (P, 1, K)
     of_distance: Tensor  # (P, 1, K) -s² / 2(1 - s²)
@@ -99,7 +99,9 @@ class _Factors:
             pairs = zip(self._biases, self._matrices, strict=True)
             return [torch.addmm(bias, x, matrix.T) for bias, matrix in pairs], whitened
         matrix, bias = self._stack
-        *coordinates, first = torch.addmm(bias, x, matrix).split([part.shape[0] for part in self._matrices], dim=1)
+        *coordinates, first = torch.split(
+            torch.addmm(bias, x, matrix), [part.shape[0] for part in self._matrices], dim=1
+        )
         return coordinates, [first, *whitened]
 
 
@@ -120,7 +122,7 @@ def _components(projections: CheckProjections, dtype: torch.dtype) -> _Component
     count = weight.new_tensor(counts)[:, None]
     rest = (1.0 - s) * (1.0 + s)  # 1 - s², with all of its digits near s = 1
     return _Components(
-        count=count.clamp(min=1.0),
+        number=count.clamp(min=1.0),
         exists=(torch.arange(s.shape[2]) < count[:, :, None]).to(dtype),
         weight=weight,
         of_distance=s.square().div_(rest).mul_(-0.5),
@@ -141,10 +143,10 @@ def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor
         x[0, p, :, : u.shape[1]] = u
         x[1, p, :, : v.shape[1]] = v
     weighted = x * components.weight
-    mean = weighted.sum(dim=3).div_(components.count)
+    mean = weighted.sum(dim=3).div_(components.number)
     weighted.addcmul_(mean[..., None], components.exists, value=-1.0)
     unit, length = _safe(x)
-    unit = unit * (components.count.sqrt() / length)[..., None]
+    unit = unit * (components.number.sqrt() / length)[..., None]
     u, v = unit.unbind()
     product = (u * v).mul_(components.of_product)
     likelihood = (u - v).square_().mul_(components.of_distance).add_(product).sum(dim=2).add_(components.constant)
