@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
@@ -30,7 +30,7 @@ class _Components(NamedTuple):
     """Constants of every pair's components, zeros where a pair has fewer than K."""
 
     number: Tensor  # (P, 1) k_p, at least 1
-    exists: Tensor  # (P, 1, K), 1 where there is a component
+    exists: Tensor | None  # (P, 1, K), 1 where there is a component; None: everywhere
     weight: Tensor  # (P, 1, K)
     of_distance: Tensor  # (P, 1, K) -s² / 2(1 - s²)
     of_product: Tensor  # (P, 1, K) s / (1 + s)
@@ -117,13 +117,13 @@ def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
 
 def _components(projections: CheckProjections, dtype: torch.dtype) -> _Components:
     counts = [left.shape[0] for left in projections.left]
-    weight = pad_sequence([w.to(dtype) for w in projections.weight], batch_first=True)[:, None]
-    s = pad_sequence([s.to(dtype) for s in projections.canonical], batch_first=True)[:, None]
+    weight = _stack([w.to(dtype) for w in projections.weight], max(counts))[:, None]
+    s = _stack([s.to(dtype) for s in projections.canonical], max(counts))[:, None]
     count = weight.new_tensor(counts)[:, None]
     rest = (1.0 - s) * (1.0 + s)  # 1 - s², with all of its digits near s = 1
     return _Components(
         number=count.clamp(min=1.0),
-        exists=(torch.arange(s.shape[2]) < count[:, :, None]).to(dtype),
+        exists=None if min(counts) == max(counts) else (torch.arange(max(counts)) < count[:, :, None]).to(dtype),
         weight=weight,
         of_distance=s.square().div_(rest).mul_(-0.5),
         of_product=s / (1.0 + s),
@@ -137,14 +137,11 @@ def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor
     The exponent (s²u² - 2suv + s²v²) / 2(1 - s²) is computed as s²(u - v)² / 2(1 - s²) - uv s/(1 + s): near s = 1 the
     three terms would cancel.
     """
-    pairs, samples, largest = len(sides), sides[0][0].shape[0], components.weight.shape[2]
-    x = components.weight.new_zeros((2, pairs, samples, largest))
-    for p, (u, v) in enumerate(sides):
-        x[0, p, :, : u.shape[1]] = u
-        x[1, p, :, : v.shape[1]] = v
+    x = _stack([vectors[side] for side in (0, 1) for vectors in sides], components.weight.shape[2])
+    x = x.unflatten(0, (2, len(sides)))
     weighted = x * components.weight
-    mean = weighted.sum(dim=3).div_(components.number)
-    weighted.addcmul_(mean[..., None], components.exists, value=-1.0)
+    mean = weighted.sum(dim=3).div_(components.number)[..., None]
+    weighted.sub_(mean if components.exists is None else mean * components.exists)
     unit, length = _safe(x)
     unit = unit * (components.number.sqrt() / length)[..., None]
     u, v = unit.unbind()
@@ -153,6 +150,11 @@ def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor
     weighted, length = _safe(weighted)
     correlation = (weighted[0] * weighted[1]).sum(dim=2).div_(length[0] * length[1])
     return correlation, likelihood
+
+
+def _stack(parts: list[Tensor], columns: int) -> Tensor:
+    """Parts (..., k) as one tensor (parts, ..., columns), with zeros after the k of each."""
+    return torch.stack([x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1])) for x in parts])
 
 
 def _safe(x: Tensor) -> tuple[Tensor, Tensor]:
