@@ -62,10 +62,9 @@ class CombinedScore:
             values = symptoms[rows, m, k]
             center[m, k] = values.median()
             excess = (values - center[m, k]) * say[rows, m, k]
-            least = _LEAST_EDGE if k < len(SURPRISES) else torch.finfo(torch.float32).tiny
-            above[m, k] = excess.quantile(1.0 - tails, interpolation="higher").clamp(min=least)
+            above[m, k] = excess.quantile(1.0 - tails, interpolation="higher").clamp(min=_LEAST_EDGE)
             if TWO_SIDED[k]:
-                below[m, k] = -excess.quantile(tails, interpolation="lower").clamp(max=-least)
+                below[m, k] = -excess.quantile(tails, interpolation="lower").clamp(max=-_LEAST_EDGE)
         return {"symptom_center": center, "symptom_above": above, "symptom_below": below}
 
     @staticmethod

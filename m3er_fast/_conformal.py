@@ -23,7 +23,7 @@ from m3er_fast.operands import CheckProjections, modality_pairs
 # Recordings differ in level: energy counts as odd only if it leaves the range of the calibration samples by this
 # factor, 3 dB. On CMU-MOSI's faces a sixth of the published test split lies below the lowest 2.5 % of the training
 # split, but hardly any sample lies below half of that.
-_LEVEL_TOLERANCE = 2.0
+LEVEL_TOLERANCE = 2.0
 # Below every real correlation.
 _UNDEFINED = -2.0
 
@@ -239,6 +239,11 @@ class Energy(ConformalStatistic):
         scores, count = sort_columns(values, available)
         return {"energy_scores": scores, "energy_count": count}
 
+    def is_low(self, values: Tensor, tables: Tables) -> Tensor:
+        """Return (B, M) bool, whether an energy is below the median of the calibration samples."""
+        middle = tables["energy_count"].sub(1).clamp(min=0).div(2, rounding_mode="floor")
+        return values < tables["energy_scores"].gather(1, middle[:, None])[:, 0]
+
     def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
         """Return (B, M), twice the share of calibration samples with at least half, or at most twice, the energy.
 
@@ -247,7 +252,7 @@ class Energy(ConformalStatistic):
         """
         columns = []
         for value, scores, count in zip(values.unbind(1), tables["energy_scores"], tables["energy_count"], strict=True):
-            half, twice = (value / _LEVEL_TOLERANCE).contiguous(), (value * _LEVEL_TOLERANCE).contiguous()
+            half, twice = (value / LEVEL_TOLERANCE).contiguous(), (value * LEVEL_TOLERANCE).contiguous()
             # Gathered: as a subscript the number would be read by the host, which would wait for the device.
             largest, smallest = scores.gather(0, (count - 1).clamp(min=0).view(1)), scores[0]
             above = count - torch.searchsorted(scores, half, right=False)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3er_fast._conformal import LEVEL_TOLERANCE
 from m3er_fast.functional import unchecked
 from m3er_fast.operands import SequenceStatistics
 
@@ -34,6 +35,7 @@ _HALF_SAY_PAIRS = 4
 # variance. Fewer calibration sequences than this teach them nothing.
 _DETECTOR_BOUND = 5.0
 _DETECTOR_SHRINKAGE = 0.1
+_LEAST_SHRINKAGE = 1e-3  # for a modality that does not change, whose features have no variance
 _FEWEST_SEQUENCES = 20
 
 
@@ -73,6 +75,10 @@ class Draws(NamedTuple):
     noise: Tensor  # (B, T, d)
     fate: Tensor  # (B, T)
     order: Tensor  # (B, T)
+
+
+def _log_energy(x: SequenceMoments) -> Tensor:
+    return x.energy.log()
 
 
 def _log_power(x: SequenceMoments) -> Tensor:
@@ -118,7 +124,14 @@ def _reorder(x: Tensor, valid: Tensor, draws: Draws) -> Tensor:
 
 
 SURPRISES = (
-    Surprise("level", lambda x: x.energy.log(), "too quiet", "too loud", tolerance=math.log(2.0), of_sequences=False),
+    Surprise(
+        "level",
+        lambda x: x.energy.log(),
+        "too quiet",
+        "too loud",
+        tolerance=math.log(LEVEL_TOLERANCE),
+        of_sequences=False,
+    ),
     Surprise("power", _log_power, "too quiet", "too loud"),
     Surprise("change", _log_change, None, None),  # power times roughness: one of these is the reason
     Surprise("roughness", _log_roughness, "frozen", "noisy"),
@@ -287,7 +300,7 @@ class DetectorSums(NamedTuple):
             return weight
         mean = self.total / self.sequences
         covariance = self.product / self.sequences - torch.outer(mean[0], mean[0])
-        shrinkage = _DETECTOR_SHRINKAGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+        shrinkage = (_DETECTOR_SHRINKAGE * covariance.diagonal().mean()).clamp(min=_LEAST_SHRINKAGE)
         covariance.diagonal().add_(shrinkage)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if bool(failed):

@@ -289,12 +289,16 @@ class ModalityCheck(FittedModule):
             statistics.likelihood.where(together, 0.0),
         )
         if config.statistic == "combined":
-            judge = self._judge_symptoms(measured, vectors, moments, available)
+            p_value, trusted, reason = self._judge_symptoms(measured, vectors, moments, available)
         elif config.statistic == "energy":
-            judge = self._judge(self._energy, measured.energy, available, REASONS.index("too loud"))
+            tables, trusted = self._tables(self._energy), available
+            p_value = self._energy.p_value(measured.energy, available, tables)
+            is_low = self._energy.is_low(measured.energy, tables)
+            reason = torch.where(is_low, REASONS.index("too quiet"), REASONS.index("too loud"))
         else:
-            judge = self._judge(self._correlation, measured.correlation, available, REASONS.index(BELONGING))
-        p_value, trusted, reason = judge
+            tables, trusted = self._tables(self._correlation), available
+            p_value = self._correlation.p_value(measured.correlation, available, tables)
+            reason = torch.full_like(available, REASONS.index(BELONGING), dtype=torch.int64)
         p_value = p_value.clamp(max=1.0).where(available, 0.0)
         effective = available & (p_value >= config.alpha)
         if config.threshold is not None and config.statistic != "energy":
@@ -305,17 +309,10 @@ class ModalityCheck(FittedModule):
         reason = reason.where(available & ~effective, 0)
         return CheckResult(effective, measured.correlation, measured.energy, p_value, reason)
 
-    def _judge(
-        self, statistic: ConformalStatistic, values: Tensor, available: Tensor, reason: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The p-value of a statistic by itself, the modalities to compare with, and the reason for every rejection."""
-        p_value = statistic.p_value(values, available, self._tables(statistic))
-        return p_value, available, torch.full_like(available, reason, dtype=torch.int64)
-
     def _judge_symptoms(
         self, measured: CheckStatistics, vectors: list[Tensor], moments: list[SequenceStatistics], available: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of the largest surprise of all."""
+        """The p-values of the largest surprises, the modalities to compare with, and the reasons for rejections."""
         tables = {name: self.learned(name) for name in CombinedScore.tables}
         symptoms = []
         for m, (vector, found) in enumerate(zip(vectors, moments, strict=True)):

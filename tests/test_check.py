@@ -594,6 +594,7 @@ def test_silence_has_too_little_energy(clean, statistic):
     check = ModalityCheck(DIMS, statistic=statistic).fit(train)
     silent = check.check(at_level(fresh, "face", 0.0, train["face"].mean(dim=0)))
     assert not silent.effective[:, 2].any()
+    assert bool((silent.reason[:, 2] == check.reasons.index("too quiet")).all())
     assert silent.energy[:, 2].max() < 1e-6
     assert (~silent.effective).sum(dim=0)[:2].max() <= false_alarm_interval(4096, 10_000, 0.05)[1]
 

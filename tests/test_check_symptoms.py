@@ -171,7 +171,16 @@ def test_constant_and_missing_modalities_judge_finitely(fresh):
     constant = ModalityCheck(DIMS).fit({**with_audio(features, torch.ones_like), "face": None}, lengths)
     result = constant.check(*fresh)
     assert all(bool(value.float().isfinite().all()) for value in result)
-    assert bool(result.effective[:, 2].all())
+
+
+def test_a_modality_that_never_changed_in_training_is_good_as_long_as_it_does_not(fresh):
+    features, lengths = sequences(300, seed=0)
+    still = {name: x[:, :1].expand_as(x) for name, x in features.items()}
+    check = ModalityCheck(DIMS).fit({**features, "face": still["face"]}, lengths)
+    features, lengths = fresh
+    result = check.check({**features, "face": features["face"][:, :1].expand(-1, STEPS, -1)}, lengths)
+    assert (~result.effective[:, 2]).float().mean() <= 0.1
+    assert not check.check(features, lengths).effective[:, 2].any()
 
 
 # --- the numbers themselves ---

@@ -138,7 +138,7 @@ def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor
     three terms would cancel.
     """
     x = _stack([vectors[side] for side in (0, 1) for vectors in sides], components.weight.shape[2])
-    x = x.unflatten(0, (2, len(sides)))
+    x = x.view(2, len(sides), *x.shape[1:])
     weighted = x * components.weight
     mean = weighted.sum(dim=3).div_(components.number)[..., None]
     weighted.sub_(mean if components.exists is None else mean * components.exists)
