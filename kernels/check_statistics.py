@@ -86,15 +86,18 @@ def _unit(x, K: tl.constexpr):
 def _log_likelihood_ratio(u, v, canonical_ptr, k, K: tl.constexpr):
     """Return Σ -½ log(1 - s²) - (s²u² - 2suv + s²v²) / 2(1 - s²) of the rows; LARGEST below zero if not finite.
 
-    The three terms are computed as s²(u - v)² - 2s(1 - s)uv: near s = 1 they would cancel.
+    The rows are scaled to a mean square of 1. The three terms are computed as s²(u - v)² - 2s(1 - s)uv: near s = 1 they
+    would cancel.
     """
     s = tl.load(canonical_ptr + k, mask=k < K, other=0.0)
     rest = (1.0 - s) * (1.0 + s)
     of_distance, of_product, constant = s * s / (2.0 * rest), s / (1.0 + s), 0.5 * tl.log(rest)
+    u, v = _unit(u, K), _unit(v, K)
     distance = u - v
     odds = of_distance[None, :] * distance * distance - of_product[None, :] * u * v + constant[None, :]
-    ratio = -tl.sum(tl.where((k < K)[None, :], odds, 0.0), axis=1)  # past K, NaN of a row that is not finite
-    return tl.where(tl.abs(ratio) <= LARGEST, ratio, -LARGEST)
+    ratio = -tl.sum(odds, axis=1)
+    # Past K there is NaN in a row that is not finite, which matters only without any component.
+    return tl.where(tl.abs(ratio) <= LARGEST, ratio, -LARGEST if K else 0.0)
 
 
 @triton.jit
@@ -170,9 +173,7 @@ def check_statistics_fwd_kernel(
             DIMS[SECOND[p]], STRIDES[SECOND[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
         )  # fmt: skip
         v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
-        likelihood = _log_likelihood_ratio(
-            _unit(u, COMPONENTS[p]), _unit(v, COMPONENTS[p]), canonical_ptrs[p], k, COMPONENTS[p]
-        )
+        likelihood = _log_likelihood_ratio(u, v, canonical_ptrs[p], k, COMPONENTS[p])
         tl.store(likelihood_ptr + b * correlation_stride + (first_pair + p), likelihood, mask=inside)
         correlation = _cosine(
             _centered(u, weight_ptrs[p], k, COMPONENTS[p]), _centered(v, weight_ptrs[p], k, COMPONENTS[p])
@@ -216,8 +217,9 @@ def tile_for(part: Part, capability: int) -> Tile:
     directions = min(64, max(16, triton.next_power_of_2(max((*part.ranks, 1)))))
     # Before Hopper the parts of both tf32x3 factors wait in registers: only half as many features fit.
     features, stages = (32, 2) if capability >= 90 else (16, 3)
-    # Both projections of a pair are alive at once.
-    return Tile(64, features, columns, directions, 8 if columns >= 128 else 4, stages)
+    # Both projections of a pair are alive at once; Blackwell's compiler needs more registers for them.
+    warps = (16 if capability >= 100 else 8) if columns >= 128 else 4
+    return Tile(64, features, columns, directions, warps, stages)
 
 
 def _constants(part: Part, tile: Tile) -> dict[str, Any]:
@@ -359,7 +361,7 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
 def specializations() -> Iterator[Specialization]:
     """Yield every tile of the table, in one launch and in several."""
     paper = _whole((300, 74, 35), 30)
-    for targets in ((80,), (90, 100)):
+    for targets in ((80,), (90,), (100,)):
         for dtype in (torch.float32, torch.bfloat16):
             yield _specialization("300/74/35 k=30", paper, dtype, targets)
         yield _specialization("4 x 64 k=16", _whole((64,) * 4, 16), torch.float32, targets)
