@@ -17,11 +17,12 @@ from torch import Tensor
 from m3er_fast.operands import SequenceStatistics, upcast
 
 # Numbers of a block, which fits the cache beside its differences.
-BLOCK_NUMBERS = 2**19
+BLOCK_NUMBERS = 2**17
 
 
 def sequence_statistics(x: Tensor, valid: Tensor) -> SequenceStatistics:
     """:func:`m3er_fast.functional.sequence_statistics` of checked arguments, none of which needs a gradient."""
+    valid = valid.contiguous()  # as the weights then are, which multiply frames
     pair = valid[:, 1:] & valid[:, :-1]
     pairs = pair.sum(dim=1)
     if x.shape[1] == 1:
