@@ -24,6 +24,9 @@ from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, CheckStatistics, SequenceStatistics, modality_pairs
 
 MATRICES = ("center", "left", "left_bias", "right", "right_bias", "whitener", "weight", "canonical")
+# Detectors that find a smaller share of their own corruptions than this, in sequences that they have not seen, are not
+# used: each of them raises the largest surprise of clean samples.
+_LEAST_POWER = 0.2
 # A canonical correlation of 1 would make every other pair of coordinates impossible.
 _LARGEST_CANONICAL = 0.999
 
@@ -141,9 +144,14 @@ def _calibrate_symptoms(
         learned |= {f"{name}_{m}": value for name, value in model._asdict().items()}
         found = SequenceStatistics(mean, variance, change, sample.repeated, sample.pairs)
         seen = model.measure(energy[:, m], mean, found)
-        symptoms.append(torch.cat([seen[:, : len(SURPRISES)], detected], dim=1))
-    values = torch.stack(symptoms, dim=1)
+        surprises = seen[:, : len(SURPRISES)]
+        symptoms.append(torch.stack([torch.cat([surprises, values], dim=1) for values in detected]))
+    values, corrupted = torch.stack(symptoms, dim=2)
     say = say_of(torch.stack([sample.pairs for sample in part.sequences], dim=1), config.ignore)
+    caught = CombinedScore.surprises(corrupted, say, CombinedScore.scale(values, say, available), tolerant=False) >= 1.0
+    measured_in = available[:, :, None] & (say > 0)
+    power = (caught & measured_in).sum(dim=0) / measured_in.sum(dim=0).clamp(min=1)
+    say[:, :, len(SURPRISES) :] *= power[:, len(SURPRISES) :] >= _LEAST_POWER
     own = torch.zeros_like(available, dtype=values.dtype)
     for f in CrossFitting.folds:  # scaled by the other folds: the edges of their own samples none would leave
         inside = part.fold == f

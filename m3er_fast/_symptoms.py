@@ -170,7 +170,8 @@ def reason_of(surprises: Tensor, symptoms: Tensor, numbers: Tensor) -> Tensor:
     low, high = numbers
     is_named = torch.where(surprises < 0, low, high) != 0
     which = surprises.abs().where(is_named, -1.0).argmax(dim=2)
-    likeliest = len(SURPRISES) + symptoms[:, :, len(SURPRISES) :].argmax(dim=2)
+    detected = symptoms.where(surprises > 0, -torch.inf)[:, :, len(SURPRISES) :]
+    likeliest = len(SURPRISES) + detected.argmax(dim=2)
     which = torch.where(which < len(SURPRISES), which, likeliest)
     is_still = (which == _REPEATED) & (surprises[:, :, _CHANGE] < 0)
     which = torch.where(
@@ -314,7 +315,9 @@ class DetectorSums(NamedTuple):
 def fit_symptoms(
     sample: SequenceSample, vectors: Tensor, available: Tensor, fold: Tensor
 ) -> tuple[SymptomModel, Tensor]:
-    """Learn one modality's symptoms; beside them what its detectors say of each sample that they did not see (n, C).
+    """Learn one modality's symptoms; beside them what each detector says of samples that it did not see (2, n, C).
+
+    The first of the two are of the samples as they are, the second of each detector's own corruption.
 
     Args:
         sample: n calibration sequences.
@@ -333,11 +336,12 @@ def fit_symptoms(
     scale = (clean - center).square().mean(dim=0).sqrt() + 1e-2 if len(clean) else torch.ones_like(center)
     features = ((features - center) / scale).clamp_(-_DETECTOR_BOUND, _DETECTOR_BOUND)
     whole = DetectorSums.of(features[used])
-    detected = torch.zeros(len(fold), len(DETECTORS), dtype=torch.float64)
+    detected = torch.zeros(2, len(fold), len(DETECTORS), dtype=torch.float64)
     for f in set(fold.tolist()):
         inside = fold == f
         weight = whole.minus(DetectorSums.of(features[used & inside])).solve()
-        detected[inside] = features[inside, 0] @ weight.mT
+        detected[0, inside] = features[inside, 0] @ weight.mT
+        detected[1, inside] = (features[inside, 1:] * weight).sum(dim=2)
     dtype = vectors.dtype
     model = SymptomModel(square, center.to(dtype), scale.to(dtype), whole.solve().to(dtype))
     return model, detected.to(dtype)

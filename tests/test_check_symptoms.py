@@ -166,6 +166,16 @@ def test_few_sequences_teach_no_detector_and_judge_finitely(samples):
     assert all(bool(value.float().isfinite().all()) for value in few.check(*sequences(30, seed=1)))
 
 
+def test_detectors_that_do_not_find_their_own_corruption_are_not_used():
+    rng = np.random.default_rng(0)
+    features = {"smooth": torch.from_numpy(np.cumsum(rng.normal(size=(300, STEPS, 6)), axis=1)).float()}
+    features["white"] = torch.from_numpy(rng.normal(size=(300, STEPS, 5))).float()  # in any order the same
+    check = ModalityCheck({"smooth": 6, "white": 5}).fit(features)
+    order = SYMPTOMS.index("order")
+    assert bool(check.symptom_above[0, order].isfinite().all())
+    assert not bool(check.symptom_above[1, order].isfinite().any())
+
+
 def test_constant_and_missing_modalities_judge_finitely(fresh):
     features, lengths = sequences(300, seed=0)
     constant = ModalityCheck(DIMS).fit({**with_audio(features, torch.ones_like), "face": None}, lengths)
