@@ -262,15 +262,16 @@ class SymptomModel(NamedTuple):
             repeated=found.repeated.to(energy.dtype) / found.pairs.clamp(min=1),
         )
         surprises = torch.stack([surprise.measure(moments) for surprise in SURPRISES], dim=1)
-        scaled = ((features - self.detector_center) / self.detector_scale).clamp(-_DETECTOR_BOUND, _DETECTOR_BOUND)
-        symptoms = torch.cat([surprises, scaled @ self.detector_weight.mT], dim=1)
+        features.sub_(self.detector_center).div_(self.detector_scale).clamp_(-_DETECTOR_BOUND, _DETECTOR_BOUND)
+        symptoms = torch.cat([surprises, features @ self.detector_weight.mT], dim=1)
         largest = torch.finfo(symptoms.dtype).max
         return symptoms.nan_to_num(largest, largest, -largest)
 
 
 def detector_features(variance: Tensor, change: Tensor, square: Tensor) -> Tensor:
     """Return (..., F): logarithms of each feature's variance over time and of its change, both over ``square`` (d,)."""
-    return torch.cat([variance, change], dim=-1).div(torch.cat([square, square])).add(_LEAST_VARIANCE).log()
+    features = torch.cat([variance, change], dim=-1)
+    return features.div_(torch.cat([square, square])).add_(_LEAST_VARIANCE).log_()
 
 
 class DetectorSums(NamedTuple):
