@@ -89,7 +89,7 @@ def calibrate(
     learned["correlation_power_"] = of_pairs.power(measured.swapped, of_statistic[of_pairs.name])
     if uses_symptoms:
         p_pairs = of_pairs.p_value(measured.statistics.likelihood, measured.available, of_statistic[of_pairs.name])
-        learned |= _calibrate_symptoms(part, measured, p_pairs, config)
+        learned |= _calibrate_symptoms(part, measured, p_pairs, learned["correlation_power_"], config)
     return learned
 
 
@@ -132,7 +132,7 @@ def _measure_swapped(
 
 
 def _calibrate_symptoms(
-    part: CheckSample, measured: _Measured, p_pairs: Tensor, config: CheckConfig
+    part: CheckSample, measured: _Measured, p_pairs: Tensor, power_of_pairs: Tensor, config: CheckConfig
 ) -> dict[str, Tensor]:
     """Learn the symptoms of each modality, and rank their largest surprises."""
     learned: dict[str, Tensor] = {}
@@ -158,6 +158,6 @@ def _calibrate_symptoms(
         unseen = CombinedScore.scale(values[~inside], say[~inside], available[~inside])
         surprises = CombinedScore.surprises(values[inside], say[inside], unseen, tolerant=False)
         own[inside] = surprises.abs().amax(dim=2)
-    combined = torch.maximum(own, CombinedScore.of_pairs(p_pairs.to(own.dtype), config.ignore))
+    combined = torch.maximum(own, CombinedScore.of_pairs(p_pairs.to(own.dtype), power_of_pairs, config.ignore))
     learned |= CombinedScore.scale(values, say, available)
     return learned | CombinedScore.sort(own, available, "own") | CombinedScore.sort(combined, available, "combined")

@@ -17,9 +17,11 @@ from m3er_fast._conformal import Tables, sort_columns
 from m3er_fast._symptoms import DETECTORS, SURPRISES, TWO_SIDED
 
 # The tails of a symptom start at its near edges, and end at its far ones: the shares of the calibration samples beyond
-# them. The far ones together leave out a share of 0.05: each symptom has two tails or one, and so has not belonging.
+# them. All far ones together leave out the last share: each symptom has two tails or one, and not belonging has one.
 _NEAR_SHARE = 0.05
-_FAR_SHARE = 0.05 / (2 * len(SURPRISES) + len(DETECTORS) + 1)
+_ALL_SHARE = 0.05
+_FAR_SHARE = _ALL_SHARE / (2 * len(SURPRISES) + len(DETECTORS) + 1)
+_ENOUGH_POWER = 0.5
 # Edges are at least this far from the median: where all of training is alike, a hair's breadth is no surprise.
 _LEAST_EDGE = 0.05
 
@@ -87,9 +89,16 @@ class CombinedScore:
         return torch.where(distance < far, inside, distance / far).copysign(excess)
 
     @staticmethod
-    def of_pairs(p_value: Tensor, ignored: Collection[str]) -> Tensor:
-        """Return the surprise of not belonging."""
-        return torch.zeros_like(p_value) if "belonging" in ignored else p_value.log() / math.log(_FAR_SHARE)
+    def of_pairs(p_value: Tensor, power: Tensor, ignored: Collection[str]) -> Tensor:
+        """Return the (B, M) surprise of not belonging from its p-value.
+
+        A comparison that finds half of the swapped modalities in training, ``power`` (M,), has as large a share of
+        alpha as all other symptoms together; a weaker one that of a single tail.
+        """
+        if "belonging" in ignored:
+            return torch.zeros_like(p_value)
+        share = torch.where(power >= _ENOUGH_POWER, _ALL_SHARE / 2, _FAR_SHARE)
+        return p_value.log() / share.log().to(p_value.dtype)
 
     @staticmethod
     def sort(scores: Tensor, available: Tensor, name: str) -> dict[str, Tensor]:

@@ -329,7 +329,7 @@ class ModalityCheck(FittedModule):
         if self.config.threshold is not None:
             return p_own, trusted, reason
         p_pairs = self._likelihood.p_value(measured.likelihood, trusted, self._tables(self._likelihood))
-        belonging = CombinedScore.of_pairs(p_pairs, self.config.ignore)
+        belonging = CombinedScore.of_pairs(p_pairs, self.learned("correlation_power_"), self.config.ignore)
         reason = torch.where(belonging > own, REASONS.index(BELONGING), reason)
         return CombinedScore.p_value(torch.maximum(own, belonging), "combined", tables), trusted, reason
 
