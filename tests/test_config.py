@@ -83,6 +83,7 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (CheckConfig, "component_weights", ["uniform"]),
         (CheckConfig, "alpha", [0.0, 1.0, -0.1, math.nan, "0.05"]),
         (CheckConfig, "ridge", NOT_NONNEGATIVE),
+        (CheckConfig, "ignore", ["gain", 1, None, [1]]),
         (CheckConfig, "threshold", [1.1, -1.1, math.nan, "0.5", [0.1, 2.0]]),
         (ProxyConfig, "bank", ["rows"]),
         (ProxyConfig, "engine", ["annoy"]),

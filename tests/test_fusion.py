@@ -35,6 +35,7 @@ FIELDS = (
     "p_value",
     "abstained",
     "available",
+    "reason",
 )
 
 
@@ -105,7 +106,9 @@ def test_every_field_has_its_shape_and_dtype(model, batch, mode):
         "p_value": (batch, 3),
         "abstained": (batch,),
         "available": (batch, 3),
+        "reason": (batch, 3),
     }
+    assert output.reason.dtype == torch.int64
     masks = {"effective", "abstained", "available"}
     assert {n for n, value in output._asdict().items() if value.dtype == torch.bool} == masks
     assert {value.dtype for n, value in output._asdict().items() if n not in masks} == {torch.float32}
@@ -653,7 +656,7 @@ def test_double_precision_runs_through_and_half_keeps_the_verdict(model):
     features["face"][:10] *= 50.0
     wanted = model(features)
     double = copy.deepcopy(model).to(torch.float64)({name: x.double() for name, x in features.items()})
-    assert {v.dtype for v in double if v.dtype != torch.bool} == {torch.float64}
+    assert {v.dtype for v in double if v.is_floating_point()} == {torch.float64}
     assert torch.equal(double.effective, wanted.effective)
     torch.testing.assert_close(double.logits.float(), wanted.logits, rtol=1e-4, atol=1e-4)
     for dtype in (torch.float16, torch.bfloat16):

@@ -82,6 +82,7 @@ def test_statistics_of_any_number_of_elements(device, batch):
     projections = CheckProjections(
         [matrix(300), matrix(3)], [matrix(4, 300)], [matrix(4)], [matrix(4, 3)], [matrix(4)], [matrix(20, 300)] * 1
         + [matrix(3, 3)],
+        [matrix(4).abs()], [torch.tensor([0.9, 0.6, 0.3, 0.0], device=device)],
     )  # fmt: skip
     samples = at_the_ends(batch)
     got = check_statistics(features, projections, backend="triton")

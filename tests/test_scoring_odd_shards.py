@@ -285,10 +285,10 @@ def test_a_batch_that_cannot_be_staged_is_halved_until_it_can(model, monkeypatch
     monkeypatch.setattr(FrameColumn, "padded", full)
     found = scorer.score(table)
     assert min(seen) <= 4 < max(seen)
-    assert found.drop_columns(["p_angry", "p_happy", "p_neutral"]).equals(
-        wanted.drop_columns(["p_angry", "p_happy", "p_neutral"])
-    )
-    for name in ("p_angry", "p_happy", "p_neutral"):
+    # Sums over a batch round with its size.
+    rounded = [field.name for field in wanted.schema if pa.types.is_floating(field.type)]
+    assert found.drop_columns(rounded).equals(wanted.drop_columns(rounded))
+    for name in rounded:
         np.testing.assert_allclose(found[name].to_numpy(), wanted[name].to_numpy(), atol=1e-6)
 
 
