@@ -65,7 +65,7 @@ def coloured_noise(
 
     Each feature has noise of its own: white noise w, integrated ``exponent / 2`` times, n_t = Σ_k h_k w_(t−k) with
     h_0 = 1 and h_k = h_(k−1) · (k − 1 + exponent/2) / k (Kasdin, Proc. IEEE 83(5), 1995). Its spectrum is
-    |2 sin πf|^(−exponent), f in cycles per frame. The noise is scaled to the ratio in each sample, exactly, where
+    ``|2 sin πf|^(−exponent)``, f in cycles per frame. The noise is scaled to the ratio in each sample, exactly, where
     `gaussian_noise` holds it on average. A silent sample gets noise relative to a power of 1.
 
     Args:
