@@ -139,7 +139,8 @@ def _calibrate_symptoms(
     energy, available = measured.statistics.energy, measured.available
     symptoms = []
     for m, (sample, vector) in enumerate(zip(part.sequences, part.vectors, strict=True)):
-        mean, variance, change = (x.to(energy.dtype) for x in (vector[:, : sample.variance.shape[1]], *sample[:2]))
+        dtype, dim = energy.dtype, sample.variance.shape[1]
+        mean, variance, change = vector[:, :dim].to(dtype), sample.variance.to(dtype), sample.change.to(dtype)
         model, detected = fit_symptoms(sample, mean, available[:, m], part.fold)
         learned |= {f"{name}_{m}": value for name, value in model._asdict().items()}
         found = SequenceStatistics(mean, variance, change, sample.repeated, sample.pairs)
@@ -153,7 +154,7 @@ def _calibrate_symptoms(
     power = (caught & measured_in).sum(dim=0) / measured_in.sum(dim=0).clamp(min=1)
     say[:, :, len(SURPRISES) :] *= power[:, len(SURPRISES) :] >= _LEAST_POWER
     own = torch.zeros_like(available, dtype=values.dtype)
-    for f in CrossFitting.folds:  # scaled by the other folds: the edges of their own samples none would leave
+    for f in CrossFitting.folds:  # scaled by the other folds: by its own edges no sample would be outside
         inside = part.fold == f
         unseen = CombinedScore.scale(values[~inside], say[~inside], available[~inside])
         surprises = CombinedScore.surprises(values[inside], say[inside], unseen, tolerant=False)

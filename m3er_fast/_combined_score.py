@@ -21,6 +21,7 @@ from m3er_fast._symptoms import DETECTORS, SURPRISES, TWO_SIDED
 _NEAR_SHARE = 0.05
 _ALL_SHARE = 0.05
 _FAR_SHARE = _ALL_SHARE / (2 * len(SURPRISES) + len(DETECTORS) + 1)
+# A comparison of modalities that finds this share of swapped ones has half of all shares.
 _ENOUGH_POWER = 0.5
 # Edges are at least this far from the median: where all of training is alike, a hair's breadth is no surprise.
 _LEAST_EDGE = 0.05

@@ -25,9 +25,9 @@ from m3er_fast.operands import SequenceStatistics
 
 NO_REASON = "none"
 
-# Of a variance, in units of the feature's mean square in training: less is taken for a constant feature.
+# In units of the feature's mean square in training: a feature with a smaller variance counts as constant.
 _LEAST_VARIANCE = 1e-3
-# The same for what is summed over the features, where a frozen sequence must stand out.
+# The same for means over the features, among which a frozen sequence must stand out.
 _LEAST_TOTAL = 1e-6
 # A sequence with this many pairs of frames has half a say: the moments of fewer frames vary more.
 _HALF_SAY_PAIRS = 4
@@ -40,7 +40,7 @@ _FEWEST_SEQUENCES = 20
 
 
 class SequenceMoments(NamedTuple):
-    """What the surprises of one modality are computed from, each feature in units of its mean square in training."""
+    """Moments of one modality that give its surprises; each feature in units of its mean square in training."""
 
     energy: Tensor  # (B,)
     power: Tensor  # (B,) mean square of the frames
@@ -56,7 +56,7 @@ class Surprise(NamedTuple):
     measure: Callable[[SequenceMoments], Tensor]  # (B,)
     low: str | None  # the reason reported if it is low; None: other symptoms say why
     high: str | None
-    tolerance: float = 0.0  # how far recordings may differ beside
+    tolerance: float = 0.0  # how far recordings may differ without being odd
     of_sequences: bool = True  # whether it needs pairs of frames
     two_sided: bool = True
 

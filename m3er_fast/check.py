@@ -72,12 +72,14 @@ class ModalityCheck(FittedModule):
       - the *level*, the energy of the utterance vector f_m (the mean over the valid frames) in its own whitened space;
         a factor of two is not held against a recording;
       - the *moments* of the frames and of their changes (:func:`m3er_fast.functional.sequence_statistics`): power,
-        change, roughness (change over variance), evenness over the features, repeated frames;
+        change, roughness (change over power), evenness over the features, repeated frames;
       - *detectors*, linear discriminants between clean training sequences and the same ones with seeded noise, lost
-        frames, gain and shuffled frames;
+        frames, gain and shuffled frames; those that do not find their own corruption in unseen training sequences are
+        not used;
       - *belonging*, the log likelihood ratio of "these two belong together" against each other modality
         (:func:`m3er_fast.functional.check_statistics`), ranked as ρ below. A modality that is odd by itself is not
-        compared with, so that one bad modality does not discredit the good ones.
+        compared with, so that one bad modality does not discredit the good ones. Where it finds half of the modalities
+        that are swapped in training (``correlation_power_``), it has half of what alpha allows.
 
       Symptoms of sequences have no say with one frame, and less with few. ``reason`` names the largest surprise.
     * correlation (the paper, arXiv 1911.05659): ρ_mj is ranked among the calibration samples' values. The largest rank
