@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import signal
@@ -623,6 +624,24 @@ def test_a_full_disk_stops_with_finished_shards_intact_and_nothing_half_written(
     assert score(corpus_dir, model, tmp_path / "out", resume=True).resumed == 2
     score(corpus_dir, model, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", ["write_table", "close"])
+def test_an_interrupt_of_a_writer_leaves_nothing_half_written_and_no_error_behind(
+    model, corpus_dir, tmp_path, monkeypatch, step
+):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(pq.ParquetWriter, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score(corpus_dir, model, tmp_path / "out")
+    gc.collect()
+    assert not unraisable
+    assert sorted(contents(tmp_path / "out")) == ["manifest.json"]
 
 
 # --- models ---

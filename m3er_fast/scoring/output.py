@@ -120,13 +120,8 @@ class OutputFolder:
         Raises:
             OSError: they cannot be written.
         """
-        import pyarrow.parquet
-
         schema = schema.with_metadata({**(schema.metadata or {}), INPUT_KEY: _input_of(shard)})
-        with (
-            self._atomic_file(shard.output_name) as file,
-            pyarrow.parquet.ParquetWriter(file, schema, write_page_checksum=True) as parquet,
-        ):
+        with self._atomic_file(shard.output_name) as file, _parquet_writer(file, schema) as parquet:
             writer = ScoreWriter(parquet, schema)
             yield writer
             writer.flush(last=True)
@@ -205,6 +200,21 @@ class OutputFolder:
     def _delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self.location.filesystem.delete_file(self.location.join(name))
+
+
+def _parquet_writer(file: Any, schema: pa.Schema) -> Any:
+    """Return a Parquet writer that nothing closes but its own ``with`` block.
+
+    An interrupt may strike while the block closes it. By then its file is closed and deleted, and a finalizer that
+    closed the writer again would print an error that nobody can catch.
+    """
+    import pyarrow.parquet
+
+    class WriterWithoutFinalizer(pyarrow.parquet.ParquetWriter):  # type: ignore[misc]
+        def __del__(self) -> None:
+            pass
+
+    return WriterWithoutFinalizer(file, schema, write_page_checksum=True)
 
 
 class ScoreWriter:
