@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_positive_int(value: Any) -> bool:
@@ -63,3 +64,11 @@ def check_device(whose: str, tensor: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != tensor.device:
             raise ValueError(f"{name} is on {value.device}, wanted {tensor.device}, where {whose} are")
+
+
+def not_fitted(message: str) -> Exception:
+    """Return scikit-learn's ``NotFittedError``; importing scikit-learn takes as long as torch, so it waits for this."""
+    from sklearn.exceptions import NotFittedError
+
+    error: Exception = NotFittedError(message)
+    return error

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from m3er_fast._check_calibration import MATRICES, calibrate, fit_projections
@@ -33,7 +32,7 @@ from m3er_fast._symptoms import (
     sample_sequences,
     say_of,
 )
-from m3er_fast._validation import check_choice
+from m3er_fast._validation import check_choice, not_fitted
 from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.functional import unchecked
@@ -280,7 +279,7 @@ class ModalityCheck(FittedModule):
     def check_batch(self, batch: StandardizedBatch) -> CheckResult:
         """:meth:`check` for a batch that is cleaned already."""
         if not self.is_fitted:
-            raise NotFittedError("this ModalityCheck is not fitted: call fit with clean training data first")
+            raise not_fitted("this ModalityCheck is not fitted: call fit with clean training data first")
         config, available = self.config, batch.available
         vectors, moments = self._pool(batch)
         statistics = unchecked.check_statistics(vectors, self.projections_)

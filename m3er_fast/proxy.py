@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from m3er_fast._proxy_bank import BankSample, NeighbourBank, PairedFrames, Proxies
 from m3er_fast._proxy_basis import BasisBank, BasisSample
 from m3er_fast._settings import takes_settings_of
+from m3er_fast._validation import not_fitted
 from m3er_fast.config import Bank, ProxyConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
@@ -259,7 +259,7 @@ class ProxyGenerator(FittedModule):
 
     def _check_fitted(self) -> None:
         if not self.is_fitted:
-            raise NotFittedError("this ProxyGenerator is not fitted: call fit with clean training data first")
+            raise not_fitted("this ProxyGenerator is not fitted: call fit with clean training data first")
 
     def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:
         """Return M tensors (B, T, d_m): the proxies where a modality is lost, and unspecified values elsewhere."""

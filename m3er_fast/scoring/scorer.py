@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from m3er_fast._validation import check_choice, check_positive_int
+from m3er_fast._validation import check_choice, check_positive_int, not_fitted
 from m3er_fast.check import ModalityCheck
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
@@ -81,7 +80,7 @@ class Scorer:
         if batch_frames != "auto":
             check_positive_int("batch_frames", batch_frames, or_else=" or 'auto'")
         if model.modality_check is not None and not model.modality_check.is_fitted:
-            raise NotFittedError("this model's modality check is not fitted: call fit, or train the model")
+            raise not_fitted("this model's modality check is not fitted: call fit, or train the model")
         self.model = model
         self.device = next(model.parameters()).device
         if self.device.type not in ("cpu", "cuda"):
