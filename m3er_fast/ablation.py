@@ -23,7 +23,7 @@ from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
-from m3er_fast.corpus.base import NO_LABEL, Corpus
+from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import Corruption, corrupt, named, takes_groups
 from m3er_fast.evaluation import Prediction, evaluate, standardize_corpus
@@ -120,7 +120,7 @@ def run_ablation(
     test = corpus.subset("test")
     if not len(test):
         raise ValueError("the corpus has no test split to score")
-    if test.target is None or (test.target == NO_LABEL).all():
+    if not test.labelled.any():
         raise ValueError("the test split has no labels to score")
     corpus = ensure_validation(corpus, seed=config.training.seed)
     if out is not None:  # a folder that cannot be written to is an error now, not after hours

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3er_fast._validation import check_positive_int
-from m3er_fast.corpus.base import NO_LABEL, Corpus
+from m3er_fast.corpus.base import Corpus
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
@@ -89,7 +89,10 @@ def evaluate(
     whole["modality_probabilities"] = whole["modality_probabilities"].swapaxes(0, 1)
     report = None
     if corpus.target is not None and labelled(corpus).any():
-        report = classification_report(whole["probabilities"], corpus.target, corpus.classes, task=corpus.task)
+        rows = labelled(corpus)
+        report = classification_report(
+            whole["probabilities"][rows], corpus.target[rows], corpus.classes, task=corpus.task
+        )
     return Prediction(**whole, report=report)
 
 
@@ -131,5 +134,5 @@ def labels_of(corpus: Corpus) -> NDArray[Any]:
 
 def labelled(corpus: Corpus) -> NDArray[np.bool_]:
     """Return (N,) bool: whether an utterance has a label."""
-    target = labels_of(corpus)
-    return target != NO_LABEL if corpus.task == "single" else np.ones(len(target), dtype=bool)
+    labels_of(corpus)
+    return corpus.labelled

@@ -26,7 +26,7 @@ from m3er_fast._training_state import (
 )
 from m3er_fast.atomic_files import replacing
 from m3er_fast.config import M3ERConfig
-from m3er_fast.corpus.base import NO_LABEL, Corpus
+from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.evaluation import Prediction, check_modalities, corpus_batches, evaluate, labelled, labels_of
 from m3er_fast.fitting.statistics import ModelStatistics
@@ -171,7 +171,8 @@ def class_weights(corpus: Corpus) -> tuple[float, ...]:
     """
     target = labels_of(corpus)
     classes = len(corpus.classes)
-    count = np.bincount(target[target != NO_LABEL], minlength=classes) if target.ndim == 1 else target.sum(axis=0)
+    target = target[labelled(corpus)]
+    count = np.bincount(target, minlength=classes) if target.ndim == 1 else target.sum(axis=0)
     present = count > 0
     weight = np.ones(classes)
     weight[present] = count.sum() / (present.sum() * count[present])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus
+from m3er_fast.corpus.base import SPLITS, Corpus
 
 _NO_SPLIT = "all"
 
@@ -80,7 +80,6 @@ def audit_corpus(corpus: Corpus) -> AuditReport:
     fitting = masks.get("train", np.ones(len(corpus), dtype=bool))
     modalities = {name: _audit_modality(corpus, name, masks, fitting) for name in corpus.modalities}
     labels = {name: _label_counts(corpus, mask) for name, mask in masks.items()} if corpus.target is not None else {}
-    unlabelled = len(corpus) if corpus.target is None else int(_unlabelled(corpus).sum())
     quantiles = np.quantile(corpus.lengths, (0, 0.25, 0.5, 0.75, 1)) if len(corpus) else np.zeros(5)
     report = AuditReport(
         utterances=len(corpus),
@@ -91,7 +90,7 @@ def audit_corpus(corpus: Corpus) -> AuditReport:
         empty=int((corpus.lengths == 0).sum()),
         modalities=modalities,
         labels=labels,
-        unlabelled=unlabelled,
+        unlabelled=int((~corpus.labelled).sum()),
         shared_groups=_shared_groups(corpus, masks),
         duplicates=_duplicates(corpus),
         warnings=(),
@@ -119,18 +118,12 @@ def _share(mask: np.ndarray) -> float:
     return float(mask.mean()) if mask.size else math.nan
 
 
-def _unlabelled(corpus: Corpus) -> np.ndarray:
-    if corpus.target is None or corpus.task != "single":
-        return np.zeros(len(corpus), dtype=bool)
-    return np.asarray(corpus.target == NO_LABEL)
-
-
 def _label_counts(corpus: Corpus, mask: np.ndarray) -> dict[str, float]:
     if corpus.target is None:
         return {}
-    target = corpus.target[mask]
+    target = corpus.target[mask & corpus.labelled]
     if corpus.task == "single":
-        counts = np.bincount(target[target != NO_LABEL], minlength=len(corpus.classes))
+        counts = np.bincount(target, minlength=len(corpus.classes))
     else:
         counts = target.sum(axis=0, dtype=np.float64)
     return dict(zip(corpus.classes, map(float, counts), strict=True))

@@ -19,12 +19,35 @@ NO_LABEL = -100
 SPLITS = ("train", "valid", "test")
 TASKS = ("single", "multi", "distribution")
 
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test", "eval", "evaluation"),
+}
+
 # Text first, as in the published files and the slides; names keep the spelling of the files.
 _USUAL_ORDER = ("text", "audio", "face", "video", "vision", "visual")
 
 
 class CorpusError(ValueError):
     """Data that cannot be read or contradicts itself; the message is one line and names the file."""
+
+
+def split_name(value: object) -> str:
+    """Return the split among `SPLITS` that a name stands for, in any case and with any space around it.
+
+    ``train`` and ``training`` are train; ``valid``, ``val``, ``validation`` and ``dev`` are valid; ``test``, ``eval``
+    and ``evaluation`` are test. This is the only place that reads the name of a split.
+
+    Raises:
+        CorpusError: if it is none of these.
+    """
+    name = value.strip().lower() if isinstance(value, str) else None
+    for split, names in _SPLIT_NAMES.items():
+        if name in names:
+            return split
+    known = ", ".join("/".join(names) for names in _SPLIT_NAMES.values())
+    raise CorpusError(f"{value!r} is not a split, wanted {known}")
 
 
 @contextmanager
@@ -50,10 +73,12 @@ class Corpus:
         lengths: (N,) int64 in 0..T, the number of leading frames that are not padding.
         available: (N, M) bool in the order of ``features``; False where a modality is missing.
         target: None, or for task ``"single"`` (N,) int64 class indices with −100 for "no label", for ``"multi"``
-            (N, C) float32 answers 0 or 1, for ``"distribution"`` (N, C) float32 rows that sum to 1.
+            (N, C) float32 answers 0 or 1, for ``"distribution"`` (N, C) float32 rows that sum to 1. In these two, a
+            row of NaN is "no label".
         classes: C class names, in the order of the target.
         task: ``"single"``, ``"multi"`` or ``"distribution"``.
-        split: (N,) strings among ``"train"``, ``"valid"`` and ``"test"``, or None.
+        split: (N,) names of splits, as `split_name` reads them, or None. They are kept as ``"train"``, ``"valid"`` and
+            ``"test"``.
         group: (N,) strings, the video or speaker that splits must not share, or None.
 
     Raises:
@@ -85,9 +110,10 @@ class Corpus:
             self._check_target(rows, self.target)
         if self.split is not None:
             _check_strings("split", self.split, rows)
-            for value in np.unique(self.split.astype(object)):
-                if value not in SPLITS:
-                    raise CorpusError(f"split must be one of {SPLITS}, got {value!r}")
+            usual = {value: split_name(value) for value in np.unique(self.split.astype(object))}
+            if any(value != name for value, name in usual.items()):
+                split = np.array([usual[value] for value in self.split], dtype=object)
+                object.__setattr__(self, "split", split)
         if self.group is not None:
             _check_strings("group", self.group, rows)
 
@@ -125,11 +151,12 @@ class Corpus:
             _check_array("target", target, np.float32, (rows, classes))
             if self.task == "multi":
                 wrong = ((target != 0) & (target != 1)).any(axis=1)
-                wanted = "answers of 0 or 1"
+                wanted = "answers of 0 or 1, or NaN throughout for no label"
             else:
                 # Written so that NaN is wrong too.
                 wrong = ~((target >= 0).all(axis=1) & (np.abs(target.sum(axis=1) - 1) < 1e-3))
-                wanted = "probabilities that sum to 1"
+                wanted = "probabilities that sum to 1, or NaN throughout for no label"
+            wrong &= ~np.isnan(target).all(axis=1)
         if wrong.any():
             row = int(wrong.argmax())
             raise CorpusError(f"target of {self.ids[row]!r} is {target[row].tolist()}, wanted {wanted}")
@@ -152,6 +179,13 @@ class Corpus:
         """T, the length of the padded time axis."""
         return int(next(iter(self.features.values())).shape[1])
 
+    @property
+    def labelled(self) -> np.ndarray:
+        """(N,) bool: whether an utterance has a label."""
+        if self.target is None:
+            return np.zeros(len(self), dtype=bool)
+        return np.asarray(self.target != NO_LABEL if self.task == "single" else ~np.isnan(self.target).all(axis=1))
+
     def select(self, rows: Any) -> Corpus:
         """Return the utterances at ``rows``: integer indices or a boolean mask."""
         return Corpus(
@@ -172,8 +206,7 @@ class Corpus:
         Raises:
             CorpusError: if the corpus has no splits, or ``split`` is not the name of one.
         """
-        if split not in SPLITS:
-            raise CorpusError(f"split must be one of {SPLITS}, got {split!r}")
+        split = split_name(split)
         if self.split is None:
             raise CorpusError(f"this corpus has no splits, so no {split!r}: make them with split_by_group")
         return self.select(self.split == split)
@@ -187,8 +220,7 @@ def concatenate(corpora: Sequence[Corpus]) -> Corpus:
     text, audio, face.
 
     Raises:
-        CorpusError: if the parts differ in task, classes or feature counts, if only some have splits, or if only some
-            have targets and the task cannot express "no label".
+        CorpusError: if the parts differ in task, classes or feature counts, or if only some have splits.
     """
     if not corpora:
         raise CorpusError("there is nothing to concatenate")
@@ -236,15 +268,16 @@ def order_modalities(names: Iterable[str]) -> list[str]:
 
 
 def _concatenate_targets(corpora: Sequence[Corpus]) -> np.ndarray | None:
-    targets = [part.target for part in corpora]
-    if all(target is None for target in targets):
+    if all(part.target is None for part in corpora):
         return None
-    filled = []
-    for part, target in zip(corpora, targets, strict=True):
-        if target is None and part.task != "single" and len(part):
-            raise CorpusError(f"only some of the parts have labels, which task {part.task!r} cannot express")
-        filled.append(np.full(len(part), NO_LABEL) if target is None and part.task == "single" else target)
-    return np.concatenate([target for target in filled if target is not None])
+    return np.concatenate([unlabelled(part) if part.target is None else part.target for part in corpora])
+
+
+def unlabelled(corpus: Corpus) -> np.ndarray:
+    """Return a target that gives no utterance of a corpus a label."""
+    if corpus.task == "single":
+        return np.full(len(corpus), NO_LABEL)
+    return np.full((len(corpus), len(corpus.classes)), np.nan, np.float32)
 
 
 def _check_strings(name: str, value: Any, rows: int | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError
+from m3er_fast.corpus.base import SPLITS, Corpus, CorpusError
 
 
 def split_by_group(corpus: Corpus, *, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2), seed: int = 0) -> Corpus:
@@ -90,11 +90,12 @@ def _deal_groups(corpus: Corpus, fractions: Sequence[float], seed: int) -> np.nd
 
 def _label_mass(corpus: Corpus) -> np.ndarray:
     """Return (N, C): the amount of each class in a row."""
-    if corpus.target is None:
-        return np.zeros((len(corpus), len(corpus.classes)))
-    if corpus.task != "single":
-        return corpus.target
     mass = np.zeros((len(corpus), len(corpus.classes)))
-    labelled = np.flatnonzero(corpus.target != NO_LABEL)
-    mass[labelled, corpus.target[labelled]] = 1
+    if corpus.target is None:
+        return mass
+    labelled = np.flatnonzero(corpus.labelled)
+    if corpus.task == "single":
+        mass[labelled, corpus.target[labelled]] = 1
+    else:
+        mass[labelled] = corpus.target[labelled]
     return mass
