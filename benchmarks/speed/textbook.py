@@ -2,9 +2,10 @@
 
 This is the contestant that goals and ratios count against, eager and compiled. It takes clean input only: no missing
 modality, no padding, no labels to ignore, and no care for logits so extreme that a probability rounds to 0 or 1.
+``textbook_weights.py`` gives these modules the weights of a fitted model.
 
 Dimension legend: M modalities, B samples, T steps, C classes, d features of a modality, h hidden size, u memory size,
-P pairs of modalities, k components of a pair.
+P pairs of modalities, k components of a pair, Q queries, K neighbours, n rows.
 """
 
 from __future__ import annotations
@@ -72,16 +73,17 @@ def _log_likelihood_ratio(u: Tensor, v: Tensor, canonical: Tensor) -> Tensor:
 def sequence_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, variance and change (B, d) of frames (B, T, d), and the repeated frames (B,)."""
     difference = x.diff(dim=1)
+    change = difference.square().sum(dim=1) / (2 * max(difference.shape[1], 1))
     repeated = (difference == 0).all(dim=2).sum(dim=1)
-    return x.mean(dim=1), x.var(dim=1, correction=0), difference.square().mean(dim=1) / 2, repeated
+    return x.mean(dim=1), x.var(dim=1, correction=0), change, repeated
 
 
 def local_least_squares(query: Tensor, bank: Tensor, target: Tensor, neighbors: Tensor, ridge: float) -> Tensor:
     """Proxies (Q, e) from the K neighbours (Q, K) of queries (Q, d) in a bank (n, d) with partners (n, e)."""
     rows = bank[neighbors]
     gram = rows @ rows.mT
-    k = gram.shape[1]
-    gram = gram + ridge / k * gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] * torch.eye(k)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.mean(dim=1, keepdim=True)
     weight = torch.linalg.solve(gram, rows @ query[:, :, None])
     return (weight * target[neighbors]).sum(dim=1)
 
@@ -90,6 +92,19 @@ def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and row numbers (Q, k) of the nearest rows of a bank (n, d)."""
     found = torch.cdist(query, bank).topk(k, largest=False)
     return found.values, found.indices
+
+
+def cca(x: Tensor, y: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotations (d, k) of two views (n, d) and their canonical correlations (k,): covariance, whitening, one SVD."""
+    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+    left, right = _whitener(x), _whitener(y)
+    u, correlations, v = torch.linalg.svd(left.T @ (x.T @ y / (len(x) - 1)) @ right, full_matrices=False)
+    return left @ u[:, :components], right @ v[:components].T, correlations[:components]
+
+
+def _whitener(x: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(x.T @ x / (len(x) - 1))
+    return vectors / values.sqrt()
 
 
 class Network(nn.Module):
@@ -129,11 +144,12 @@ class Network(nn.Module):
         zeros = features[0].new_zeros(batch, self.hidden)
         hidden, cell = [zeros] * len(features), [zeros] * len(features)
         memory = features[0].new_zeros(batch, self.memory)
-        own = [torch.cat([zeros, zeros], dim=1)] * len(features)
+        attended = features[0].new_zeros(batch, 2 * len(features) * self.hidden)
         for t in range(steps):
             inputs = [x[:, t] for x in features]
             if self.feedback:
-                inputs = [torch.cat([x, back], dim=1) for x, back in zip(inputs, own, strict=True)]
+                own = attended.unflatten(1, (2, -1, self.hidden)).transpose(1, 2).flatten(2).unbind(dim=1)
+                inputs = [torch.cat(pair, dim=1) for pair in zip(inputs, own, strict=True)]
             old = cell
             states = [lstm(x, (h, c)) for lstm, x, h, c in zip(self.lstms, inputs, hidden, cell, strict=True)]
             hidden, cell = [h for h, _ in states], [c for _, c in states]
@@ -142,9 +158,6 @@ class Network(nn.Module):
             context = torch.cat([attended, memory], dim=1)
             candidate = self.candidate(attended).tanh()
             memory = self.retain(context).sigmoid() * memory + self.update(context).sigmoid() * candidate
-            before, after = attended.chunk(2, dim=1)
-            halves = zip(before.split(self.hidden, dim=1), after.split(self.hidden, dim=1), strict=True)
-            own = [torch.cat(pair, dim=1) for pair in halves]
         return hidden, memory
 
 
