@@ -40,10 +40,11 @@ def test_corpus_has_its_shape_as_properties():
         ({"target": np.array([0, 1, -1, 0, 0, 0])}, "'u2' is -1"),
         ({"target": np.full((6, 2), 0.5, np.float32), "task": "multi"}, "'u0'.*answers of 0 or 1"),
         ({"target": np.full((6, 2), 0.4, np.float32), "task": "distribution"}, "'u0'.*sum to 1"),
-        ({"target": np.full((6, 2), np.nan, np.float32), "task": "distribution"}, "'u0'.*sum to 1"),
+        ({"target": np.full((6, 2), [np.nan, 1], np.float32), "task": "distribution"}, "'u0'.*sum to 1"),
+        ({"target": np.full((6, 2), [np.nan, 1], np.float32), "task": "multi"}, "'u0'.*answers of 0 or 1"),
         ({"task": "regression"}, "task must be one of"),
         ({"classes": ("a", "a")}, "distinct names"),
-        ({"split": np.array(["dev"] * 6, dtype=object)}, "split must be one of.*'dev'"),
+        ({"split": np.array(["holdout"] * 6, dtype=object)}, "'holdout' is not a split, wanted train/training, valid"),
         ({"group": np.array(["a"] * 5, dtype=object)}, "group must have 6 rows, got 5"),
     ],
 )
@@ -75,8 +76,8 @@ def test_select_and_subset_keep_rows_together():
     assert corpus.subset("valid").ids.tolist() == ["u2", "u6"]
     with pytest.raises(CorpusError, match="no splits"):
         make_corpus(split=None).subset("train")
-    with pytest.raises(CorpusError, match="got 'dev'"):
-        corpus.subset("dev")
+    with pytest.raises(CorpusError, match="'holdout' is not a split"):
+        corpus.subset("holdout")
 
 
 def test_concatenate_undoes_a_cut():
@@ -106,9 +107,6 @@ def test_concatenate_refuses_parts_that_do_not_fit():
         concatenate([corpus, make_corpus(ids=other, split=None)])
     with pytest.raises(CorpusError, match="'u0' occurs 2 times"):
         concatenate([corpus, corpus])
-    answers = make_corpus(ids=other, target=np.zeros((6, 2), np.float32), task="multi")
-    with pytest.raises(CorpusError, match="only some of the parts have labels"):
-        concatenate([answers, make_corpus(target=None, task="multi")])
     with pytest.raises(CorpusError, match="nothing to concatenate"):
         concatenate([])
 
@@ -118,6 +116,30 @@ def test_concatenate_marks_the_rows_of_an_unlabelled_part():
     joined = concatenate([make_corpus(rows=2), unlabelled])
     assert joined.target.tolist() == [0, 1, -100, -100]
     assert joined.group.tolist() == ["v0", "v0", "a", "b"]
+
+
+@pytest.mark.parametrize("task", ["multi", "distribution"])
+def test_a_row_of_nan_is_no_label(task):
+    answers = np.array([[0, 1], [np.nan, np.nan], [1, 0]], np.float32)
+    ids = np.array(["a", "b"], dtype=object)
+    labelled = make_corpus(rows=3, target=answers, task=task)
+    joined = concatenate([labelled, make_corpus(rows=2, ids=ids, target=None, task=task)])
+    np.testing.assert_array_equal(joined.target, np.concatenate([answers, np.full((2, 2), np.nan)]))
+    assert joined.labelled.tolist() == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train", "TRAIN", "training", " Train "]),
+        ("valid", ["valid", "val", "dev", "Validation", "DEV"]),
+        ("test", ["test", "Test", "eval", "evaluation"]),
+    ],
+)
+def test_the_usual_names_of_a_split_are_read_in_any_case(split, names):
+    corpus = make_corpus(rows=len(names), split=np.array(names, dtype=object))
+    assert corpus.split.tolist() == [split] * len(names)
+    assert all(len(corpus.subset(name)) == len(names) for name in names)
 
 
 def test_importing_corpus_loads_no_file_library():

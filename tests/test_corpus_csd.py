@@ -119,6 +119,29 @@ def test_aligned_files_name_the_utterance_themselves(tmp_path):
     assert corpus.target.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("missing", [np.full(7, np.nan), [1, 0, np.nan, 0, 0, 0, 0]])
+def test_a_row_with_nan_among_its_emotions_has_no_label(folder, missing):
+    values = LABELS["v"][0].copy()
+    values[1] = missing
+    save(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
+    corpus = read(folder)
+    np.testing.assert_array_equal(corpus.target, [[1, 0, 0, 0, 1, 0], [np.nan] * 6, [0, 1, 0, 0, 0, 0]])
+    assert corpus.labelled.tolist() == [True, False, True]
+
+
+def test_nan_in_a_column_that_is_not_read_is_no_matter(folder):
+    values = LABELS["v"][0].copy()
+    values[:, 0] = np.nan  # sentiment
+    save(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
+    assert read(folder).labelled.all()
+
+
+def test_hidden_files_beside_the_data_are_not_read(folder):
+    (folder / "._covarep.csd").write_bytes(b"\0\5\x16\7")
+    (folder / "_labels.csd").write_bytes(b"")
+    assert read(folder).modalities == ("text", "audio")
+
+
 @pytest.mark.parametrize("key", ["dimension names", "dimension namescomputational sequence version"])
 def test_dimension_names_order_the_classes_even_under_the_fused_key(folder, key):
     names = ["sentiment", *reversed(NAMES[1:])]
@@ -136,8 +159,9 @@ def test_folds_split_videos_and_leave_out_the_others(folder):
     corpus = read(folder, folds={"train": ["w"], "test": []})
     assert corpus.ids.tolist() == ["w[0]"]
     assert corpus.split.tolist() == ["train"]
-    with pytest.raises(ValueError, match="'dev' is not a split"):
-        read(folder, folds={"dev": ["w"]})
+    assert read(folder, folds={"dev": ["w"], "Train": ["v"]}).split.tolist() == ["train", "train", "valid"]
+    with pytest.raises(ValueError, match="folds: 'holdout' is not a split"):
+        read(folder, folds={"holdout": ["w"]})
     with pytest.raises(CorpusError, match="holds no utterance of any fold"):
         read(folder, folds={"train": ["x"]})
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from corpus_fixtures import real_data
+from corpus_fixtures import assert_same, real_data
 
 from m3er_fast.corpus import CorpusError
 from m3er_fast.corpus.mfn_h5 import read
@@ -128,6 +128,13 @@ def test_labels_become_classes_as_documented(tmp_path, labels, classes, task, ta
     assert corpus.classes == classes
     assert corpus.task == task
     assert corpus.target.tolist() == target
+
+
+def test_files_of_a_split_may_have_any_of_its_usual_names(folder):
+    wanted = read(folder)
+    for file in list(folder.glob("*train*")):
+        file.rename(file.with_name(file.name.replace("train", "training")))
+    assert_same(read(folder), wanted)
 
 
 def test_traits_are_divided_by_the_medians_of_train(tmp_path):

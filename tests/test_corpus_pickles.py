@@ -7,6 +7,7 @@ import pytest
 from corpus_fixtures import Hostile, write_pickle
 
 from m3er_fast.corpus import CorpusError, iemocap_pickle, mmsa_pickle, mult_pickle
+from m3er_fast.corpus._labels import label_name
 
 NEGATIVE, NEUTRAL, POSITIVE = range(3)
 
@@ -57,6 +58,59 @@ def test_mmsa_annotations_of_other_names_are_the_classes(tmp_path):
     corpus = read_mmsa(tmp_path, train, valid=valid)
     assert corpus.classes == ("happy", "sad")
     assert corpus.target.tolist() == [1, -100, 0, 1]
+
+
+MISSING = [None, np.nan, float("nan"), np.float32("nan"), "", "  ", b"", "nan", "NaN", "None", "null", "NA", "<NA>"]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+def test_a_missing_annotation_is_no_label_and_no_class(tmp_path, missing):
+    corpus = read_mmsa(tmp_path, mmsa_fold(annotations=np.array(["Positive", missing], dtype=object)))
+    assert corpus.classes == ("negative", "neutral", "positive")
+    assert corpus.target.tolist() == [POSITIVE, -100, POSITIVE, NEGATIVE]
+    assert corpus.labelled.tolist() == [True, False, True, True]
+
+
+def test_pandas_na_is_no_label():
+    pandas = pytest.importorskip("pandas")
+    column = pandas.array(["Sad ", None, "sad"], dtype="string")
+    assert [label_name(value) for value in column] == ["sad", None, "sad"]
+    assert label_name(pandas.NaT) is None
+
+
+@pytest.mark.parametrize("spelled", ["Positive", "POSITIVE", " positive\n", b"Positive", np.str_("positive")], ids=repr)
+def test_annotations_in_bytes_with_space_or_in_another_case_are_the_same_class(tmp_path, spelled):
+    corpus = read_mmsa(tmp_path, mmsa_fold(annotations=[spelled, "Negative"]))
+    assert corpus.target.tolist() == [POSITIVE, NEGATIVE] * 2
+
+
+@pytest.mark.parametrize("missing", [np.nan, None])
+@pytest.mark.parametrize("key", ["classification_labels", "regression_labels"])
+def test_a_missing_number_is_no_label(tmp_path, key, missing):
+    def fold(seed):
+        kinds = ("annotations", "classification_labels", "regression_labels")
+        return mmsa_fold(seed=seed, **dict.fromkeys(kinds)) | {key: np.array([2.0, missing], dtype=object)}
+
+    corpus = read_mmsa(tmp_path, fold(0), valid=fold(1))
+    assert corpus.target.tolist() == [POSITIVE, -100] * 2
+
+
+def test_ids_in_bytes_are_texts_and_a_missing_one_is_named(tmp_path):
+    corpus = read_mmsa(tmp_path, mmsa_fold(id=[b"vid0$_$0", np.bytes_(b"vid0$_$1")]))
+    assert corpus.ids.tolist()[:2] == ["vid0$_$0", "vid0$_$1"]
+    assert corpus.group.tolist()[:2] == ["vid0", "vid0"]
+    with pytest.raises(CorpusError, match="train: id has nothing in row 1"):
+        read_mmsa(tmp_path, mmsa_fold(id=["a", None]))
+
+
+@pytest.mark.parametrize("names", [("train", "dev", "eval"), ("TRAIN", "Validation", "TEST"), ("training", "val", "test")])
+@pytest.mark.parametrize("reader", [mmsa_pickle, mult_pickle])
+def test_the_usual_names_of_splits_are_keys(tmp_path, reader, names):
+    folds = [mmsa_fold(seed=seed) if reader is mmsa_pickle else mult_fold(PAIRS, seed=seed) for seed in range(3)]
+    corpus = reader.read(write_pickle(tmp_path / "m.pkl", dict(zip(names, folds, strict=True)) | {"note": 1}))
+    assert corpus.split.tolist() == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
+    with pytest.raises(CorpusError, match="several keys for train"):
+        reader.read(write_pickle(tmp_path / "m.pkl", {"train": folds[0], "Training": folds[1]}))
 
 
 def test_mmsa_without_labels(tmp_path):
@@ -214,6 +268,13 @@ def test_mult_unaligned_frames_are_averaged_over_the_words(tmp_path):
     assert corpus.available.tolist() == [[True, True, False], [True] * 3]
     expected = fold["audio"][0, 6:].reshape(2, 2, 2).mean(axis=1)
     np.testing.assert_allclose(corpus.features["audio"][0, :2], expected, rtol=1e-6)
+
+
+def test_a_mult_row_of_nan_has_no_label(tmp_path):
+    pairs = PAIRS.copy()
+    pairs[1] = np.nan
+    corpus = mult_pickle.read(write_pickle(tmp_path / "m.pkl", {"train": mult_fold(pairs)}))
+    np.testing.assert_array_equal(corpus.target, [[0, 1, 0, 1], [np.nan] * 4])
 
 
 @pytest.mark.parametrize(

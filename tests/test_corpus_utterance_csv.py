@@ -46,6 +46,23 @@ def test_a_modality_without_a_file_in_a_split_is_unavailable_there(folder):
     assert read(folder).available.tolist() == [[True, True]] * 3 + [[False, True]] * 2
 
 
+@pytest.mark.parametrize("name", ["val", "dev", "validation"])
+def test_files_of_a_split_may_have_any_of_its_usual_names(folder, name):
+    write(folder / f"audio_{name}.csv", AUDIO[:1])
+    (folder / f"{name}_index.csv").write_text("id,transcript,label\nw_1,x,1\n", encoding="utf-8")
+    corpus = read(folder)
+    assert corpus.ids[corpus.split == "valid"].tolist() == ["w_1"]
+    write(folder / "audio_valid.csv", AUDIO[:1])
+    with pytest.raises(CorpusError, match=r"is audio of valid, as is audio_.*\.csv"):
+        read(folder)
+
+
+def test_hidden_files_beside_the_data_are_not_read(folder):
+    (folder / "._audio_train.csv").write_bytes(b"\0\5\x16\7")
+    (folder / "_audio_test.csv").write_bytes(b"x")
+    assert read(folder).modalities == ("text", "audio")
+
+
 def test_more_classes_are_numbered(tmp_path):
     write(tmp_path / "audio_train.csv", [["1", "0"], ["2", "2"]])
     assert read(tmp_path).classes == ("class_0", "class_1", "class_2")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3er_fast.corpus._sequences import as_float32, equal_parts, right_pad, trim_padding
-from m3er_fast.corpus.base import SPLITS, CorpusError
+from m3er_fast.corpus.base import SPLITS, CorpusError, split_name
 
 DEFAULT_STEPS = 50
 MODALITIES = ("text", "audio", "vision")
@@ -29,11 +29,12 @@ class Fold(NamedTuple):
 
 def read_folds(data: Any, path: Path) -> dict[str, Fold]:
     """Return the splits of a loaded pickle that hold an utterance, in the usual order."""
-    if not isinstance(data, dict) or not any(split in data for split in SPLITS):
+    given = _by_split(data, path) if isinstance(data, dict) else {}
+    if not given:
         raise CorpusError(f"{path}: wanted a dict with the keys {', '.join(SPLITS)}, got {_summary(data)}")
     folds = {}
     for split in SPLITS:
-        fields = data.get(split)
+        fields = given.get(split)
         if fields is None:
             continue
         if not isinstance(fields, dict) or not any(name in fields for name in MODALITIES):
@@ -44,6 +45,20 @@ def read_folds(data: Any, path: Path) -> dict[str, Fold]:
     if not folds:
         raise CorpusError(f"{path}: holds no utterance")
     return folds
+
+
+def _by_split(data: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Return the members whose key is the name of a split; others, such as notes on the data, are left out."""
+    given: dict[str, Any] = {}
+    for key, value in data.items():
+        try:
+            split = split_name(key)
+        except CorpusError:
+            continue
+        if split in given:
+            raise CorpusError(f"{path}: has several keys for {split}: {_summary(data)}")
+        given[split] = value
+    return given
 
 
 def _sequences(fields: Mapping[str, Any], path: Path, split: str) -> dict[str, np.ndarray]:

@@ -1,14 +1,77 @@
-"""Classes and groups from the scores and ids of published files."""
+"""Classes, ids and groups from the names and scores of published files."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from m3er_fast.corpus.base import NO_LABEL, CorpusError
 
 SENTIMENT = ("negative", "neutral", "positive")
+
+# The texts of a missing value: blank, and what str() makes of None, NaN, NaT and pandas' NA. pandas.read_csv reads
+# them as missing too.
+_MISSING = frozenset(("", "nan", "none", "null", "na", "n/a", "#n/a", "<na>", "nat"))
+
+
+def text_of(value: Any) -> str | None:
+    """Return a text cell of an untrusted table, or None where it is missing.
+
+    Bytes are UTF-8, or Latin-1 if they are not. None, NaN, NaT and pandas' NA are missing.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, float | np.floating) and math.isnan(value):
+        return None
+    if isinstance(value, bytes | bytearray):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            value = value.decode("latin1")
+    return str(value)
+
+
+def label_name(value: Any) -> str | None:
+    """Return the class that a cell of labels names, in lower case, or None for no label.
+
+    This is the only place that reads the name of a label. Space around a name and its case do not count. Missing are
+    blank cells, None, NaN, pandas' NA, and their texts: ``nan``, ``none``, ``null``, ``NA``, ``N/A``.
+    """
+    text = text_of(value)
+    name = "" if text is None else text.strip().lower()
+    return None if name in _MISSING else name
+
+
+def classes_named(names: Iterable[str | None]) -> tuple[str, ...]:
+    """Return the classes of label names: `SENTIMENT` if there are no others, else all in alphabetical order."""
+    found = {name for name in names if name is not None}
+    return SENTIMENT if found <= set(SENTIMENT) else tuple(sorted(found))
+
+
+def class_indices(names: Iterable[str | None], classes: tuple[str, ...]) -> np.ndarray:
+    """Return the position (N,) of each name among the classes, or −100 for None."""
+    index: Mapping[str | None, int] = {name: position for position, name in enumerate(classes)}
+    return np.array([index.get(name, NO_LABEL) for name in names], dtype=np.int64)
+
+
+def ids_of(values: Any, rows: int, where: str) -> np.ndarray:
+    """Return texts (N,) that name rows, such as ids.
+
+    Raises:
+        CorpusError: if there are not as many as rows, or one is missing.
+    """
+    texts = [text_of(value) for value in np.asarray(values, dtype=object).reshape(-1)]
+    if len(texts) != rows:
+        raise CorpusError(f"{where} has {len(texts)} entries, wanted {rows}")
+    if None in texts:
+        raise CorpusError(f"{where} has nothing in row {texts.index(None)}")
+    return np.array(texts, dtype=object)
 
 
 def sentiment_classes(scores: np.ndarray, where: str) -> np.ndarray:

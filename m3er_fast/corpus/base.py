@@ -19,11 +19,12 @@ NO_LABEL = -100
 SPLITS = ("train", "valid", "test")
 TASKS = ("single", "multi", "distribution")
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "eval", "evaluation"),
 }
+"""Every spelling of each split, in lower case and the usual one first."""
 
 # Text first, as in the published files and the slides; names keep the spelling of the files.
 _USUAL_ORDER = ("text", "audio", "face", "video", "vision", "visual")
@@ -43,10 +44,10 @@ def split_name(value: object) -> str:
         CorpusError: if it is none of these.
     """
     name = value.strip().lower() if isinstance(value, str) else None
-    for split, names in _SPLIT_NAMES.items():
+    for split, names in SPLIT_NAMES.items():
         if name in names:
             return split
-    known = ", ".join("/".join(names) for names in _SPLIT_NAMES.values())
+    known = ", ".join("/".join(names) for names in SPLIT_NAMES.values())
     raise CorpusError(f"{value!r} is not a split, wanted {known}")
 
 

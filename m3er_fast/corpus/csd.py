@@ -20,7 +20,8 @@ from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus._hdf5 import group_at, names_in, open_hdf5, read_array
 from m3er_fast.corpus._labels import SENTIMENT, sentiment_classes, video_of
 from m3er_fast.corpus._sequences import as_float32, finite_mean, right_pad
-from m3er_fast.corpus.base import SPLITS, Corpus, CorpusError, naming, order_modalities
+from m3er_fast.corpus.base import Corpus, CorpusError, naming, order_modalities, split_name
+from m3er_fast.corpus.files import visible_files
 
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
 
@@ -95,24 +96,25 @@ def read(
 
     Label columns are identified by their dimension names, or by their number if there are none. Seven columns are
     sentiment and the six emotions of MOSEI, six are the emotions: multi-label, present when > 0. One column is
-    sentiment, whose sign is the class.
+    sentiment, whose sign is the class. A row with a NaN among the columns that are read has no label.
 
     Args:
         source: a folder of ``.csd`` files, or the files.
         modalities: root name or file stem -> modality, overriding the guess from the name (GloVe: text, COVAREP and
             openSMILE: audio, FACET and OpenFace: face); ``"words"`` and ``"labels"`` name those two files.
         max_steps: T, the longest time axis kept.
-        folds: split -> videos, such as the SDK's standard folds; videos in no fold are left out. None gives no splits.
+        folds: split, as `split_name` reads it, -> videos, such as the SDK's standard folds; videos in no fold are left
+            out. None gives no splits.
 
     Raises:
         CorpusError: naming the file and the part that is refused, missing or contradictory.
         ValueError: if ``max_steps`` is not a positive int, or a fold is no split.
     """
     check_positive_int("max_steps", max_steps)
-    for name in folds or ():
-        if name not in SPLITS:
-            raise ValueError(f"folds: {name!r} is not a split, wanted {', '.join(SPLITS)}")
-    files = sorted(source.glob("*.csd")) if isinstance(source, Path) and source.is_dir() else _listed(source)
+    if folds is not None:
+        with naming("folds"):
+            folds = _usual_names(folds)
+    files = visible_files(source, "*.csd") if isinstance(source, Path) and source.is_dir() else _listed(source)
     if not files:
         raise CorpusError(f"{source}: holds no .csd file")
     with ExitStack() as stack:
@@ -131,6 +133,13 @@ def read(
         if not sequences.keys() - {"words"}:
             raise CorpusError(f"{source}: holds labels but no features")
         return _corpus(labels, sequences, max_steps, folds)
+
+
+def _usual_names(folds: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    usual: dict[str, list[str]] = {}
+    for name, videos in folds.items():
+        usual.setdefault(split_name(name), []).extend(videos)
+    return usual
 
 
 def _listed(source: Path | Sequence[Path]) -> list[Path]:
@@ -305,4 +314,6 @@ def _target(labels: _Sequences, values: np.ndarray) -> tuple[np.ndarray, tuple[s
     emotions = [column for column, name in enumerate(names) if name != "sentiment"]
     if not emotions:
         raise CorpusError(f"{labels.path}: labels have {labels.width} columns without names, wanted 1, 6 or 7")
-    return (values[:, emotions] > 0).astype(np.float32), tuple(names[column] for column in emotions), "multi"
+    scores = values[:, emotions]
+    target = np.where(np.isnan(scores).any(axis=1, keepdims=True), np.float32(np.nan), scores > 0)
+    return target.astype(np.float32), tuple(names[column] for column in emotions), "multi"

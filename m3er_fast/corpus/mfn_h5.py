@@ -13,7 +13,7 @@ import numpy as np
 from m3er_fast.corpus._hdf5 import names_in, open_hdf5, read_array
 from m3er_fast.corpus._labels import SENTIMENT, row_ids, sentiment_classes
 from m3er_fast.corpus._sequences import as_float32, trim_padding
-from m3er_fast.corpus.base import SPLITS, Corpus, CorpusError, concatenate, naming
+from m3er_fast.corpus.base import SPLIT_NAMES, SPLITS, Corpus, CorpusError, concatenate, naming
 
 _FILES = {"text": "text_{}_emb.h5", "audio": "audio_{}.h5", "video": "video_{}.h5"}
 _JOINT_COLUMNS = {"text": slice(0, 300), "audio": slice(300, 305), "face": slice(305, 325)}
@@ -46,9 +46,9 @@ def read(path: Path) -> Corpus:
         raise CorpusError(f"{path}: not a folder of .h5 files")
     features = {split: _features(path, split) for split in SPLITS}
     labels = {
-        split: _labels(path / f"y_{split}.h5", value)
+        split: _labels(file, value)
         for split, value in features.items()
-        if value and (path / f"y_{split}.h5").exists()
+        if value and (file := _find(path, "y_{}.h5", split)) is not None
     }
     targets, classes, task = _targets(path, labels)
     if not any(features.values()):
@@ -80,14 +80,15 @@ def _part(
 
 def _features(folder: Path, split: str) -> dict[str, np.ndarray]:
     """Return the modalities of a split; none if it has no files."""
-    joint = folder / f"X_{split}.h5"
-    if joint.exists():
+    joint = _find(folder, "X_{}.h5", split)
+    if joint is not None:
         value = _sequences(joint)
         if value.shape[2] != 325:
             raise CorpusError(f"{joint}: has {value.shape[2]} features, wanted 325 = text 300, audio 5, face 20")
         return {name: np.ascontiguousarray(value[:, :, columns]) for name, columns in _JOINT_COLUMNS.items()}
-    files = {name: folder / pattern.format(split) for name, pattern in _FILES.items()}
-    given = {name: _sequences(file) for name, file in files.items() if file.exists()}
+    found = {name: _find(folder, pattern, split) for name, pattern in _FILES.items()}
+    files = {name: file for name, file in found.items() if file is not None}
+    given = {name: _sequences(file) for name, file in files.items()}
     for name, value in given.items():
         first = next(iter(given))
         if value.shape[:2] != given[first].shape[:2]:
@@ -96,6 +97,11 @@ def _features(folder: Path, split: str) -> dict[str, np.ndarray]:
                 f"{given[first].shape[0]} of {given[first].shape[1]}"
             )
     return given
+
+
+def _find(folder: Path, pattern: str, split: str) -> Path | None:
+    """Return the file of a split under any spelling of its name, or None."""
+    return next((file for name in SPLIT_NAMES[split] if (file := folder / pattern.format(name)).exists()), None)
 
 
 def _sequences(file: Path) -> np.ndarray:

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from m3er_fast.corpus._folds import Fold, on_one_axis, read_folds
-from m3er_fast.corpus._labels import SENTIMENT, row_ids, sentiment_classes, video_of
+from m3er_fast.corpus._labels import (
+    SENTIMENT,
+    class_indices,
+    classes_named,
+    ids_of,
+    label_name,
+    row_ids,
+    sentiment_classes,
+    video_of,
+)
 from m3er_fast.corpus._sequences import as_float32
 from m3er_fast.corpus._unpickle import load_pickle
 from m3er_fast.corpus.base import NO_LABEL, Corpus, CorpusError, concatenate, naming
@@ -23,9 +32,9 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
 
     Aligned files keep their time axis. In unaligned files, the audio and vision frames of an utterance are averaged
     over equal parts, one per word (see ``steps``). The attention mask in ``text_bert`` marks padding words.
-    Labels are the annotations (negative, neutral, positive, or any other names in the file); without annotations, the
-    classification labels 0, 1, 2 for negative, neutral, positive; without either, the sign of the regression labels.
-    The group is the video.
+    Labels are the annotations (negative, neutral, positive, or any other names in the file, in lower case); without
+    annotations, the classification labels 0, 1, 2 for negative, neutral, positive; without either, the sign of the
+    regression labels. A label that is blank, None or NaN is no label. The group is the video.
 
     Args:
         path: the pickle.
@@ -42,7 +51,7 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
         for split, fold in folds.items():
             features, fields = fold
             rows = fold.rows
-            ids = _strings(fields["id"], rows, f"{path}: {split}: id") if fields.get("id") is not None else None
+            ids = ids_of(fields["id"], rows, f"{path}: {split}: id") if fields.get("id") is not None else None
             names = row_ids(split, rows) if ids is None else ids
             _blank_text_padding(features, fields.get("text_bert"), f"{path}: {split}: text_bert")
             lengths: dict[str, np.ndarray] = {
@@ -89,11 +98,11 @@ def _lengths(value: Any, sequences: np.ndarray, ids: np.ndarray, where: str) -> 
     return lengths.astype(np.int64)
 
 
-def _strings(value: Any, rows: int, where: str) -> np.ndarray:
-    strings = np.array([str(item) for item in np.asarray(value, dtype=object).reshape(-1)], dtype=object)
-    if len(strings) != rows:
-        raise CorpusError(f"{where} has {len(strings)} entries, wanted {rows}")
-    return strings
+def _label_names(value: Any, rows: int, where: str) -> list[str | None]:
+    names = [label_name(item) for item in np.asarray(value, dtype=object).reshape(-1)]
+    if len(names) != rows:
+        raise CorpusError(f"{where} has {len(names)} entries, wanted {rows}")
+    return names
 
 
 def _targets(folds: dict[str, Fold], path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -106,16 +115,10 @@ def _targets(folds: dict[str, Fold], path: Path) -> tuple[dict[str, np.ndarray],
         return {}, ()
     if key == "annotations":
         names = {
-            split: np.char.lower(_strings(value, folds[split].rows, f"{path}: {split}: {key}").astype(str))
-            for split, value in given.items()
+            split: _label_names(value, folds[split].rows, f"{path}: {split}: {key}") for split, value in given.items()
         }
-        found = {str(name) for value in names.values() for name in value} - {""}
-        classes = SENTIMENT if found <= set(SENTIMENT) else tuple(sorted(found))
-        index = {name: position for position, name in enumerate(classes)}
-        return {
-            split: np.array([index.get(str(name), NO_LABEL) for name in value], dtype=np.int64)
-            for split, value in names.items()
-        }, classes
+        classes = classes_named(name for values in names.values() for name in values)
+        return {split: class_indices(values, classes) for split, values in names.items()}, classes
     targets = {}
     for split, value in given.items():
         where = f"{path}: {split}: {key}"
@@ -125,9 +128,10 @@ def _targets(folds: dict[str, Fold], path: Path) -> tuple[dict[str, np.ndarray],
         if key == "regression_labels":
             targets[split] = sentiment_classes(numbers, where)
             continue
-        wrong = ~np.isin(numbers, (0, 1, 2))
+        known = ~np.isnan(numbers)
+        wrong = known & ~np.isin(numbers, (0, 1, 2))
         if wrong.any():
             row = int(wrong.argmax())
             raise CorpusError(f"{where}: {numbers[row]:g} in row {row}, wanted 0, 1 or 2 for {', '.join(SENTIMENT)}")
-        targets[split] = numbers.astype(np.int64)
+        targets[split] = np.where(known, numbers, NO_LABEL).astype(np.int64)
     return targets, SENTIMENT

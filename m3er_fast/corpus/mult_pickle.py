@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from m3er_fast.corpus._folds import on_one_axis, read_folds
-from m3er_fast.corpus._labels import SENTIMENT, row_ids, sentiment_classes, video_of
+from m3er_fast.corpus._labels import SENTIMENT, ids_of, row_ids, sentiment_classes, video_of
 from m3er_fast.corpus._sequences import as_float32
 from m3er_fast.corpus._unpickle import load_pickle
 from m3er_fast.corpus.base import Corpus, CorpusError, concatenate, naming
@@ -67,10 +67,11 @@ def _names(value: Any, split: str, rows: int, path: Path) -> tuple[np.ndarray, n
     """Return ids and groups (N,)."""
     if value is None:
         return row_ids(split, rows), None
-    table = np.asarray(value, dtype=object).reshape(len(value), -1)
-    if len(table) != rows:
-        raise CorpusError(f"{path}: {split}: id has {len(table)} entries, wanted {rows}")
-    texts = [[item.decode("latin1") if isinstance(item, bytes) else str(item) for item in row] for row in table]
+    table = np.asarray(value, dtype=object)
+    if table.ndim == 0 or len(table) != rows:
+        raise CorpusError(f"{path}: {split}: id has shape {table.shape}, wanted ({rows},) or ({rows}, 3)")
+    table = table.reshape(rows, -1)
+    texts = ids_of(table, table.size, f"{path}: {split}: id").reshape(table.shape)
     ids = np.array(["_".join(row) for row in texts], dtype=object)
     # If start and end have columns of their own, the first column is the video.
     videos = [row[0] if len(row) > 1 else video_of(row[0]) for row in texts]
@@ -84,11 +85,12 @@ def _target(value: Any, ids: np.ndarray, where: str) -> tuple[np.ndarray | None,
     rows = len(ids)
     labels = as_float32(value, where)
     if labels.shape == (rows, len(IEMOCAP), 2):
-        wrong = ~((np.isin(labels, (0, 1))).all(axis=(1, 2)) & (labels.sum(axis=2) == 1).all(axis=1))
+        known = ~np.isnan(labels).any(axis=(1, 2))
+        wrong = known & ~((np.isin(labels, (0, 1))).all(axis=(1, 2)) & (labels.sum(axis=2) == 1).all(axis=1))
         if wrong.any():
             row = int(wrong.argmax())
             raise CorpusError(f"{where}: {labels[row].tolist()} for {ids[row]!r}, wanted four pairs (no, yes)")
-        return np.ascontiguousarray(labels[:, :, 1]), IEMOCAP, "multi"
+        return np.where(known[:, None], labels[:, :, 1], np.float32(np.nan)), IEMOCAP, "multi"
     if labels.shape in ((rows,), (rows, 1), (rows, 1, 1)):
         return sentiment_classes(labels.reshape(rows), where), SENTIMENT, "single"
     raise CorpusError(

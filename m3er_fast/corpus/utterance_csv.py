@@ -15,7 +15,20 @@ import numpy as np
 
 from m3er_fast.corpus._labels import row_ids, video_of
 from m3er_fast.corpus._sequences import as_float32
-from m3er_fast.corpus.base import SPLITS, Corpus, CorpusError, concatenate, naming, order_modalities
+from m3er_fast.corpus.base import (
+    SPLIT_NAMES,
+    SPLITS,
+    Corpus,
+    CorpusError,
+    concatenate,
+    naming,
+    order_modalities,
+    split_name,
+)
+from m3er_fast.corpus.files import decoding, visible_files
+
+
+_SPELLINGS = "|".join(name for names in SPLIT_NAMES.values() for name in names)
 
 
 def read(path: Path) -> Corpus:
@@ -31,10 +44,13 @@ def read(path: Path) -> Corpus:
     if not path.is_dir():
         raise CorpusError(f"{path}: not a folder of CSV files")
     files: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
-    for file in sorted(path.glob("*.csv")):
-        match = re.fullmatch(r"(.+)_(train|valid|test)\.csv", file.name)
+    for file in visible_files(path, "*.csv"):
+        match = re.fullmatch(rf"(.+)_({_SPELLINGS})\.csv", file.name)
         if match:
-            files[match[2]][match[1]] = file
+            named = files[split_name(match[2])]
+            if match[1] in named:
+                raise CorpusError(f"{file}: is {match[1]} of {split_name(match[2])}, as is {named[match[1]].name}")
+            named[match[1]] = file
     tables = {
         split: {name: _table(given[name]) for name in order_modalities(given)}
         for split, given in files.items()
@@ -51,12 +67,14 @@ def read(path: Path) -> Corpus:
 
 def _table(file: Path) -> np.ndarray:
     """Return a headerless CSV as float64 (N, d + 1)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the error below names an empty file
+    with decoding(file, "not readable as CSV"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the error below names an empty file
+        try:
             table = np.loadtxt(file, delimiter=",", quotechar='"', ndmin=2, encoding="utf-8-sig", comments=None)
-    except ValueError as error:
-        raise CorpusError(f"{file}: {str(error).splitlines()[0].split(';')[0]}") from error
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            raise CorpusError(f"{file}: {str(error).splitlines()[0].split(';')[0]}") from error
     if not len(table):
         raise CorpusError(f"{file}: is empty")
     if table.shape[1] < 2:
@@ -88,8 +106,8 @@ def _part(
     folder: Path, split: str, tables: dict[str, np.ndarray], labels: np.ndarray, classes: tuple[str, ...]
 ) -> Corpus:
     rows = len(labels)
-    index = folder / f"{split}_index.csv"
-    ids = _index(index, labels) if index.exists() else row_ids(split, rows)
+    index = next((file for name in SPLIT_NAMES[split] if (file := folder / f"{name}_index.csv").exists()), None)
+    ids = row_ids(split, rows) if index is None else _index(index, labels)
     return Corpus(
         ids=ids,
         features={name: as_float32(table[:, None, :-1], folder.name) for name, table in tables.items()},
@@ -98,17 +116,14 @@ def _part(
         target=labels,
         classes=classes,
         split=np.full(rows, split, dtype=object),
-        group=np.array([video_of(name) for name in ids], dtype=object) if index.exists() else None,
+        group=np.array([video_of(name) for name in ids], dtype=object) if index is not None else None,
     )
 
 
 def _index(file: Path, labels: np.ndarray) -> np.ndarray:
     """Return the ids (N,) of an index file, whose rows and labels must agree with the feature files."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise CorpusError(f"{file}: {error}") from error
+    with decoding(file, "not readable as CSV"), file.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
     if len(rows) != len(labels):
         raise CorpusError(f"{file}: has {len(rows)} rows below its header, but the features have {len(labels)}")
     for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1):
