@@ -136,6 +136,37 @@ def test_nan_in_a_column_that_is_not_read_is_no_matter(folder):
     assert read(folder).labelled.all()
 
 
+NOTHING = [np.array([]), np.zeros((0, 1)), np.zeros((0, 7)), None]
+
+
+@pytest.mark.parametrize("nothing", NOTHING, ids=["array([])", "(0, 1)", "(0, 7)", "Empty"])
+@pytest.mark.parametrize("part", ["features", "intervals"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_video_without_features_has_none_and_the_others_have_theirs(folder, nothing, part, first):
+    nothing = h5py.Empty("f8") if nothing is None else nothing
+    with h5py.File(folder / "covarep.csd", "a") as file:
+        name = "v" if first else "w"
+        del file[f"COVAREP/data/{name}/{part}"]
+        file[f"COVAREP/data/{name}/{part}"] = nothing
+    corpus = read(folder, max_steps=2)
+    assert corpus.input_dims == {"text": 2, "audio": 1}
+    assert corpus.available[:, 1].tolist() == ([False, False, True] if first else [True, False, False])
+    kept = corpus.features["audio"][2 if first else 0, :, 0]
+    np.testing.assert_array_equal(kept, [5, 9] if first else [2, 7])
+    assert not corpus.features["audio"][0 if first else 2].any()
+
+
+def test_a_video_without_labels_has_no_utterance(folder):
+    save(folder, "all_labels", "All Labels", {**LABELS, "a": (np.array([]), np.array([]))}, {"dimension names": NAMES})
+    assert read(folder).ids.tolist() == ["v[0]", "v[1]", "w[0]"]
+
+
+def test_a_file_without_any_frame_says_so(folder):
+    save(folder, "covarep", "COVAREP", {"v": (np.zeros((0, 10**9)), np.zeros((0, 2))), "w": (np.array([]), [])})
+    with pytest.raises(CorpusError, match=r"covarep\.csd: none of its 2 entries has a frame"):
+        read(folder)
+
+
 def test_hidden_files_beside_the_data_are_not_read(folder):
     (folder / "._covarep.csd").write_bytes(b"\0\5\x16\7")
     (folder / "_labels.csd").write_bytes(b"")

@@ -2,10 +2,12 @@
 
 A file may point outside itself (external and soft links, virtual datasets, external storage) and so make the reader
 open other files, or it may declare a shape far larger than its data. Both are refused by name, before anything is read.
+A damaged file makes h5py raise nearly anything, anywhere: every function here raises a `CorpusError` instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from m3er_fast.corpus.base import CorpusError
+from m3er_fast.corpus.files import decoding
 
 # The highest compression ratio of Deflate, the strongest filter that HDF5 ships with.
 _MAX_COMPRESSION = 1032
+_UNREADABLE = "not readable as HDF5"
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     """Open a file for `child` and `read_array`.
 
     Raises:
-        CorpusError: if there is no such file, or it is not HDF5 or is truncated.
+        CorpusError: if there is no such file, or it is not HDF5 or is damaged.
         ImportError: if h5py is not installed.
     """
     try:
@@ -33,24 +37,19 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         raise ImportError("reading HDF5 files needs h5py: pip install 'm3er-fast[hdf5]'") from error
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
-    try:
+    with decoding(path, _UNREADABLE):
         file = h5py.File(path, "r")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    with file:
+    try:
         yield file
-
-
-def _unreadable(path: Path, error: Exception) -> CorpusError:
-    return CorpusError(f"{path}: not readable as HDF5: {' '.join(str(error).split())}")
+    finally:
+        with decoding(path, _UNREADABLE):
+            file.close()
 
 
 def names_in(group: Any, path: Path) -> list[str]:
     """Return the names of a group's members, including every kind of link."""
-    try:
+    with decoding(path, _UNREADABLE):
         return list(group.keys())
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise _unreadable(path, error) from error
 
 
 def child(group: Any, name: str, path: Path) -> Any:
@@ -61,21 +60,19 @@ def child(group: Any, name: str, path: Path) -> Any:
     """
     import h5py
 
-    where = f"{group.name.rstrip('/')}/{name}"
-    if name not in names_in(group, path):
-        raise CorpusError(f"{path}: there is no {where}")
-    try:
-        link = group.get(name, getlink=True)
-    except (TypeError, ValueError) as error:
-        raise CorpusError(f"{path}: {where} is a user-defined link, which is refused") from error
-    if isinstance(link, h5py.ExternalLink):
-        raise CorpusError(f"{path}: {where} is an external link to {link.filename!r}, which is refused")
-    if not isinstance(link, h5py.HardLink):
-        raise CorpusError(f"{path}: {where} is a soft link to {link.path!r}, which is refused")
-    try:
+    with decoding(path, _UNREADABLE):
+        where = f"{group.name.rstrip('/')}/{name}"
+        if name not in names_in(group, path):
+            raise CorpusError(f"{path}: there is no {where}")
+        try:
+            link = group.get(name, getlink=True)
+        except (TypeError, ValueError) as error:
+            raise CorpusError(f"{path}: {where} is a user-defined link, which is refused") from error
+        if isinstance(link, h5py.ExternalLink):
+            raise CorpusError(f"{path}: {where} is an external link to {link.filename!r}, which is refused")
+        if isinstance(link, h5py.SoftLink):
+            raise CorpusError(f"{path}: {where} is a soft link to {link.path!r}, which is refused")
         return group[name]
-    except (OSError, RuntimeError, KeyError) as error:
-        raise _unreadable(path, error) from error
 
 
 def group_at(parent: Any, name: str, path: Path) -> Any:
@@ -84,12 +81,12 @@ def group_at(parent: Any, name: str, path: Path) -> Any:
 
     found = child(parent, name, path)
     if not isinstance(found, h5py.Group):
-        raise CorpusError(f"{path}: {found.name} is not a group")
+        raise CorpusError(f"{path}: {name} is not a group")
     return found
 
 
 def read_array(group: Any, name: str, path: Path) -> np.ndarray:
-    """Read the dataset ``name`` of a group; see `child`.
+    """Read the dataset ``name`` of a group; see `child`. A dataset without any element, or with none declared, is empty.
 
     Raises:
         CorpusError: if it is not a dataset of numbers or strings, is virtual, is stored in another file, or declares a
@@ -97,25 +94,31 @@ def read_array(group: Any, name: str, path: Path) -> np.ndarray:
     """
     import h5py
 
-    dataset = child(group, name, path)
-    if not isinstance(dataset, h5py.Dataset):
-        raise CorpusError(f"{path}: {dataset.name} is not a dataset")
-    if dataset.is_virtual:
-        raise CorpusError(f"{path}: {dataset.name} is a virtual dataset, which is refused")
-    if dataset.external:
-        raise CorpusError(f"{path}: {dataset.name} is stored in another file, {dataset.external[0][0]!r}: refused")
-    if dataset.dtype.kind not in "biufS" and h5py.check_string_dtype(dataset.dtype) is None:
-        raise CorpusError(f"{path}: {dataset.name} holds {dataset.dtype}, wanted numbers or strings")
-    if dataset.shape is None:
-        raise CorpusError(f"{path}: {dataset.name} is empty")
-    declared = dataset.size * dataset.id.get_type().get_size()
-    packed = dataset.id.get_create_plist().get_nfilters() > 0
-    if declared > dataset.id.get_storage_size() * (_MAX_COMPRESSION if packed else 1):
-        raise CorpusError(
-            f"{path}: {dataset.name} declares shape {dataset.shape}, more than the "
-            f"{dataset.id.get_storage_size()} bytes it stores can hold"
-        )
-    try:
+    with decoding(path, _UNREADABLE):
+        dataset = child(group, name, path)
+        if not isinstance(dataset, h5py.Dataset):
+            raise CorpusError(f"{path}: {dataset.name} is not a dataset")
+        if dataset.is_virtual:
+            raise CorpusError(f"{path}: {dataset.name} is a virtual dataset, which is refused")
+        if dataset.external:
+            raise CorpusError(f"{path}: {dataset.name} is stored in another file, {dataset.external[0][0]!r}: refused")
+        if dataset.dtype.kind not in "biufS" and h5py.check_string_dtype(dataset.dtype) is None:
+            raise CorpusError(f"{path}: {dataset.name} holds {dataset.dtype}, wanted numbers or strings")
+        if dataset.shape is None:
+            return np.zeros(0, np.float32)
+        _check_size(dataset, path)
         return np.asarray(dataset[()])
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        raise _unreadable(path, error) from error
+
+
+def _check_size(dataset: Any, path: Path) -> None:
+    """Refuse a dataset, or a chunk of it, that declares more than the bytes of the file can unpack to."""
+    size = path.stat().st_size
+    stored = min(dataset.id.get_storage_size(), size)
+    ratio = _MAX_COMPRESSION if dataset.id.get_create_plist().get_nfilters() else 1
+    chunk = math.prod(dataset.chunks) if dataset.chunks and dataset.size else 0
+    for elements, most, what in (
+        (dataset.size, stored, f"shape {dataset.shape}"),
+        (chunk, size, f"chunks of {dataset.chunks}"),
+    ):
+        if elements * dataset.id.get_type().get_size() > most * ratio:
+            raise CorpusError(f"{path}: {dataset.name} declares {what}, more than the {most} bytes it stores can hold")

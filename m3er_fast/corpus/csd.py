@@ -51,18 +51,27 @@ class _Sequences:
             raise CorpusError(f"{path}: /{self.name}/data is empty")
         self.dimension_names = _dimension_names(root, path)
         self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
-        first, _ = self.entry(next(iter(self.ids)))
+        # An entry without a frame does not say how many features a frame has.
+        first = next((features for name in self.ids if len(features := self.entry(name)[0])), None)
+        if first is None:
+            raise CorpusError(f"{path}: none of its {len(self.ids)} entries has a frame")
         self.holds_words = first.dtype.kind == "O"
         self.width = 1 if self.holds_words else first.shape[1]
 
     def entry(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return features, (n, d) float32 or (n,) bytes, and intervals (n, 2) in seconds, in order of time."""
+        """Return features, (n, d) float32 or (n,) bytes, and intervals (n, 2) in seconds, in order of time.
+
+        An entry whose features or intervals are an empty array, of any shape, has no frame: n = 0.
+        """
         # The utterances of a video follow each other: with the latest entry cached, each entry is read once.
         if self._latest is None or self._latest[0] != name:
             group = group_at(self._data, name, self.path)
             where = f"{self.path}: features of {name!r}"
-            features = _check_features(read_array(group, "features", self.path), where)
-            intervals = read_array(group, "intervals", self.path)
+            features, intervals = (read_array(group, part, self.path) for part in ("features", "intervals"))
+            if not features.size or not intervals.size:
+                self._latest = (name, (np.zeros((0, 0), np.float32), np.zeros((0, 2))))
+                return self._latest[1]
+            features = _check_features(features, where)
             if intervals.shape != (len(features), 2) or intervals.dtype.kind not in "iuf":
                 raise CorpusError(
                     f"{self.path}: intervals of {name!r} have shape {intervals.shape}, wanted ({len(features)}, 2)"
@@ -74,7 +83,7 @@ class _Sequences:
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return `entry`, which must have as many features as the first entry."""
         features, intervals = self.entry(name)
-        if features.shape[1:] != (self.width,):
+        if len(features) and features.shape[1:] != (self.width,):
             raise CorpusError(f"{self.path}: {name!r} has features {features.shape}, wanted (n, {self.width})")
         return features, intervals
 
@@ -255,9 +264,9 @@ def _utterances(labels: _Sequences) -> tuple[list[_Utterance], np.ndarray]:
     for name in labels.ids:
         value, intervals = labels.numbers(name)
         aligned = re.fullmatch(r".*\[\d+\]", name) is not None
-        if aligned and len(value) != 1:
+        if aligned and len(value) > 1:
             raise CorpusError(f"{labels.path}: {name!r} has {len(value)} labels, wanted one for an utterance")
-        values.append(value)
+        values.append(value.reshape(-1, labels.width))
         for row, (start, end) in enumerate(intervals):
             utterances.append(
                 _Utterance(name, video_of(name), start, end)
