@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3er_fast._canonical import canonical_directions, whiten
 from m3er_fast._combined_score import CombinedScore
 from m3er_fast._conformal import ConformalStatistic, PairCorrelation, PairLikelihood
 from m3er_fast._cross_fitting import CheckSample, CrossFitting
 from m3er_fast._symptoms import SURPRISES, fit_symptoms, say_of
-from m3er_fast.cca import canonical_directions, whiten
 from m3er_fast.config import CheckConfig
 from m3er_fast.functional import unchecked
 from m3er_fast.moments import PairwiseMoments

@@ -12,7 +12,8 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from m3er_fast import cca as cca_module
 from m3er_fast import moments as moments_module
-from m3er_fast.cca import CCA, canonical_directions, whiten
+from m3er_fast._canonical import canonical_directions, whiten
+from m3er_fast.cca import CCA
 from m3er_fast.moments import Moments, PairwiseMoments
 
 

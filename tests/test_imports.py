@@ -27,13 +27,14 @@ LAYERS = (
     "fusion",
     "hub",
     "check proxy network loss cuda_graphs",
-    "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms _proxy_bank _proxy_basis",
-    "cca moments inputs config",
+    "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms "
+    "_proxy_bank _proxy_basis _proxy_maps _proxy_regression",
+    "_canonical cca moments inputs config",
     "functional",
     "cpu kernels neighbors",
     "reference",
     "operands fitted_module",
-    "_settings _validation atomic_files",
+    "_layer_weights _settings _validation atomic_files",
 )
 
 # The only module outside each of these that imports it.

@@ -44,14 +44,59 @@ def arguments_of(function):
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 
-def test_import_loads_no_optional_dependency():
+# Slow to import, and needed by few functions; scikit-learn imports pandas where it is installed, and that pyarrow.
+WAITING = (*OPTIONAL, "sklearn", "pandas", "scipy")
+ALL_BUT_CCA = "from m3er_fast import " + ", ".join(name for name in m3er_fast.__all__ if name != "CCA")
+
+
+@pytest.mark.parametrize(
+    ("statement", "unloaded"),
+    [("import m3er_fast", (*WAITING, "torch", "numpy")), (ALL_BUT_CCA, WAITING)],
+    ids=["the package", "all public names but CCA"],
+)
+def test_import_loads_only_what_is_needed(statement, unloaded):
+    result = run_python("-c", f"{statement}; import sys; print(*sorted(set({unloaded}) & set(sys.modules)))")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_cca_loads_no_optional_dependency():
     # scikit-learn imports pandas where it is installed, and pandas imports pyarrow.
-    script = (
-        f"import sys; sys.modules['pandas'] = None; import m3er_fast;print(*sorted(set({OPTIONAL}) & set(sys.modules)))"
-    )
+    script = "import sys; sys.modules['pandas'] = None; from m3er_fast import CCA; "
+    script += f"print(*set({OPTIONAL}) & set(sys.modules))"
     result = run_python("-c", script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_the_command_line_describes_itself_without_torch(option):
+    script = f"import sys; from m3er_fast.cli import main; main([{option!r}]); print('loaded:', 'torch' in sys.modules)"
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert m3er_fast.__version__ in result.stdout or "Commands:" in result.stdout
+    assert result.stdout.splitlines()[-1] == "loaded: False"
+
+
+def test_an_unfitted_model_raises_the_error_of_scikit_learn():
+    """Its class is imported when it is raised, and is the one that callers import."""
+    script = (
+        "import sys, torch; from m3er_fast import ModalityCheck, ProxyGenerator\n"
+        "assert 'sklearn' not in sys.modules\n"
+        "features = {'a': torch.ones(1, 1, 2), 'b': torch.ones(1, 1, 2)}\n"
+        "calls = (\n"
+        "    lambda: ModalityCheck({'a': 2, 'b': 2}).check(features),\n"
+        "    lambda: ProxyGenerator({'a': 2, 'b': 2}).proxy(features, torch.ones(1, 2, dtype=torch.bool)),\n"
+        ")\n"
+        "for call in calls:\n"
+        "    try:\n"
+        "        call()\n"
+        "    except Exception as error:\n"
+        "        from sklearn.exceptions import NotFittedError\n"
+        "        print(type(error) is NotFittedError)"
+    )
+    result = run_python("-c", script)
+    assert result.stdout.split() == ["True", "True"], result.stderr
 
 
 OPERATOR_FILES = [path.stem for path in (ROOT / "kernels").glob("[a-z]*.py") if path.stem != "local_lstsq_cupy"]
@@ -101,6 +146,32 @@ def test_kernels_import_inside_the_package_without_triton():
 
 
 # --- public names -----------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_found_where_they_are_defined():
+    """In a fresh interpreter, in which none of them is loaded yet."""
+    script = (
+        "import m3er_fast, pickle, types\n"
+        "assert set(m3er_fast.__all__) <= set(dir(m3er_fast))\n"
+        "for name in m3er_fast.__all__:\n"
+        "    value = getattr(m3er_fast, name)\n"
+        "    if isinstance(value, types.ModuleType):\n"
+        "        assert value.__name__ == f'm3er_fast.{name}'\n"
+        "    else:\n"
+        "        assert value.__name__ == name and pickle.loads(pickle.dumps(value)) is value\n"
+        "from m3er_fast import *\n"
+        "assert CCA is m3er_fast.CCA is m3er_fast.cca.CCA and metrics is m3er_fast.metrics\n"
+        "print('found')"
+    )
+    result = run_python("-c", script)
+    assert result.stdout == "found\n", result.stderr
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match="module 'm3er_fast' has no attribute 'Fusion'"):
+        m3er_fast.Fusion  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Fusion'"):
+        exec("from m3er_fast import Fusion")
 
 
 def test_public_names():

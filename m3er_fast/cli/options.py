@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus import SPLITS, Corpus, read_parquet, split_by_group
 from m3er_fast.execution.engine import Engine
 
 if TYPE_CHECKING:
+    from m3er_fast.config import M3ERConfig
     from m3er_fast.scoring import ModelStatistics
 
 CorpusArgument = Annotated[
@@ -116,10 +116,16 @@ def chosen_settings(path: Path | None, paper: bool) -> M3ERConfig | None:
         raise typer.BadParameter("--config and --paper exclude each other")
     if path is not None:
         return _read_config(path)
-    return M3ERConfig.paper() if paper else None
+    if not paper:
+        return None
+    from m3er_fast.config import M3ERConfig
+
+    return M3ERConfig.paper()
 
 
 def _read_config(path: Path) -> M3ERConfig:
+    from m3er_fast.config import M3ERConfig
+
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from m3er_fast._validation import check_choice
-from m3er_fast.execution.ray_pool import check_ray
 
 Engine: TypeAlias = Literal["local", "ray"]
 
@@ -24,6 +23,9 @@ def check_engine(engine: str, address: str | None, workers: int | None) -> None:
     """
     check_choice("engine", engine, Engine)
     if engine == "ray":
+        # Here, because the command line shows its help without torch.
+        from m3er_fast.execution.ray_pool import check_ray
+
         if not isinstance(address, str | None):
             raise ValueError(f"address must be a string such as 'HOST:PORT', or None, got {address!r}")
         check_ray(workers)
