@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m3er_fast._layer_weights import plain_layers
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
@@ -101,17 +102,29 @@ class MemoryFusionNetwork(nn.Module):
         return NetworkOutput(self.head[1](inner), modality_logits, fused)
 
     def scan_weights(self) -> MemoryScanWeights:
-        """Return the recurrent core's weights in the layout of :func:`m3er_fast.functional.memory_scan`."""
-        lstms: list[Any] = list(self.lstms)
+        """Return the recurrent core's weights in the layout of :func:`m3er_fast.functional.memory_scan`.
+
+        They are read by name: parametrisations, pruning and weight norm act, and train what they should.
+
+        Raises:
+            ValueError: naming a layer that was replaced, as by quantisation or LoRA.
+
+        Warns:
+            UserWarning: naming a layer with other hooks, which are not called.
+        """
+        lstms = plain_layers("lstms", self.lstms, nn.LSTMCell)
+        feedback = None
+        if self.feedback is not None:
+            feedback = torch.stack([layer.weight for layer in plain_layers("feedback", self.feedback, nn.Linear)])
         return MemoryScanWeights(
             input=[lstm.weight_ih for lstm in lstms],
             recurrent=torch.stack([lstm.weight_hh for lstm in lstms]),
             bias=torch.stack([lstm.bias_ih + lstm.bias_hh for lstm in lstms]),
-            feedback=None if self.feedback is None else torch.stack([_parameters(layer)[0] for layer in self.feedback]),
-            attention=_layer_weights(self.attention),
-            candidate=_layer_weights(self.candidate),
-            retain=_layer_weights(self.retain),
-            update=_layer_weights(self.update),
+            feedback=feedback,
+            attention=_layer_weights("attention", self.attention),
+            candidate=_layer_weights("candidate", self.candidate),
+            retain=_layer_weights("retain", self.retain),
+            update=_layer_weights("update", self.update),
         )
 
 
@@ -119,10 +132,6 @@ def _two_layers(size: int, inner: int, out: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(size, inner), nn.Linear(inner, out)])
 
 
-def _layer_weights(layers: nn.ModuleList) -> TwoLayers:
-    return TwoLayers(*(parameter for layer in layers for parameter in _parameters(layer)))
-
-
-def _parameters(layer: nn.Module) -> list[Tensor]:
-    """Return a linear layer's weight and, if it has one, its bias."""
-    return list(layer.parameters(recurse=False))
+def _layer_weights(name: str, layers: nn.ModuleList) -> TwoLayers:
+    first, second = plain_layers(name, layers, nn.Linear)
+    return TwoLayers(first.weight, first.bias, second.weight, second.bias)

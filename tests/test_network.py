@@ -1,10 +1,12 @@
 """The memory scan and the network against step-by-step loops built from nn.LSTMCell and nn.Linear."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from m3er_fast import MemoryFusionNetwork, reference
 from m3er_fast.functional import BackendUnavailableError, MemoryScanWeights, memory_scan
@@ -425,3 +427,129 @@ def test_network_names_bad_arguments(arguments, message):
 def test_network_names_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         network()(**arguments)
+
+
+# --- Layers that were changed after they were made --------------------------------------------------------------------
+
+
+def pruned(layer):
+    prune.random_unstructured(layer, "weight", 0.5)
+    return "weight_orig"
+
+
+def weight_normed(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the older of the two
+        nn.utils.weight_norm(layer)
+    return "weight_v"
+
+
+def parametrised(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return "parametrizations.weight.original"
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+RECURRENT = ["attention.0", "attention.1", "candidate.0", "retain.1", "update.0", "feedback.1"]
+
+
+@pytest.mark.parametrize("change", [pruned, weight_normed, parametrised])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_changed_weight_acts_and_trains_the_parameter_behind_it(change, name):
+    torch.manual_seed(0)
+    network = MemoryFusionNetwork(THREE, 2, **SMALL).double()
+    features = named(sequences(5, 4))
+    layer = network.get_submodule(name)
+    parameter = layer.get_parameter(change(layer))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    plain = MemoryFusionNetwork(THREE, 2, **SMALL).double()
+    for _ in range(3):  # each step changes the parameter: the weight must follow
+        other = {key: value for key, value in network.state_dict().items() if not key.startswith(f"{name}.")}
+        with torch.no_grad():
+            layer(torch.zeros(1, layer.in_features, dtype=torch.float64))  # torch's own call sets ``weight``
+            effective = {f"{name}.weight": layer.weight.clone()}
+            if layer.bias is not None:
+                effective[f"{name}.bias"] = layer.bias
+        plain.load_state_dict(other | effective)
+        logits = network(features).logits
+        torch.testing.assert_close(logits, plain(features).logits, rtol=0, atol=1e-12)
+        before = parameter.detach().clone()
+        optimizer.zero_grad()
+        logits.square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(parameter, before)
+
+
+def test_a_pruned_lstm_trains_the_weights_that_are_left():
+    torch.manual_seed(0)
+    network = MemoryFusionNetwork(THREE, 2, **SMALL).double()
+    prune.random_unstructured(network.lstms[0], "weight_ih", 0.5)
+    for _ in range(2):
+        network.zero_grad()
+        network(named(sequences(5, 4))).logits.square().sum().backward()
+        gradient = network.lstms[0].weight_ih_orig.grad
+        mask = network.lstms[0].weight_ih_mask == 1
+        assert (gradient[~mask] == 0).all()
+        assert (gradient[mask] != 0).any()
+
+
+class LowRank(nn.Module):
+    """As adapters such as LoRA wrap a layer; like theirs, it shows the weight of the layer inside."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + x.sum()
+
+
+def quantised(layer):
+    """The layer as torch's ``quantize_dynamic`` leaves it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves quantisation elsewhere
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {type(layer)})[0]
+
+
+@pytest.mark.parametrize(
+    ("replace", "name"), [*itertools.product([LowRank, quantised], RECURRENT), (quantised, "lstms.1")]
+)
+def test_a_replaced_layer_is_refused_by_name(replace, name):
+    network = MemoryFusionNetwork(THREE, 2, **SMALL)
+    layers, number = name.split(".")
+    layer = network.get_submodule(name)
+    getattr(network, layers)[int(number)] = replace(layer)
+    kind = type(layer).__name__
+    with pytest.raises(ValueError, match=rf"^layer {name} is a .*wanted a plain {kind}: its weights are read"):
+        network(named(sequences(2, 3, dtype=torch.float32)))
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused_by_name():
+    network = MemoryFusionNetwork(THREE, 2, **SMALL)
+    network.update[1].forward = lambda x: x
+    with pytest.raises(ValueError, match=r"^layer update\.1 is a Linear with another forward"):
+        network(named(sequences(2, 3, dtype=torch.float32)))
+
+
+def test_heads_may_be_quantised():
+    torch.manual_seed(0)
+    network = MemoryFusionNetwork(THREE, 2).eval()
+    features = named(sequences(4, 3, dtype=torch.float32))
+    wanted = network(features).logits
+    for name in ("fusion.0", "head.0", "head.1", "modality_heads.2"):
+        layers, number = name.split(".")
+        getattr(network, layers)[int(number)] = quantised(network.get_submodule(name))
+    torch.testing.assert_close(network(features).logits, wanted, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_are_not_called_are_a_warning(register):
+    network = MemoryFusionNetwork(THREE, 2, **SMALL)
+    getattr(network.retain[0], register)(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"^layer retain\.0 has hooks that are not called"):
+        network(named(sequences(2, 3, dtype=torch.float32)))
