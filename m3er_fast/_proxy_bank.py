@@ -17,6 +17,7 @@ from m3er_fast.config import ProxyConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.functional import unchecked
 from m3er_fast.neighbors import EXACT_ENGINES, NeighborIndex, measure_recall
+from m3er_fast.standardize import StandardizedBatch
 
 
 class PairedFrames(NamedTuple):
@@ -26,7 +27,7 @@ class PairedFrames(NamedTuple):
     valid: Tensor  # (n, M) bool
 
 
-class Proxies(NamedTuple):
+class _Proxies(NamedTuple):
     """Proxies of some frames, regenerated from one source."""
 
     target: int  # the modality m that they stand for
@@ -68,6 +69,7 @@ class NeighbourBank:
 
     def __init__(self, config: ProxyConfig, dims: Sequence[int]) -> None:
         self._config, self._dims = config, list(dims)
+        self._ridge = config.ridge or 0.0  # never None, which only a regression takes
         self._prepared: _Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,9 +154,43 @@ class NeighbourBank:
 
     # --- Regenerating ---
 
-    def proxies(
+    def replace_lost(
+        self, generator: FittedModule, batch: StandardizedBatch, effective: Tensor, lost: Tensor
+    ) -> list[Tensor]:
+        """Return M tensors (B, T, d_m): the batch's features, with proxies where ``lost`` (B, M).
+
+        The frames of a source are searched once, and one solution serves all targets that are lost beside it.
+        """
+        frames = [x.flatten(0, 1) for x in batch.features]
+        # (M, F): the frames that each modality is a source for, and those that each is lost in.
+        usable = (effective[:, None] & batch.frame_valid).flatten(0, 1).T
+        missing = lost[:, None].expand(batch.frame_valid.shape).flatten(0, 1).T
+        # (M, M) frames of each source in which each target is lost, and (M,) frames in which any is: all that the host
+        # has to know, at the price of waiting for the device once.
+        pairs = (usable[:, None] & missing[None]).sum(dim=2)
+        *frames_by_target, frames_by_source = torch.cat(
+            [pairs, (usable & missing.any(dim=0)).sum(dim=1)[None]]
+        ).tolist()
+        totals = [torch.zeros_like(x) for x in frames]
+        sources = torch.zeros(missing.shape, dtype=frames[0].dtype, device=frames[0].device)
+        for i, size in enumerate(frames_by_source):
+            targets = [m for m, count in enumerate(frames_by_target[i]) if count]
+            if not targets:
+                continue
+            rows = torch.nonzero_static(usable[i] & missing.any(dim=0), size=size)[:, 0]
+            for m, part, proxies in self._proxies(generator, frames[i], rows, i, targets):
+                is_lost = missing[m][part]
+                totals[m].index_add_(0, part, torch.where(is_lost[:, None], proxies, 0.0).to(totals[m].dtype))
+                sources[m].index_add_(0, part, is_lost.to(sources.dtype))
+        sources = sources.clamp(min=1)
+        return [
+            torch.where(lost[:, m, None, None], (total / sources[m][:, None]).view_as(x), x)
+            for m, (total, x) in enumerate(zip(totals, batch.features, strict=True))
+        ]
+
+    def _proxies(
         self, generator: FittedModule, features: Tensor, frames: Tensor, source: int, targets: Sequence[int]
-    ) -> Iterator[Proxies]:
+    ) -> Iterator[_Proxies]:
         """Yield proxies of ``targets`` for some frames of modality ``source``, within the memory budget.
 
         Args:
@@ -174,7 +210,7 @@ class NeighbourBank:
                 query = features[part].to(dtype)
                 for rows, solved in self._solve(generator, paired, query, source, wanted):
                     for m, values in zip(wanted, solved, strict=True):
-                        yield Proxies(m, part[rows], values)
+                        yield _Proxies(m, part[rows], values)
 
     def _solve(
         self, generator: FittedModule, paired: _PairedIndex, query: Tensor, source: int, targets: list[int]
@@ -191,7 +227,7 @@ class NeighbourBank:
             solved, _ = unchecked.local_least_squares(
                 query[rows],
                 *rows_on_device(query.device, bank, partners, neighbors[rows]),
-                ridge=self._config.ridge,
+                ridge=self._ridge,
                 affine=self._config.affine,
             )
             yield rows, solved

@@ -1,21 +1,20 @@
 """The basis of the training frames' span: one linear map for each ordered pair of modalities.
 
-Dimension legend: M modalities, d_m features of modality m, r basis rows of a pair, Q queries.
+Dimension legend: M modalities, d_m features of modality m, r basis rows of a pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import permutations
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3er_fast._proxy_bank import PairedFrames, Proxies, rows_within
+from m3er_fast._proxy_bank import PairedFrames
+from m3er_fast._proxy_maps import MapBank
 from m3er_fast.config import ProxyConfig
 from m3er_fast.fitted_module import FittedModule
 
@@ -57,22 +56,13 @@ class BasisSample(NamedTuple):
         return self
 
 
-class BasisBank:
+class BasisBank(MapBank):
     """The kind of bank whose rows are a basis of the training frames' span, chosen by column-pivoted QR.
 
-    The solution over a fixed basis is one affine map for all inputs, folded when the basis is learned. The learned
-    buffers belong to the proxy generator: for each ordered pair (i, m), ``map_i_m`` (d_m, d_i) and ``bias_i_m`` (d_m,),
-    both without rows if no training frame held both modalities, and the rows behind them, ``basis_i_m`` (r, d_i)
-    and ``image_i_m`` (r, d_m).
+    The solution over a fixed basis is one affine map for all inputs, folded when the basis is learned. Its learned
+    buffers beside those of :class:`MapBank` are the rows behind each map, ``basis_i_m`` (r, d_i) and ``image_i_m``
+    (r, d_m).
     """
-
-    needs_total = False
-    first_buffer = "map_0_1"
-    host_buffers: Sequence[str] = ()
-
-    def __init__(self, config: ProxyConfig, dims: Sequence[int]) -> None:
-        self._config, self._dims = config, list(dims)
-        self._pairs = list(permutations(range(len(dims)), 2))
 
     # --- Learning ---
 
@@ -125,33 +115,14 @@ class BasisBank:
             pairs[i, m] = PairRows(source, target, seen=len(matrix) > 0)
         return BasisSample(pairs, self._config.max_basis)
 
-    # --- Regenerating ---
-
-    def proxies(
-        self, generator: FittedModule, features: Tensor, frames: Tensor, source: int, targets: Sequence[int]
-    ) -> Iterator[Proxies]:
-        """Yield proxies of ``targets`` for some frames of modality ``source``, within the memory budget.
-
-        Args:
-            generator: holds the learned buffers.
-            features: (F, d_source), all frames.
-            frames: (Q,) numbers of the frames to regenerate from.
-            source: a modality.
-            targets: other modalities.
-        """
-        for m in targets:
-            matrix, bias = generator.learned(f"map_{source}_{m}"), generator.learned(f"bias_{source}_{m}")
-            if matrix.shape[0]:
-                size = rows_within(self._config.memory_budget, 2 * 8 * sum(matrix.shape))
-                for part in torch.split(frames, size):
-                    yield Proxies(m, part, torch.addmm(bias, features[part].to(matrix.dtype), matrix.mT))
-
 
 def _pivots(rows: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the rows that span all of them, as many as the numerical rank, the largest pivot first."""
     if not len(rows):
         return np.zeros(0, dtype=np.int64)
-    triangle, order = scipy.linalg.qr(rows.T, mode="r", pivoting=True)
+    from scipy.linalg import qr  # here: it takes a tenth as long to import as torch
+
+    triangle, order = qr(rows.T, mode="r", pivoting=True)
     diagonal = np.abs(np.diagonal(triangle))
     # The frames are float32: what QR leaves below their precision is rounding, not another direction. The bound does
     # not grow with the number of frames, because each entry of the diagonal measures a single one.
@@ -169,7 +140,8 @@ def _fold(rows: PairRows, config: ProxyConfig) -> tuple[NDArray[np.float64], NDA
     if not len(basis):  # all frames were zeros
         return matrix, bias
     gram = basis @ basis.T
-    gram[np.diag_indices_from(gram)] += config.ridge * gram.trace() / len(basis)
+    ridge = config.ridge or 0.0  # never None, which only a regression takes
+    gram[np.diag_indices_from(gram)] += ridge * gram.trace() / len(basis)
     inverse = np.linalg.pinv(gram, hermitian=True)
     solve = inverse @ basis  # the coefficients are solve @ f
     if config.affine:  # the multiplier of Σ a = 1 adds its share along the inverse's row sums

@@ -19,7 +19,7 @@ _Check: TypeAlias = Callable[[str, Any], object]
 Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
-Bank = Literal["neighbours", "basis"]
+Bank = Literal["regression", "neighbours", "basis"]
 
 
 # --- Checks of a field, by name and value ---
@@ -139,15 +139,23 @@ class ProxyConfig:
         {settings}
     """
 
-    bank: Bank = setting("neighbours", _one_of(Bank), '"neighbours" or "basis".')
-    k: int = setting(16, check_positive_int, "neighbours per frame; more than the bank has means all.")
-    ridge: float = setting(
-        0.3,
-        _at_least(0.0),
-        "λ ≥ 0; 0 takes the solution of least norm. The default served weakly related modalities best\n"
-        "(docs/proxies.md); where modalities are linear maps of each other, take 1e-6 or less.",
+    bank: Bank = setting(
+        "neighbours",
+        _one_of(Bank),
+        '"regression", "neighbours" or "basis". A regression has ``ridge`` only; ``k``, ``max_bank``, ``engine`` and\n'
+        "``bank_on_host`` are settings of neighbours, ``max_basis`` of a basis, ``affine`` of both.",
     )
-    affine: bool = setting(False, check_boolean, "constrain the coefficients to sum to 1.")
+    k: int = setting(16, check_positive_int, "neighbours per frame; more than the bank has means all.")
+    ridge: float | None = setting(
+        None,
+        _optional(_at_least(0.0)),
+        "λ ≥ 0; 0 takes the solution of least norm. None is 0.3 for neighbours and basis, which served weakly related\n"
+        "modalities best (docs/proxies.md; where modalities are linear maps of each other, take 1e-6 or less). For a\n"
+        "regression, None chooses λ for each pair of modalities by generalised cross-validation.",
+    )
+    affine: bool = setting(
+        False, check_boolean, "constrain the coefficients to sum to 1; a regression is affine always."
+    )
     max_bank: int | None = setting(
         None,
         _optional(check_positive_int),
@@ -174,6 +182,16 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.bank != "regression" and self.ridge is None:
+            object.__setattr__(self, "ridge", 0.3)
+        if self.bank == "regression":
+            for one in dataclasses.fields(self):
+                value = getattr(self, one.name)
+                if one.name not in ("bank", "ridge", "memory_budget") and value != one.default:
+                    raise ValueError(
+                        f"{one.name} must be left at {one.default!r} with bank='regression', got {value!r}: it is a "
+                        "setting of other banks"
+                    )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ class Moments:
         self._origin: NDArray[np.float64] = np.zeros(n_features)  # one of the rows seen
         self._shift: NDArray[np.float64] = np.zeros(n_features)  # mean - origin
 
+    @classmethod
+    def restored(cls, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> Self:
+        """Return the moments with these attributes, such as were stored; the arrays are not copied."""
+        moments = cls(len(mean))
+        moments.count, moments.scatter, moments._origin = count, scatter, mean
+        return moments
+
     @property
     def mean(self) -> NDArray[np.float64]:
         """(d,) mean of the rows; zeros before the first one."""

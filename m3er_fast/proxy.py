@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from m3er_fast._proxy_bank import BankSample, NeighbourBank, PairedFrames, Proxies
+from m3er_fast._proxy_bank import BankSample, NeighbourBank, PairedFrames
 from m3er_fast._proxy_basis import BasisBank, BasisSample
+from m3er_fast._proxy_regression import RegressionBank, RegressionSample
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import not_fitted
 from m3er_fast.config import Bank, ProxyConfig
@@ -20,7 +21,15 @@ from m3er_fast.fitted_module import FittedModule
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
-__all__ = ["BankSample", "BasisSample", "ProxyGenerator", "ProxyResult", "ReplacedBatch", "count_paired"]
+__all__ = [
+    "BankSample",
+    "BasisSample",
+    "ProxyGenerator",
+    "ProxyResult",
+    "RegressionSample",
+    "ReplacedBatch",
+    "count_paired",
+]
 
 
 class ProxyResult(NamedTuple):
@@ -71,28 +80,38 @@ class ProxyBank(Protocol):
         """Return what two generators have learned, as one part."""
         ...
 
-    def proxies(
-        self, generator: FittedModule, features: Tensor, frames: Tensor, source: int, targets: Sequence[int]
-    ) -> Iterator[Proxies]:
-        """Yield proxies of ``targets`` for numbered frames of ``features`` (F, d_source), within the memory budget."""
+    def replace_lost(
+        self, generator: FittedModule, batch: StandardizedBatch, effective: Tensor, lost: Tensor
+    ) -> list[Tensor]:
+        """Return M tensors (B, T, d_m): the batch's features, with proxies where ``lost`` (B, M)."""
         ...
 
 
-_BANKS: dict[Bank, type[ProxyBank]] = {"neighbours": NeighbourBank, "basis": BasisBank}
+_BANKS: dict[Bank, type[ProxyBank]] = {
+    "regression": RegressionBank,
+    "neighbours": NeighbourBank,
+    "basis": BasisBank,
+}
 
 
 @takes_settings_of(ProxyConfig)
 class ProxyGenerator(FittedModule):
     """Regenerates ineffectual modalities from the effective ones, frame by frame.
 
-    A proxy of modality m is the mean over the sample's effective modalities i of
+    A proxy of modality m is the mean of p_{m|i} over the sample's effective modalities i, each a linear map of the
+    frame f_i that is learned from paired training frames (v, w) of modalities i and m, the paper's "any linear
+    transformation" (Mittal et al. 2020, arXiv 1911.05659). With ``bank="regression"`` it is one affine map for all
+    inputs, the ridge regression of w on v:
+
+        p_{m|i} = w̄ + W (f_i - v̄),   W = argmin Σ ‖w - w̄ - W (v - v̄)‖² + λ·tr(S)/d_i·‖W‖²,   S = Σ (v - v̄)(v - v̄)ᵀ.
+
+    The other banks hold frames, and send some v_r to their partners w_r:
 
         p_{m|i} = Σ_r a_r w_r,   a = argmin ‖f_i - Σ_r a_r v_r‖² + λ·tr(G)/K·‖a‖²,
 
-    where (v_r, w_r) are paired training frames of modalities i and m, and G is the Gram matrix of the v_r: the linear
-    map that sends v_r to w_r, applied to f_i (Mittal et al. 2020, arXiv 1911.05659). With ``bank="neighbours"`` the
-    rows are the ``k`` training frames nearest to f_i in the L2 norm. With ``bank="basis"`` they are a basis of the
-    training frames' span, chosen by column-pivoted QR; that map is one matrix for all inputs and is folded at ``fit``.
+    where G is the Gram matrix of the v_r. With ``bank="neighbours"`` they are the ``k`` training frames nearest to f_i
+    in the L2 norm. With ``bank="basis"`` they are a basis of the training frames' span, chosen by column-pivoted QR;
+    that map, too, is one matrix for all inputs and is folded at ``fit``.
 
     A frame without a valid effective source, and a modality that was never seen beside one, becomes zeros, the mean
     of standardised features. A sample without any effective modality is left as it is and reported as abstained.
@@ -107,6 +126,7 @@ class ProxyGenerator(FittedModule):
     Attributes:
         recall: (M,) buffer of a bank of neighbours, the share of a modality's nearest frames that the engine finds; 1
             for exact engines.
+        ridge: (M, M) buffer of a regression, the λ of source i and target m.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -162,14 +182,14 @@ class ProxyGenerator(FittedModule):
 
         Args:
             batches: standardised samples that follow each other in the training data.
-            total: frames of the whole training data, of which ``max_bank`` are kept, a seeded uniform choice. A basis
-                does not need it: None.
+            total: frames of the whole training data, of which ``max_bank`` are kept, a seeded uniform choice. Only a
+                bank of neighbours needs it.
             start: number of the first frame of ``batches`` among them.
             stop: number after the last frame of ``batches``; None is ``total``.
 
         Returns:
-            A :class:`BankSample` or a :class:`BasisSample`. ``part.merge(other)`` joins it with the part that follows;
-            ``part.consolidated()`` is the same in one piece, for storage and transport.
+            A :class:`RegressionSample`, :class:`BankSample` or :class:`BasisSample`. ``part.merge(other)`` joins it
+            with the part that follows; ``part.consolidated()`` is the same in one piece, for storage and transport.
 
         Raises:
             ValueError: if ``batches`` hold another number of frames, or ``total`` is missing.
@@ -250,45 +270,11 @@ class ProxyGenerator(FittedModule):
         self._check_fitted()
         abstained = ~effective.any(dim=1)
         lost = ~effective & ~abstained[:, None]
-        proxies = self._regenerate(batch, effective, lost)
-        replaced = [
-            torch.where(lost[:, m, None, None], proxy, x)
-            for m, (proxy, x) in enumerate(zip(proxies, batch.features, strict=True))
-        ]
-        return ReplacedBatch(replaced, abstained)
+        return ReplacedBatch(self._bank.replace_lost(self, batch, effective, lost), abstained)
 
     def _check_fitted(self) -> None:
         if not self.is_fitted:
             raise not_fitted("this ProxyGenerator is not fitted: call fit with clean training data first")
-
-    def _regenerate(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:
-        """Return M tensors (B, T, d_m): the proxies where a modality is lost, and unspecified values elsewhere."""
-        frames = [x.flatten(0, 1) for x in batch.features]
-        # (M, F): the frames that each modality is a source for, and those that each is lost in.
-        usable = (effective[:, None] & batch.frame_valid).flatten(0, 1).T
-        missing = lost[:, None].expand(batch.frame_valid.shape).flatten(0, 1).T
-        # (M, M) frames of each source in which each target is lost, and (M,) frames in which any is: all that the host
-        # has to know, at the price of waiting for the device once.
-        pairs = (usable[:, None] & missing[None]).sum(dim=2)
-        *frames_by_target, frames_by_source = torch.cat(
-            [pairs, (usable & missing.any(dim=0)).sum(dim=1)[None]]
-        ).tolist()
-        totals = [torch.zeros_like(x) for x in frames]
-        sources = torch.zeros(missing.shape, dtype=frames[0].dtype, device=frames[0].device)
-        for i, size in enumerate(frames_by_source):
-            targets = [m for m, count in enumerate(frames_by_target[i]) if count]
-            if not targets:
-                continue
-            rows = torch.nonzero_static(usable[i] & missing.any(dim=0), size=size)[:, 0]
-            for m, part, proxies in self._bank.proxies(self, frames[i], rows, i, targets):
-                is_lost = missing[m][part]
-                totals[m].index_add_(0, part, torch.where(is_lost[:, None], proxies, 0.0).to(totals[m].dtype))
-                sources[m].index_add_(0, part, is_lost.to(sources.dtype))
-        sources = sources.clamp(min=1)
-        return [
-            (total / sources[m][:, None]).view_as(x)
-            for m, (total, x) in enumerate(zip(totals, batch.features, strict=True))
-        ]
 
     # --- The module ---
 
