@@ -336,6 +336,13 @@ def test_iemocap_tuples_of_other_lengths_are_refused(tmp_path, size):
         iemocap_pickle.read(write_pickle(tmp_path / "i.pkl", tuple({} for _ in range(size))))
 
 
+def test_melds_tuple_says_that_it_is_melds(tmp_path):
+    ids, speakers, labels, text, audio, _, sentences, train, test = iemocap_members()
+    meld = (ids, speakers, labels, text, audio, sentences, train, test, labels)
+    with pytest.raises(CorpusError, match="this is MELD's tuple of 9 members"):
+        iemocap_pickle.read(write_pickle(tmp_path / "i.pkl", meld))
+
+
 def test_iemocap_contradictions_are_named(tmp_path):
     def read(change):
         members = list(iemocap_members())

@@ -1,9 +1,13 @@
 """The restricted unpickler: NumPy arrays and plain builtins are loaded, everything else is refused by name."""
 
+import bz2
 import codecs
+import gzip
 import os
 import pickle
 import pickletools
+import time
+import tracemalloc
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -171,3 +175,101 @@ def test_a_wrong_encoding_is_an_error_of_one_line(tmp_path):
     assert load_pickle(path) == "é"
     with pytest.raises(CorpusError, match="UnicodeDecodeError"):
         load_pickle(path, encoding="ascii")
+
+
+def peak_bytes(path):
+    """Return the most memory that reading a pickle takes at a time, and the error that it ends in, if any."""
+    error = None
+    tracemalloc.start()
+    try:
+        load_pickle(path)
+    except CorpusError as problem:
+        error = problem
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak, error
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02}r" + (0x0FFFFFFF).to_bytes(4, "little") + b".",  # a memo index
+        b"}p268435455\n.",
+        b"\x80\x04B" + (2**32 - 1).to_bytes(4, "little") + b"x.",  # lengths
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"x.",
+        b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"].",
+        b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"\1.",
+    ],
+    ids=["memo", "memo in text", "bytes", "long bytes", "text", "bytearray", "frame", "integer"],
+)
+def test_a_number_in_a_file_of_a_few_bytes_allocates_no_more_than_a_few(tmp_path, program):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(program)
+    assert peak_bytes(path)[0] < 10**6
+
+
+def doubled(start, times=60):
+    """A program that puts an object twice into a container of its own, again and again."""
+    return start + b"2\x86" * times
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (doubled(b"\x80\x02K\x01") + b".", "one list many times"),
+        (doubled(b"\x80\x02}(K\x01") + b"K\x01u.", "a key that holds tuples"),
+        (doubled(b"\x80\x02}K\x01") + b"K\x01s.", "a key that holds tuples"),
+        (b"\x80\x04\x8f(" + doubled(b"K\x01") + b"\x90.", "a key that holds tuples"),
+        (b"\x80\x04(" + doubled(b"K\x01") + b"\x91.", "a key that holds tuples"),
+        (b"\x80\x02(" + doubled(b"K\x01") + b"K\x01d.", "a key that holds tuples"),
+        (b"\x80\x02]q\x00h\x00a.", "a list that holds itself"),
+        # One list of 1000 numbers, and set(list) 1000 times.
+        (b"\x80\x02](" + b"K\x01" * 1000 + b"eq\x00" + b"cbuiltins\nset\nh\x00\x85R" * 1000 + b".", "more copies"),
+        # One byte string of 10 kB, encoded 1000 times.
+        (
+            b"\x80\x02X\x10\x27\0\0" + b"x" * 10000 + b"q\0X\6\0\0\0latin1q\1" + b"c_codecs\nencode\nh\0h\1\x86R" * 1000 + b".",
+            "more copies",
+        ),
+        (b"\x80\x02cbuiltins\nstr\n](K\1e\x85R.", "TypeError"),  # classes may be named but not called
+        (b"\x80\x02cbuiltins\nlist\nX\1\0\0\0x\x85R.", "TypeError"),
+    ],
+)
+def test_programs_that_grow_beyond_their_size_are_refused(tmp_path, program, message):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(program)
+    start = time.perf_counter()
+    peak, error = peak_bytes(path)
+    assert message in str(error)
+    assert str(path) in str(error)
+    assert peak < 3 * 10**7
+    assert time.perf_counter() - start < 5
+
+
+def test_an_array_that_stands_in_two_places_is_read(tmp_path):
+    array = np.arange(1000.0)
+    loaded = load_pickle(write_pickle(tmp_path / "a.pkl", {"a": [array] * 3, "b": array}))
+    assert loaded["a"][2] is loaded["b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer.*git lfs pull"),
+        (b"/annex/objects/SHA256E-s9--0.pkl\n", "it is a git-annex pointer.*git annex get"),
+        (b"\n<!DOCTYPE html><html></html>", r"it is a web page \(HTML\), not the data"),
+        (b"<HTML><body>404</body>", r"it is a web page \(HTML\), not the data"),
+        (gzip.compress(pickle.dumps({})), r"it is compressed \(gzip\): unpack it first"),
+        (bz2.compress(pickle.dumps({})), r"it is compressed \(bzip2\)"),
+        (b"PK\x03\x04", r"it is compressed \(ZIP\)"),
+        (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
+        (b"", "it is empty"),
+    ],
+)
+def test_other_content_under_the_name_of_a_pickle_is_recognised(tmp_path, content, message):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"a\.pkl: not a readable pickle: {message}"):
+        load_pickle(path)

@@ -28,7 +28,7 @@ def as_float32(value: Any, where: str) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             array = array.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: lists nested too deep
         raise CorpusError(f"{where}: not a rectangular array of numbers") from error
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)

@@ -23,6 +23,35 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(folder.glob(pattern)) if not is_hidden(path.name)]
 
 
+_SAMPLE_BYTES = 1024
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "ZIP"}
+_OTHER_FORMATS = {b"\x89HDF\r\n\x1a\n": "HDF5", b"PAR1": "Parquet", b"ARROW1": "Arrow IPC"}
+
+
+def foreign_content(path: str | Path) -> str | None:
+    """Return what a file is instead of the data that its name promises, and what to do; None if nothing is known."""
+    file = Path(path)
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        head = stream.read(_SAMPLE_BYTES)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs."):
+        return "it is a Git LFS pointer, not the data: fetch them with git lfs pull"
+    if b"/annex/objects/" in head:
+        return "it is a git-annex pointer, not the data: fetch them with git annex get"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page (HTML), not the data: its address leads to a page about the file"
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            return f"it is compressed ({name}): unpack it first"
+    for magic, name in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            return f"it is an {name} file" if name[0] in "AH" else f"it is a {name} file"
+    return None
+
+
 @contextmanager
 def decoding(name: str | Path, what: str) -> Iterator[None]:
     """Turn everything that decoding an untrusted file raises into a `CorpusError` that names the file.
@@ -32,7 +61,7 @@ def decoding(name: str | Path, what: str) -> Iterator[None]:
     package that would read the file is missing.
 
     Args:
-        name: of the file.
+        name: of the file; if it is a path, a web page or a pointer in place of the data is recognised.
         what: the problem, such as "not readable as Parquet", for the message.
     """
     try:
@@ -40,14 +69,13 @@ def decoding(name: str | Path, what: str) -> Iterator[None]:
     except (CorpusError, ImportError):
         raise
     except Exception as error:
-        raise CorpusError(f"{name}: {what}: {one_line(error)}") from error
+        raise CorpusError(f"{name}: {what}: {foreign_content(name) or one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception as one line; its type where it has no message or says too little."""
-    text = " ".join(str(error).split())
+    """Return the message of an exception as one line, with its type unless the message says enough."""
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
-    if isinstance(error, UnicodeDecodeError):
-        return f"it holds text that is not UTF-8: {error.object[:40]!r}"
-    return text if text and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    text = " ".join(str(error).split())
+    says_enough = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
+    return text if text and says_enough else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -42,6 +42,11 @@ def read(path: Path, *, encoding: str = "latin1") -> Corpus:
     if not isinstance(data, tuple | list) or len(data) not in _LAYOUTS:
         found = f"{len(data)} members" if isinstance(data, tuple | list) else f"a {type(data).__name__}"
         raise CorpusError(f"{path}: wanted a tuple of {', '.join(map(str, _LAYOUTS))} members, got {found}")
+    if len(data) == 9 and isinstance(data[6], set | list) and isinstance(data[8], dict):
+        raise CorpusError(
+            f"{path}: this is MELD's tuple of 9 members, in which the splits come before the last member, and whose "
+            "classes are others: it is not read. Wanted IEMOCAP's"
+        )
     members = dict(zip(_LAYOUTS[len(data)], data, strict=True))
     for name, value in members.items():
         wanted = (set, frozenset, list, tuple, np.ndarray) if name in ("train", "valid", "test") else (dict,)

@@ -25,7 +25,7 @@ from m3er_fast.corpus.base import (
     order_modalities,
     split_name,
 )
-from m3er_fast.corpus.files import decoding, visible_files
+from m3er_fast.corpus.files import decoding, foreign_content, visible_files
 
 
 _SPELLINGS = "|".join(name for names in SPLIT_NAMES.values() for name in names)
@@ -74,7 +74,8 @@ def _table(file: Path) -> np.ndarray:
         except UnicodeDecodeError:
             raise
         except ValueError as error:
-            raise CorpusError(f"{file}: {str(error).splitlines()[0].split(';')[0]}") from error
+            reason = foreign_content(file) or str(error).splitlines()[0].split(";")[0]
+            raise CorpusError(f"{file}: {reason}") from error
     if not len(table):
         raise CorpusError(f"{file}: is empty")
     if table.shape[1] < 2:
