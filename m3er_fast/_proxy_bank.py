@@ -237,7 +237,8 @@ class NeighbourBank:
     def _prepare(self, generator: FittedModule) -> list[list[_PairedIndex]]:
         """Return every modality's indices, made anew only when a buffer was replaced or written to."""
         banks, valid = [generator.learned(name) for name in self._names], generator.learned("bank_valid")
-        versions = [(buffer, buffer._version) for buffer in (valid, *banks)]
+        # Tensors of inference mode count no writes; a load replaces them.
+        versions = [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in (valid, *banks)]
         if self._prepared is None or not self._prepared.is_current(versions):
             indices = [self._index(bank, source, valid) for source, bank in enumerate(banks)]
             self._prepared = _Prepared(versions, indices)

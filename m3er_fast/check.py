@@ -34,7 +34,7 @@ from m3er_fast._symptoms import (
 )
 from m3er_fast._validation import check_choice, not_fitted
 from m3er_fast.config import CheckConfig
-from m3er_fast.fitted_module import FittedModule
+from m3er_fast.fitted_module import FittedModule, ordinary_tensors
 from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 from m3er_fast.moments import PairwiseMoments
@@ -109,6 +109,7 @@ class ModalityCheck(FittedModule):
     reasons: ClassVar[tuple[str, ...]] = REASONS
     """What a modality may be rejected for; ``CheckResult.reason`` holds their numbers."""
 
+    @ordinary_tensors()
     def __init__(self, input_dims: Mapping[str, int], *settings: Any, **named_settings: Any) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)

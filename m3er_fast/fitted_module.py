@@ -1,7 +1,8 @@
-"""Base classes of modules whose ``fit`` learns buffers, and a context in which a model is in eval mode."""
+"""Base classes of modules whose ``fit`` learns buffers, and contexts: of ordinary tensors, and of eval mode."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -10,7 +11,32 @@ import torch
 from torch import Tensor, nn
 
 
-class PreciseModule(nn.Module):
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make ordinary tensors in the block, under ``torch.inference_mode`` too, so that they serve everywhere later."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class LastingModule(nn.Module):
+    """A module whose tensors stay ordinary ones when it is moved, cast or copied under ``torch.inference_mode``."""
+
+    @ordinary_tensors()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    @ordinary_tensors()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        result = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        result.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        return result
+
+
+class PreciseModule(LastingModule):
     """A module whose floating tensors move between devices and widen, but never get narrower than float32.
 
     ``.half()`` and ``.bfloat16()`` leave learned state as it is. They would round a mean of 1000 by more than a spread
@@ -35,11 +61,13 @@ class FittedModule(PreciseModule):
     one. As buffers they follow ``.to()``, ``state_dict`` and DDP.
     """
 
+    @ordinary_tensors()
     def register_learned(self, **values: Tensor) -> None:
         """Register learned buffers, or replace existing ones, whose devices and dtypes are kept."""
         for name, value in values.items():
             current = self._buffers.get(name)
-            self.register_buffer(name, value.detach().clone() if current is None else value.detach().to(current))
+            value = value.detach().clone() if current is None or value.is_inference() else value.detach()
+            self.register_buffer(name, value if current is None else value.to(current))
 
     def learned(self, name: str) -> Tensor:
         """Return the learned buffer of that name."""
@@ -48,10 +76,15 @@ class FittedModule(PreciseModule):
             raise RuntimeError(f"buffer {name!r} is not registered")
         return value
 
+    @ordinary_tensors()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)
-            if buffer is not None and isinstance(value, Tensor) and value.shape != buffer.shape:
+            if (
+                buffer is not None
+                and isinstance(value, Tensor)
+                and (value.shape != buffer.shape or buffer.is_inference())
+            ):
                 self._buffers[name] = buffer.new_empty(value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -16,7 +16,7 @@ from m3er_fast import functional
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
 from m3er_fast.cuda_graphs import CompiledInference, Stages
-from m3er_fast.fitted_module import eval_mode
+from m3er_fast.fitted_module import eval_mode, ordinary_tensors
 from m3er_fast.hub import HubModel
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss
@@ -69,6 +69,7 @@ class M3ERFusion(
         >>> loss = model.train().loss(model(features), torch.zeros(64, dtype=torch.int64))
     """
 
+    @ordinary_tensors()
     def __init__(
         self,
         input_dims: Mapping[str, int],

@@ -10,11 +10,11 @@ from typing import Any, Self
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import M3ERConfig
+from m3er_fast.fitted_module import LastingModule
 from m3er_fast.proxy import ProxyGenerator
 from m3er_fast.standardize import Standardizer
 
@@ -22,7 +22,7 @@ _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
 
 
-class HubModel(nn.Module, ModelHubMixin):
+class HubModel(LastingModule, ModelHubMixin):
     """A model that ``save_pretrained`` and ``push_to_hub`` write as safetensors and JSON; nothing is pickled."""
 
     input_dims: dict[str, int]

@@ -12,6 +12,7 @@ from m3er_fast._layer_weights import plain_layers
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
+from m3er_fast.fitted_module import LastingModule, ordinary_tensors
 from m3er_fast.functional import unchecked
 from m3er_fast.inputs import Features, check_input_dims, prepare_batch
 from m3er_fast.operands import MemoryScanWeights, TwoLayers
@@ -26,7 +27,7 @@ class NetworkOutput(NamedTuple):
 
 
 @takes_settings_of(NetworkConfig)
-class MemoryFusionNetwork(nn.Module):
+class MemoryFusionNetwork(LastingModule):
     """LSTM and memory classification network of M3ER.
 
     Each modality has one LSTM. An attention module reads the cells of all LSTMs at every step; the attended cells
@@ -49,6 +50,7 @@ class MemoryFusionNetwork(nn.Module):
         ValueError: naming the argument that is out of range.
     """
 
+    @ordinary_tensors()
     def __init__(self, input_dims: Mapping[str, int], num_classes: int, *settings: Any, **named_settings: Any) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)

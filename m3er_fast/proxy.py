@@ -17,7 +17,7 @@ from m3er_fast._proxy_regression import RegressionBank, RegressionSample
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import not_fitted
 from m3er_fast.config import Bank, ProxyConfig
-from m3er_fast.fitted_module import FittedModule
+from m3er_fast.fitted_module import FittedModule, ordinary_tensors
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
 from m3er_fast.standardize import StandardizedBatch, clean_frames
 
@@ -132,6 +132,7 @@ class ProxyGenerator(FittedModule):
         ValueError: naming the argument that is out of range.
     """
 
+    @ordinary_tensors()
     def __init__(self, input_dims: Mapping[str, int], *settings: Any, **named_settings: Any) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
@@ -278,6 +279,7 @@ class ProxyGenerator(FittedModule):
 
     # --- The module ---
 
+    @ordinary_tensors()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         host = {name: self._buffers.pop(name) for name in self._bank.host_buffers}
         try:

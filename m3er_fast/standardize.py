@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from m3er_fast.fitted_module import PreciseModule
+from m3er_fast.fitted_module import PreciseModule, ordinary_tensors
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 
 # Standardised values are clamped to ±1e4: a finite but absurd input (3e38) then stays finite when later steps square
@@ -74,6 +74,7 @@ class Standardizer(PreciseModule):
 
     count: Tensor
 
+    @ordinary_tensors()
     def __init__(self, input_dims: Mapping[str, int]) -> None:
         super().__init__()
         self.input_dims = check_input_dims(input_dims)
@@ -156,6 +157,7 @@ class Standardizer(PreciseModule):
         """Return (3, D) float64 on the CPU: entries seen, mean and sum of squared deviations of each feature."""
         return self._sums
 
+    @ordinary_tensors()
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the result of ``get_extra_state``.
 
@@ -194,7 +196,8 @@ class Standardizer(PreciseModule):
             getattr(self, f"mean_{index}").copy_(m)
             getattr(self, f"scale_{index}").copy_(s)
         self.count.copy_(count)
-        self._sums = sums
+        with ordinary_tensors():
+            self._sums = sums.clone()
         return self
 
     def _empty_sums(self) -> Tensor:
