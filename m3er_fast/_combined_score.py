@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
-from m3er_fast._conformal import Tables, sort_columns
+from m3er_fast._conformal import Tables, count_below, sort_columns
 from m3er_fast._symptoms import DETECTORS, SURPRISES, TWO_SIDED
 
 # The tails of a symptom start at its near edges, and end at its far ones: the shares of the calibration samples beyond
@@ -79,15 +79,17 @@ class CombinedScore:
         """
         excess = (symptoms - tables["symptom_center"]) * say
         if tolerant:
+            columns = list(excess.unbind(dim=-1))
             for k, surprise in enumerate(SURPRISES):
                 if surprise.tolerance:
-                    excess[..., k] = softshrink(excess[..., k], surprise.tolerance)
+                    columns[k] = softshrink(columns[k], surprise.tolerance)
+            excess = torch.stack(columns, dim=-1)
         edges = torch.where((excess > 0)[..., None], tables["symptom_above"], tables["symptom_below"])
         (near, far), distance = edges.unbind(dim=-1), excess.abs()
         at_near = math.log(_NEAR_SHARE) / math.log(_FAR_SHARE)
         in_tail = at_near + (1.0 - at_near) * (distance - near) / (far - near)
         inside = torch.where(distance < near, at_near * distance / near, in_tail)
-        return torch.where(distance < far, inside, distance / far).copysign(excess)
+        return torch.where(distance < far, inside, distance / far) * excess.sign()
 
     @staticmethod
     def of_pairs(p_value: Tensor, power: Tensor, ignored: Collection[str]) -> Tensor:
@@ -113,9 +115,9 @@ class CombinedScore:
 
         Beyond the largest of them the share goes on falling, from 1/(n+1), with the ratio of the scores.
         """
-        known, count, score = tables[f"{name}_scores"], tables[f"{name}_count"][:, None], scores.T.contiguous()
+        known, count, score = tables[f"{name}_scores"], tables[f"{name}_count"][:, None], scores.T
         # Gathered: as a subscript the number would be read by the host, which would wait for the device.
         largest = known.gather(1, (count - 1).clamp(min=0))
-        above = count - torch.searchsorted(known, score, right=False)
+        above = count - count_below(known, score)
         p_value = (above + torch.where(score > largest, largest / score, 1.0)) / (1 + count)
         return p_value.where(count > 0, 1.0).T

@@ -140,11 +140,11 @@ class PairCorrelation(ConformalStatistic):
     def p_value(self, values: Tensor, available: Tensor, tables: Tables) -> Tensor:
         """Return (B, M), the share of comparable calibration samples that correlate no better."""
         rank, comparable = self._ranks(values, tables), self._comparable(available, tables)
-        score = self._reduce(rank, comparable).T.contiguous()
+        score = self._reduce(rank, comparable).T
         # Every score is ranked in the table of every set, for all modalities in one call; its own set's rank counts.
         shape = (self.modalities, 2 ** (self.modalities - 1))
         known = tables["rank_scores"].view(*shape, tables["rank_scores"].shape[1])
-        below = torch.searchsorted(known, score[:, None].expand(*shape, -1).contiguous(), right=True)
+        below = count_below(known, score[:, None].expand(*shape, -1), inclusive=True)
         number = self._number_of_set(comparable).T
         below = below.gather(1, number[:, None])[:, 0]
         count = tables["rank_count"].view(shape).gather(1, number)
@@ -170,7 +170,7 @@ class PairCorrelation(ConformalStatistic):
     def _ranks(self, values: Tensor, tables: Tables) -> Tensor:
         """(B, M, M) share of calibration samples whose ρ of the pair is no larger."""
         values = self._for_decision(values)
-        below = torch.searchsorted(tables["pair_scores"], values.T.contiguous(), right=True)
+        below = count_below(tables["pair_scores"], values.T, inclusive=True)
         return self._by_modality((below.to(values.dtype) / tables["pair_count"].clamp(min=1)[:, None]).T)
 
     def _by_modality(self, of_pairs: Tensor) -> Tensor:
@@ -252,11 +252,11 @@ class Energy(ConformalStatistic):
         """
         columns = []
         for value, scores, count in zip(values.unbind(1), tables["energy_scores"], tables["energy_count"], strict=True):
-            half, twice = (value / LEVEL_TOLERANCE).contiguous(), (value * LEVEL_TOLERANCE).contiguous()
+            half, twice = value / LEVEL_TOLERANCE, value * LEVEL_TOLERANCE
             # Gathered: as a subscript the number would be read by the host, which would wait for the device.
             largest, smallest = scores.gather(0, (count - 1).clamp(min=0).view(1)), scores[0]
-            above = count - torch.searchsorted(scores, half, right=False)
-            below = torch.searchsorted(scores, twice, right=True)
+            above = count - count_below(scores, half)
+            below = count_below(scores, twice, inclusive=True)
             high = above + torch.where(half > largest, largest / half, 1.0)
             low = below + torch.where(twice < smallest, twice / smallest, 1.0)
             p_value = (2.0 * torch.minimum(high, low) / (1 + count)).clamp(max=1.0)
@@ -267,3 +267,21 @@ class Energy(ConformalStatistic):
 def sort_columns(values: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """Return each column's used values ascending, as a row padded with inf at its end; and their number."""
     return values.where(used, torch.inf).sort(dim=0).values.T.contiguous(), used.sum(dim=0)
+
+
+def count_below(known: Tensor, values: Tensor, *, inclusive: bool = False) -> Tensor:
+    """Return for each of ``values`` (..., Q) how many entries of ``known`` (..., n), ascending, are below it.
+
+    With ``inclusive``, entries equal to the value count too.
+    """
+    if not torch.compiler.is_exporting():
+        return torch.searchsorted(known, values.contiguous(), right=inclusive)
+    # Bisection: ONNX has no searchsorted.
+    size = known.shape[-1]
+    count = torch.zeros_like(values, dtype=torch.int64)
+    for bit in reversed(range(size.bit_length())):
+        more = count + (1 << bit)
+        last = known.gather(-1, (more - 1).clamp(max=size - 1))
+        are_below = last <= values if inclusive else last < values
+        count = torch.where(are_below & (more <= size), more, count)
+    return count
