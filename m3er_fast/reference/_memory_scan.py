@@ -11,8 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
-from m3er_fast.operands import MemoryScanWeights, side_by_side
+from m3er_fast.operands import MemoryScanWeights
+
+_State = tuple[Tensor, Tensor, Tensor, Tensor]
+"""h and c (M, B, h), u (B, u) and r (B, 2Mh), the old cells' half first."""
 
 
 def memory_scan(
@@ -26,29 +30,44 @@ def memory_scan(
         [F.linear(x, w, b) for x, w, b in zip(features, weights.input, weights.bias, strict=True)]
     )  # (M, B, T, 4h)
     hidden = from_input.new_zeros((modalities, batch, size))
-    cell = torch.zeros_like(hidden)
     memory = from_input.new_zeros((batch, weights.candidate.second.shape[0]))
-    attended = from_input.new_zeros((batch, 2 * modalities * size))
-    for t in range(steps):
-        gates = from_input[:, :, t] + hidden @ weights.recurrent.mT
-        if weights.feedback is not None:
-            # (B, old|new, M, h) -> (M, B, old|new of the modality)
-            own = attended.view(batch, 2, modalities, size).permute(2, 0, 1, 3).reshape(modalities, batch, 2 * size)
-            gates = gates + own @ weights.feedback.mT
-        input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, dim=2)
-        new_cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh()
-        new_hidden = output_gate.sigmoid() * new_cell.tanh()
-        both = torch.cat([side_by_side(cell), side_by_side(new_cell)], dim=1)  # z_t, (B, 2Mh)
-        attended = weights.attention(both, dropout).softmax(dim=1) * both
-        candidate = weights.candidate(attended, dropout).tanh()
-        context = torch.cat([attended, memory], dim=1)
-        retain = weights.retain(context, dropout).sigmoid()
-        update = weights.update(context, dropout).sigmoid()
+    state: _State = (hidden, torch.zeros_like(hidden), memory, from_input.new_zeros((batch, 2 * modalities * size)))
+
+    def step(state: _State, frame: tuple[Tensor, Any]) -> tuple[_State, tuple[()]]:
+        from_input, t = frame
+        *new, attended = _step(state, from_input, weights, dropout)
         alive = (t < lengths)[:, None]
-        hidden = torch.where(alive, new_hidden, hidden)
-        cell = torch.where(alive, new_cell, cell)
-        memory = torch.where(alive, retain * memory + update * candidate, memory)
+        hidden, cell, memory = (torch.where(alive, x, old) for x, old in zip(new, state[:3], strict=True))
+        return (hidden, cell, memory, attended), ()
+
+    if torch.compiler.is_exporting():  # a loop that is written out has one number of steps
+        state, _ = scan(step, state, (from_input.movedim(2, 0), torch.arange(steps, device=lengths.device)))
+    else:
+        for t in range(steps):
+            state, _ = step(state, (from_input[:, :, t], t))
+    hidden, _, memory, _ = state
     return hidden, memory
+
+
+def _step(state: _State, from_input: Tensor, weights: MemoryScanWeights, dropout: float) -> _State:
+    """The state after a step, whose input has the share ``from_input`` (M, B, 4h) in the gates."""
+    hidden, cell, memory, attended = state
+    modalities, batch, size = hidden.shape
+    gates = from_input + hidden @ weights.recurrent.mT
+    if weights.feedback is not None:
+        # (B, old|new, M, h) -> (M, B, old|new of the modality)
+        own = attended.view(batch, 2, modalities, size).permute(2, 0, 1, 3).reshape(modalities, batch, 2 * size)
+        gates = gates + own @ weights.feedback.mT
+    input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, dim=2)
+    new_cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh()
+    hidden = output_gate.sigmoid() * new_cell.tanh()
+    both = torch.cat([*cell, *new_cell], dim=1)  # z_t, (B, 2Mh)
+    attended = weights.attention(both, dropout).softmax(dim=1) * both
+    candidate = weights.candidate(attended, dropout).tanh()
+    context = torch.cat([attended, memory], dim=1)
+    retain = weights.retain(context, dropout).sigmoid()
+    update = weights.update(context, dropout).sigmoid()
+    return hidden, new_cell, retain * memory + update * candidate, attended
 
 
 def memory_scan_gradients(
