@@ -10,6 +10,7 @@ import torch
 from benchmarks.speed import harness
 
 _ROWS = pytest.StashKey()
+_OURS = pytest.StashKey()
 _RATES = pytest.StashKey()
 _SKIPPED = pytest.StashKey()
 _FAILED = pytest.StashKey()
@@ -26,6 +27,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_ROWS] = []
+    config.stash[_OURS] = ("", None)  # the group that is measured, and its step of ours
     config.stash[_SKIPPED] = {}
     config.stash[_FAILED] = {}
     config.stash[_NOT_RUN] = {}
@@ -47,8 +49,8 @@ def _rates(config):
 def contest(benchmark, device, request):
     """Measures one contestant of a group, beside the floor of its work and a float64 oracle where these are known."""
 
-    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, traced=False, **more):
-        """Measure ``step``.
+    def run(contestant, step, works=(), error=None, allowed=1e-2, once=False, traced=False, alone=False, **more):
+        """Measure ``step``, in turns with ours of the same group.
 
         Args:
             contestant: its name; one that ends in "graphed" is captured in a CUDA graph.
@@ -58,7 +60,8 @@ def contest(benchmark, device, request):
             allowed: the largest such distance. With a larger one the contestant computes something else.
             once: time a single call, for steps that take minutes.
             traced: also record the share of the time for which a GPU is idle, and how often the host waits for it.
-            more: further entries of the result.
+            alone: do not take turns with ours, because ours would compute something else just now.
+            more: further entries of the result; ``samples`` is how many a call computes.
         """
 
         def error_of(result):
@@ -89,7 +92,19 @@ def contest(benchmark, device, request):
             if contestant.endswith("graphed"):
                 row["calls"] = harness.GRAPHED_CALLS
                 run = harness.graphed(step, harness.GRAPHED_CALLS)
-            row["median"] = harness.measure(benchmark, device, run, row["calls"])
+            group, ours = request.config.stash[_OURS]
+            beside = None if contestant == harness.OURS or alone or group != row["group"] else ours
+            timing = harness.measure(benchmark, device, run, row["calls"], beside)
+            if contestant == harness.OURS:
+                request.config.stash[_OURS] = (row["group"], (run, row["calls"]))
+            row |= {
+                "median": timing.seconds.median,
+                "iqr": timing.seconds.relative,
+                "rounds": timing.rounds,
+                "calls": timing.calls,
+            }
+            if timing.ratio is not None:
+                row["time_to_ours"] = timing.ratio._asdict()
             row["peak_bytes"] = harness.peak_bytes(device, step)
         if traced:
             row |= harness.device_use(device, step, row["median"])
@@ -99,7 +114,7 @@ def contest(benchmark, device, request):
         benchmark.extra_info.update(row)
         rows = request.config.stash[_ROWS]
         rows.append(row)
-        ours = next((r["median"] for r in rows if (r["group"], r["contestant"]) == (row["group"], harness.OURS)), None)
+        ours = next((r for r in rows if (r["group"], r["contestant"]) == (row["group"], harness.OURS)), None)
         shown = {"group": row["group"], "contestant": contestant, "cells": harness.cells(row, ours)}
         request.node.user_properties.append(("m3er_fast", shown))
 

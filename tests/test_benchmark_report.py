@@ -10,15 +10,17 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from benchmarks.report import goals, merge
+from benchmarks.report import figures, goals, merge, panels
 from benchmarks.report import page as report
 from benchmarks.speed import harness, operations, scaling
 
+QUARTILES = {"q1": 0.99, "median": 1.0, "q3": 1.01}
 GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
 
 
-def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, **more):
-    """Return the JSON of a run whose contestants have these median seconds."""
+def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, threads=2, samples=65536, **more):
+    """Return the JSON of a run whose contestants have these median seconds; its first took turns with the others."""
+    ours = next(iter(seconds.values()), None)
     rows = [
         {
             "operation": "fusion_loss",
@@ -31,15 +33,19 @@ def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, **more):
             "share_of_floor": 1e-3 / median,
             "peak_bytes": 5_000_000,
             "error": error,
+            "samples": samples,
+            "rounds": 15,
+            "iqr": 0.02,
             "ratios": {other: time / median for other, time in seconds.items() if other != name},
         }
+        | ({} if median == ours else {"time_to_ours": {q: f * median / ours for q, f in QUARTILES.items()}})
         for name, median in seconds.items()
     ]
     about = {
         "commit": "0123456789abcdef",
         "device": "A device",
         "kind": kind,
-        "threads": 2,
+        "threads": threads,
         "cores": 4,
         "copy_bytes_per_second": 8e9,
         "operations_per_second": {"fp32": 2e11, "fp64": 5e10},
@@ -60,69 +66,182 @@ def page(tmp_path):
 
 
 @pytest.fixture
-def command(tmp_path, page):
-    """Reports runs on the page and returns the exit code."""
+def measurements(tmp_path):
+    file = tmp_path / "measurements.md"
+    file.write_text(f"# All\n\n{report.BEGIN}\n{report.END}\n")
+    return file
+
+
+@pytest.fixture
+def command(tmp_path, page, measurements):
+    """Reports runs on the two pages and returns the exit code."""
 
     def run(*runs):
         paths = []
         for number, content in enumerate(runs):
             paths.append(tmp_path / f"{number}.json")
             paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
-        return report.main([*map(str, paths), "--page", str(page), "--figures", str(tmp_path / "results")])
+        pages = ["--page", page, "--measurements", measurements, "--figures", tmp_path / "results"]
+        return report.main([*map(str, paths), *map(str, pages)])
 
     return run
 
 
 def test_only_the_part_between_the_markers_is_replaced(command, page):
-    assert command(a_run({"ours": 0.01, "eager": 0.04})) == 0
+    assert command(a_run({"ours": 0.01, "textbook": 0.04})) == 0
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
     assert text.endswith(f"{report.END}\n\n# After\n")
     assert "old" not in text
 
 
-def test_reporting_the_same_runs_again_changes_no_byte(command, page, tmp_path):
-    run = a_run({"ours": 0.01, "eager": 0.04})
+def test_reporting_the_same_runs_again_changes_no_byte(command, page, measurements, tmp_path):
+    run = a_run({"ours": 0.01, "textbook": 0.04})
     command(run)
-    first = {path.name: path.read_bytes() for path in [page, *(tmp_path / "results").iterdir()]}
+    first = {path.name: path.read_bytes() for path in [page, measurements, *(tmp_path / "results").iterdir()]}
     command(run)
-    assert {path.name: path.read_bytes() for path in [page, *(tmp_path / "results").iterdir()]} == first
-    assert len(first) == 3
+    assert {path.name: path.read_bytes() for path in [page, measurements, *(tmp_path / "results").iterdir()]} == first
+    assert len(first) == 5
 
 
-def test_a_result_is_a_line_with_time_share_memory_error_and_ratio(command, page):
-    command(a_run({"ours": 0.01, "eager": 0.04}))
-    assert "| ours | 10 ms | 10% | 0.8 GB/s | 5 MB | 1.0e-07 | 1.00 |" in page.read_text()
-    assert "| eager | 40 ms | 2% | 0.2 GB/s | 5 MB | 1.0e-07 | 4.00 |" in page.read_text()
+def test_a_result_is_a_line_with_time_spread_rate_share_memory_error_and_ratio(command, measurements):
+    command(a_run({"ours": 0.01, "textbook": 0.04}))
+    text = measurements.read_text()
+    assert f"**{GROUP}**, 2 threads" in text
+    assert "| ours | 10 ms | 2% | 15 | 6,550,000 | 10% | 0.8 GB/s | 5 MB | 1.0e-07 | 1.00 |" in text
+    assert "| textbook | 40 ms | 2% | 15 | 1,640,000 | 2% | 0.2 GB/s | 5 MB | 1.0e-07 | 4.00 |" in text
+
+
+def test_a_group_is_a_line_per_run_with_the_ratios_to_ours_and_their_quartiles(command, page):
+    times = {"ours": 0.01, "textbook": 0.04, "textbook, compiled": 0.02, "reference": 0.05}
+    command(a_run(times, threads=1), a_run(times | {"textbook": 0.03}))
+    lines = page.read_text().splitlines()
+    rest = "6,550,000 | 4.00 (3.96 to 4.04) | 2.00 (1.98 to 2.02) | 5.00 reference |"
+    at = lines.index(f"| {GROUP} | 1 thread | 10 ms | {rest}")
+    assert lines[at + 1] == f"|  | 2 threads | 10 ms | {rest.replace('4.00 (3.96 to 4.04)', '3.00 (2.97 to 3.03)')}"
+
+
+def test_groups_in_which_the_textbook_is_faster_are_listed(command, page):
+    command(a_run({"ours": 0.01, "textbook": 0.008, "textbook, compiled": 0.02}))
+    section = page.read_text().partition("### Slower than the textbook")[2].partition("###")[0]
+    assert f"| {GROUP} | 2 threads | textbook | 0.80 (0.79 to 0.81) |" in section
+    assert "compiled |" not in section
+    command(a_run({"ours": 0.01, "textbook": 0.02, "reference": 0.005}))
+    assert "In these runs it was never slower than the textbook, eager or compiled." in page.read_text()
+
+
+def test_runs_of_one_device_are_told_apart(tmp_path):
+    def run(name, threads=2, device="A device"):
+        path = tmp_path / name
+        content = a_run({"ours": 0.01}, threads=threads)
+        content["machine_info"]["m3er_fast"]["device"] = device
+        path.write_text(json.dumps(content))
+        return report.Run.read(path)
+
+    assert report.labels([run("a.json")]) == ["2 threads"]
+    assert report.labels([run("a.json", 1), run("b.json")]) == ["1 thread", "2 threads"]
+    assert report.labels([run("a.json"), run("b.json")]) == ["2 threads, a", "2 threads, b"]
+    assert report.labels([run("a.json"), run("b.json", 2, "Other")]) == ["A device, 2 threads", "Other, 2 threads"]
+
+
+def test_the_figures_of_several_runs_on_one_device_show_each_run_by_itself(command, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "ratios", lambda bars, path: drawn.setdefault(path.stem, bars))
+    monkeypatch.setattr(figures, "roofline", lambda points, copy, rates, path: drawn.setdefault(path.stem, points))
+    first, second = a_run({"ours": 0.01, "textbook": 0.04}, threads=1), a_run({"ours": 0.01, "textbook": 0.02})
+    assert command(first, second) == 0
+    assert drawn["ratios-cpu-1-thread"] == [(GROUP, "textbook", pytest.approx(4.0))]
+    assert drawn["ratios-cpu-2-threads"] == [(GROUP, "textbook", pytest.approx(2.0))]
+    for threads, slowest in (("1-thread", 0.04), ("2-threads", 0.02)):
+        assert [point.seconds for point in drawn[f"roofline-cpu-{threads}"]] == [0.01, slowest]
+
+
+def test_the_figure_over_the_batch_has_one_curve_per_run_and_only_the_textbooks_ratios(command, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "over_batch", lambda shown, path: drawn.append(shown))
+
+    def sizes(threads, ratio):
+        runs = [
+            a_run({"ours": 1.0, "textbook": ratio * size, "reference": 9.0}, threads=threads, samples=size, group=group)
+            for size, group in ((64, "64 samples"), (1, "1 sample"))
+            for group in [f"fusion loss and gradient, {group}, 6 classes, m3er"]
+        ]
+        return runs[0] | {"benchmarks": [result for run in runs for result in run["benchmarks"]]}
+
+    assert command(sizes(1, 2.0), sizes(2, 3.0)) == 0
+    [[(title, least, curves), *others]] = drawn
+    assert title == "loss and gradient, C = 6"
+    assert least == 1.0
+    assert [(curve.label, curve.sizes, curve.median) for curve in curves] == [
+        ("1 thread", [1, 64], [2.0, 128.0]),
+        ("2 threads", [1, 64], [3.0, 192.0]),
+    ]
+    assert all(not curves for _, _, curves in others)
+
+
+def test_a_third_lost_is_drawn_as_the_time_of_the_clean_batch_relative_to_its_own():
+    panel = panels.PANELS[-1]
+    row = {"contestant": "ours, a third lost", "group": "inference with check and proxies, CMU-MOSEI, B=8, T=20"}
+    row |= {"samples": 8, "time_to_ours": {"q1": 2.0, "median": 4.0, "q3": 5.0}}
+    assert panel.curve("1 thread", [row]) == ("1 thread", [8], [0.2], [0.25], [0.5])
+
+
+def test_every_panel_finds_benchmarks_that_there_are():
+    from benchmarks.speed.workloads import CHECK, LOSS, MEMORY_SCAN, MODELS
+
+    for workloads in (CHECK, LOSS, MEMORY_SCAN, MODELS):
+        assert {1, 512} <= {sizes.batch for sizes in workloads["cpu"].values()}
+
+
+def test_points_below_the_line_are_drawn_as_such(tmp_path):
+    curve = figures.RatioCurve("1 thread", [1, 8, 64], [0.4, 0.9, 2.0], [0.5, 1.0, 2.0], [0.6, 1.1, 2.0])
+    figures.over_batch([("loss", 1.0, [curve]), ("none", 1.0, [])], tmp_path / "over_batch.png")
+    assert (tmp_path / "over_batch.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no result beside the textbook"):
+        figures.over_batch([("none", 1.0, [])], tmp_path / "nothing.png")
 
 
 def test_a_goal_is_met_missed_or_not_measured(command, page):
-    command(a_run({"ours": 0.01, "eager": 0.04, "compiled": 0.011}))
+    command(a_run({"ours": 0.01, "textbook": 0.04, "textbook, compiled": 0.009}))
     text = page.read_text()
-    assert "| loss and gradient, 65536 × 6 | ≥ 3.00 × eager | 4.00 × | met |" in text
-    assert "| loss and gradient, 65536 × 6 | ≥ 1.20 × compiled | 1.10 × | missed |" in text
-    assert "| check, 8192 samples, k = 30 | ≥ 1.70 × eager |  | not measured |" in text
+    before = "≥ 3 × the reference"
+    assert f"| loss and gradient, 65536 × 6 | {before} | ≥ 3.00 × textbook | 4.00 × | met |" in text
+    assert "| ≥ 1.00 × textbook, compiled | 0.90 × | missed |" in text
+    assert "| statistics of sequences, any size |  | ≥ 1.00 × textbook |  | not measured |" in text
 
 
 def test_a_run_on_a_cpu_does_not_measure_the_goals_of_a_gpu(command, page):
     group = "fusion loss and gradient, 1M samples, 6 classes, m3er"
-    command(a_run({"ours": 0.01, "eager": 0.1}, group))
-    assert "| loss and gradient, 1M × 6 | ≥ 6.00 × eager |  | not measured |" in page.read_text()
-    command(a_run({"ours": 0.01, "eager": 0.1}, group, kind="cuda"))
-    assert "| loss and gradient, 1M × 6 | ≥ 6.00 × eager | 10.00 × | met |" in page.read_text()
+    command(a_run({"ours": 0.01, "textbook": 0.1}, group))
+    assert "| loss and gradient, 1M × 6 | ≥ 6.00 × textbook |  | not measured |" in page.read_text()
+    command(a_run({"ours": 0.01, "textbook": 0.1}, group, kind="cuda"))
+    assert "| loss and gradient, 1M × 6 | ≥ 6.00 × textbook | 10.00 × | met |" in page.read_text()
 
 
 def test_a_goal_is_met_only_if_every_run_meets_it(command, page):
-    command(a_run({"ours": 0.01, "eager": 0.04}), a_run({"ours": 0.01, "eager": 0.02}))
-    assert "| ≥ 3.00 × eager | 2.00 × to 4.00 × | missed |" in page.read_text()
+    command(a_run({"ours": 0.01, "textbook": 0.04}), a_run({"ours": 0.01, "textbook": 0.02}))
+    assert "| ≥ 3.00 × textbook | 4.00 × | 2.00 × | missed |" in page.read_text()
+
+
+def test_the_reference_counts_for_no_goal():
+    assert not {goal.baseline for goal in (*goals.CPU, *goals.GPU)} & {"reference", "reference, compiled"}
+
+
+def test_a_slowdown_is_the_time_of_a_contestant_relative_to_its_baseline():
+    goal = goals.Goal("", "cpu", "", "slowdown", 2.0, "ours", "ours, a third lost")
+    row = {"contestant": "ours, a third lost", "group": "inference", "ratios": {"ours": 0.4}}
+    assert goal.worst([row]) == pytest.approx(2.5)
+    assert not goal.met(2.5)
+    assert goal.met(2.0)
+    assert goal.wanted() == "≤ 2.00 × ours"
 
 
 def test_the_worst_of_several_groups_decides_a_goal():
     rows = [
-        {"contestant": "ours", "group": group, "ratios": {"eager": ratio}, "error": error}
+        {"contestant": "ours", "group": group, "ratios": {"textbook": ratio}, "error": error}
         for group, ratio, error in (("scan, B=1", 3.0, 1e-7), ("scan, B=2", 0.5, 1e-3), ("other", 0.1, 1.0))
     ]
-    assert goals.Goal("", "cpu", "scan", "ratio", 1.0, "eager").worst(rows) == 0.5
+    assert goals.Goal("", "cpu", "scan", "ratio", 1.0, "textbook").worst(rows) == 0.5
     assert goals.Goal("", "cpu", "scan", "error", 1e-5).worst(rows) == 1e-3
 
 
@@ -133,16 +252,21 @@ def test_an_error_and_a_time_are_met_below_their_limit():
         assert not goal.met(1e-2)
 
 
-def test_results_that_were_left_out_are_counted_by_reason(command, page):
+def test_results_that_were_left_out_are_counted_by_reason(command, measurements):
     command(a_run({"ours": 0.01}))
-    assert "| Fusion loss and gradient | liger-kernel cross entropy needs a GPU | 2 |" in page.read_text()
+    assert "| Fusion loss and gradient | liger-kernel cross entropy needs a GPU | 2 |" in measurements.read_text()
 
 
 def test_an_inexact_contestant_is_no_baseline_in_the_figure():
-    rows = [
-        {"group": "g", "contestant": name, "median": median, "error": error}
-        for name, median, error in (("ours", 1.0, 0.0), ("exact", 3.0, 0.0), ("index", 0.1, 0.2), ("other", 0.1, None))
-    ]
+    rows = harness.with_ratios(
+        [
+            {"group": "g", "contestant": name, "median": median, "error": error}
+            for name, median, error in (
+                *(("ours", 1.0, 0.0), ("exact", 3.0, 0.0)),
+                *(("index", 0.1, 0.2), ("other", 0.1, None)),
+            )
+        ]
+    )
     assert report.best_baseline(rows[0], rows) == ("exact", 3.0)
 
 
@@ -269,20 +393,20 @@ def test_the_use_of_the_device_is_not_traced_on_a_cpu():
     assert harness.device_use(torch.device("cpu"), lambda: pytest.fail("called"), 1.0) == {}
 
 
-def test_failed_and_unreached_benchmarks_are_left_out_with_their_reason(command, page):
+def test_failed_and_unreached_benchmarks_are_left_out_with_their_reason(command, measurements):
     failed = {"memory_scan": {"test_a": "wrong by | 1", "test_b": "wrong by | 1"}}
     assert command(a_run({"ours": 1.0}, failed=failed, not_run={"cca": ["test_c"]})) == 0
-    assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in page.read_text()
-    assert "| CCA | not reached before the run ended | 1 |" in page.read_text()
+    assert "| Memory scan | failed: wrong by \\| 1 | 2 |" in measurements.read_text()
+    assert "| CCA | not reached before the run ended | 1 |" in measurements.read_text()
 
 
-def test_idle_gpus_have_a_table_and_a_goal(command, page):
+def test_idle_gpus_have_a_table_and_a_goal(command, page, measurements):
     group = "scoring, 32768 utterances of up to 20 frames"
     run = a_run({"ours": 1.0, "reading alone": 0.9}, group=group, kind="cuda")
     run["benchmarks"][0]["extra_info"] |= {"idle_share": 0.07, "host_waits": 3}
     assert command(run) == 0
     text = page.read_text()
-    assert f"| {group} | ours | 7% | 3 |" in text
+    assert f"| {group} | ours | 7% | 3 |" in measurements.read_text()
     assert "| scoring, the GPU | ≤ 10% idle | 7% idle | met |" in text
     assert "| scoring, beside its reading alone | ≥ 0.80 × reading alone | 0.90 × | met |" in text
 
@@ -345,7 +469,7 @@ def parts(tmp_path):
 
 
 def a_part(operation, **more):
-    run = a_run({"ours": 0.01, "eager": 0.04}, group=operation)
+    run = a_run({"ours": 0.01, "textbook": 0.04}, group=operation)
     return json.dumps(run | {"skipped": {operation: {"a reason": ["a"]}}, "failed": {}, "not_run": {}} | more)
 
 

@@ -143,7 +143,7 @@ def left_out(names):
 def fitted(train, test):
     """Return the held-out utterances with every contestant, fitted to the training utterances."""
     dims = train.input_dims
-    scale = Standardizer(dims).fit(train.features, train.lengths, train.available)
+    scale = Standardizer(dims).fit(train.features, lengths=train.lengths, available=train.available)
     clean_train, clean = (scale(part.features, part.lengths, part.available) for part in (train, test))
     settings = CONTESTANTS | {left_out(names): {"ignore": names} for names in DETECTORS_OF.values()}
     with warnings.catch_warnings():  # few calibration samples: their effect is measured here

@@ -40,7 +40,7 @@ def error(relation, correlation, ridge, seed):
     config = M3ERConfig(check=None, proxy=ProxyConfig(ridge=ridge))
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), config)
     training = corpus.subset("train")
-    model.fit(training.features, training.lengths, training.available)
+    model.fit(training.features, lengths=training.lengths, available=training.available)
     return float(np.mean(list(regenerate(model, corpus.subset("test"))[0].values())))
 
 

@@ -1,4 +1,4 @@
-"""Errors of proxies and their effect on accuracy, over neighbours, ridge and bank, beside simpler ways to fill in.
+"""Errors of proxies and their effect on accuracy, over kinds of bank and settings, beside simpler ways to fill in.
 
     python -m benchmarks.quality.proxy_quality OUT
 
@@ -12,6 +12,7 @@ Dimension legend: M modalities, B samples, T steps, d_m features of modality m.
 """
 
 import argparse
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from sklearn.cluster import kmeans_plusplus
-from sklearn.linear_model import RidgeCV
 
 from benchmarks.quality import common
 from m3er_fast import M3ERConfig, ProxyGenerator
@@ -31,7 +31,9 @@ from m3er_fast.training import train
 
 NEIGHBOURS = (1, 4, 8, 16, 32, 64)
 RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
+RIDGES_OF_REGRESSION = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 SHARES = (1 / 16, 1 / 4, 1.0)
+HAS_FAISS = importlib.util.find_spec("faiss") is not None
 
 
 def corpora(root):
@@ -72,32 +74,6 @@ def means(_model, batch, effective):
     return [torch.where(lost[:, m, None, None], 0.0, x) for m, x in enumerate(batch.features)]
 
 
-class Regression:
-    """One ridge regression per direction, its penalty chosen by leave-one-out; sources are averaged as in proxies."""
-
-    def __init__(self, training):
-        self.maps = {}
-        for i, source in enumerate(training.features):
-            for m, target in enumerate(training.features):
-                both = training.frame_valid[:, :, i] & training.frame_valid[:, :, m]
-                if i != m and bool(both.any()):
-                    fitted = RidgeCV(alphas=10.0 ** np.arange(-1, 7)).fit(source[both].numpy(), target[both].numpy())
-                    self.maps[i, m] = fitted.predict
-
-    def __call__(self, _model, batch, effective):
-        filled = []
-        lost = ~effective & effective.any(dim=1, keepdim=True)
-        for m, x in enumerate(batch.features):
-            total, sources = torch.zeros_like(x), torch.zeros(x.shape[:2])
-            for i, source in enumerate(batch.features):
-                here = (lost[:, m] & effective[:, i])[:, None] & batch.frame_valid[:, :, i]
-                if i != m and (i, m) in self.maps and bool(here.any()):
-                    total[here] += torch.from_numpy(self.maps[i, m](source[here].numpy())).float()
-                    sources += here
-            filled.append(torch.where(lost[:, m, None, None], total / sources.clamp(min=1)[:, :, None], x))
-        return filled
-
-
 class Proxies:
     """A fitted proxy generator."""
 
@@ -110,7 +86,7 @@ class Proxies:
 
 def reduced_by_kmeans(dims, training, size):
     """Return proxies whose bank keeps the frames that k-means++ seeding picks, all modalities side by side."""
-    fill = Proxies(dims, training)
+    fill = Proxies(dims, training, bank="neighbours")
     generator = fill.generator
     banks = [generator.learned(f"bank_{m}") for m in range(len(dims))]
     _, chosen = kmeans_plusplus(torch.cat(banks, dim=1).numpy(), size, random_state=0)
@@ -123,70 +99,79 @@ def reduced_by_kmeans(dims, training, size):
 
 def ways(dims, training):
     """Return the ways to fill in, by group and label."""
-    default = Proxies(dims, training)
-    frames = default.generator.bank_valid.shape[0]
+
+    def neighbours(**settings):
+        return Proxies(dims, training, bank="neighbours", **settings)
+
+    of_neighbours = neighbours()
+    frames = of_neighbours.generator.bank_valid.shape[0]
     groups = {
-        "baselines": {
-            "zero filling": zeros_of_raw_features,
-            "mean filling": means,
-            "ridge regression": Regression(training),
-        },
+        "baselines": {"zero filling": zeros_of_raw_features, "mean filling": means},
         "kind": {
-            "neighbours": default,
-            "neighbours, affine": Proxies(dims, training, affine=True),
+            "regression": Proxies(dims, training, bank="regression"),
+            "neighbours": of_neighbours,
+            "neighbours, affine": neighbours(affine=True),
+            **({"neighbours, faiss-ivf": neighbours(engine="faiss-ivf")} if HAS_FAISS else {}),
             "basis": Proxies(dims, training, bank="basis"),
         },
-        "k": {str(k): Proxies(dims, training, k=k) for k in NEIGHBOURS},
-        "k, ridge 0.01": {str(k): Proxies(dims, training, k=k, ridge=0.01) for k in NEIGHBOURS},
-        "ridge": {f"{ridge:g}": Proxies(dims, training, ridge=ridge) for ridge in RIDGES},
+        "k": {str(k): neighbours(k=k) for k in NEIGHBOURS},
+        "k, ridge 0.01": {str(k): neighbours(k=k, ridge=0.01) for k in NEIGHBOURS},
+        "ridge": {f"{ridge:g}": neighbours(ridge=ridge) for ridge in RIDGES},
+        "ridge of a regression": {
+            f"{ridge:g}": Proxies(dims, training, bank="regression", ridge=ridge) for ridge in RIDGES_OF_REGRESSION
+        },
         "bank": {},
         "bank by k-means++": {},
     }
     for share in SHARES:
         size = max(1, round(share * frames))
-        groups["bank"][str(size)] = Proxies(dims, training, max_bank=size)
+        groups["bank"][str(size)] = neighbours(max_bank=size)
         if share < 1 and size <= 3000:  # k-means++ passes over the bank once per row that it picks
             groups["bank by k-means++"][str(size)] = reduced_by_kmeans(dims, training, size)
     return groups
 
 
 def measure(corpus, config, seeds, say):
+    """Return accuracies and errors of every way to fill in, a list over seeds, by group and label."""
     results = {}
     corpus = corpus if corpus.split is not None else split_by_group(corpus)
     for seed in range(seeds):
         say(f"  seed {seed + 1} of {seeds}")
-        settings = config.replace(training=replace(config.training, seed=seed))
-        model = train(corpus, settings).model.eval()
-        batches = {}
-        for split in ("train", "test"):
-            part = corpus.subset(split)
-            batches[split] = model.standardize(part.features, part.lengths, part.available)
-        clean, target = batches["test"], torch.as_tensor(corpus.subset("test").target)
-        names = list(corpus.features)
-        noisy, truth = paper_protocol(
-            dict(zip(names, clean.features, strict=True)), seed, lengths=clean.lengths, available=clean.available
-        )
-        corrupted = clean._replace(features=[noisy[name] for name in names])
-        effective = clean.available & ~truth
-        hit = [(truth[:, m] & effective.any(dim=1))[:, None] & clean.frame_valid[:, :, m] for m in range(len(names))]
-        groups = ways(corpus.input_dims, batches["train"])
-        groups["baselines"] |= {
-            "clean": lambda *_, x=clean: x.features,
-            "as it came": lambda *_, x=corrupted: x.features,
-        }
-        for group, fillers in groups.items():
-            for label, fill in fillers.items():
-                with torch.no_grad():
-                    filled = fill(model, corrupted, effective)
-                    answer = model.network.classify(filled, clean.lengths)[0].argmax(dim=1)
-                difference = sum(
-                    float((x - y)[h].square().sum()) for x, y, h in zip(filled, clean.features, hit, strict=True)
-                )
-                original = sum(float(y[h].square().sum()) for y, h in zip(clean.features, hit, strict=True))
-                row = results.setdefault(group, {}).setdefault(label, {"accuracy": [], "error": []})
-                row["accuracy"].append(float((answer == target).double().mean()))
-                row["error"].append((difference / original) ** 0.5)
+        for group, label, row in measure_once(corpus, config, seed):
+            lists = results.setdefault(group, {}).setdefault(label, {key: [] for key in row})
+            for key, value in row.items():
+                lists[key].append(value)
     return results
+
+
+def measure_once(corpus, config, seed):
+    """Yield group, label and measurements of every way to fill in, for a network trained with one seed."""
+    model = train(corpus, config.replace(training=replace(config.training, seed=seed))).model.eval()
+    batches = {}
+    for split in ("train", "test"):
+        part = corpus.subset(split)
+        batches[split] = model.standardize(part.features, part.lengths, part.available)
+    clean, target = batches["test"], torch.as_tensor(corpus.subset("test").target)
+    names = list(corpus.features)
+    noisy, truth = paper_protocol(
+        dict(zip(names, clean.features, strict=True)), seed, lengths=clean.lengths, available=clean.available
+    )
+    corrupted = clean._replace(features=[noisy[name] for name in names])
+    effective = clean.available & ~truth
+    hit = [(truth[:, m] & effective.any(dim=1))[:, None] & clean.frame_valid[:, :, m] for m in range(len(names))]
+    groups = ways(corpus.input_dims, batches["train"])
+    groups["baselines"] |= {"clean": lambda *_: clean.features, "as it came": lambda *_: corrupted.features}
+    for group, fillers in groups.items():
+        for label, fill in fillers.items():
+            with torch.no_grad():
+                filled = fill(model, corrupted, effective)
+                answer = model.network.classify(filled, clean.lengths)[0].argmax(dim=1)
+            difference = sum(
+                float((x - y)[h].square().sum()) for x, y, h in zip(filled, clean.features, hit, strict=True)
+            )
+            original = sum(float(y[h].square().sum()) for y, h in zip(clean.features, hit, strict=True))
+            accuracy = float((answer == target).double().mean())
+            yield group, label, {"accuracy": accuracy, "error": (difference / original) ** 0.5}
 
 
 def mean_and_deviation(values):
@@ -212,25 +197,30 @@ def to_markdown(results):
 
 
 def draw(results, path):
-    panels = [("k", "neighbours K"), ("ridge", "ridge λ"), ("bank", "frames in the bank")]
-    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 3, sharey="row")
+    panels = {
+        "ridge of a regression": "ridge λ of a regression",
+        "k": "neighbours K",
+        "ridge": "ridge λ of neighbours",
+        "bank": "frames in a bank of neighbours",
+    }
+    figure = Figure(figsize=(13, 6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(panels), sharey="row")
     for color, (corpus, groups) in zip(("C0", "C1", "C2"), results.items(), strict=False):
-        for column, (group, label) in enumerate(panels):
+        for column, (group, label) in enumerate(panels.items()):
             positions = [float(x) for x in groups[group]]
             for row, key in enumerate(("error", "accuracy")):
                 values = [np.mean(entry[key]) for entry in groups[group].values()]
                 ax = axes[row, column]
                 ax.plot(positions, values, "o-", color=color, label=corpus)
                 ax.axhline(np.mean(groups["baselines"]["mean filling"][key]), color=color, ls=":", lw=1)
-                ax.axhline(np.mean(groups["baselines"]["ridge regression"][key]), color=color, ls="--", lw=1)
+                ax.axhline(np.mean(groups["kind"]["regression"][key]), color=color, ls="--", lw=1)
                 ax.set_xscale("log")
                 if row:
                     ax.set_xlabel(label)
     axes[0, 0].set_ylabel("relative L2 error")
     axes[1, 0].set_ylabel("accuracy")
     axes[0, 0].legend(
-        title="proxies (solid)\nmean filling (dotted)\nridge regression (dashed)",
+        title="proxies (solid)\nmean filling (dotted)\nregression, cross-validated (dashed)",
         fontsize=8,
         title_fontsize=8,
         loc="upper left",

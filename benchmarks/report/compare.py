@@ -35,7 +35,12 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, baseline: dict[str, Any], ours: dict[str, Any]) -> Ratio:
-        """Return the ratio of two results, each of which may time several calls as one."""
+        """Return the ratio of two results: that of their rounds in turns, else of their quartiles.
+
+        A result may time several calls as one.
+        """
+        if (in_turns := baseline["extra_info"].get("time_to_ours")) is not None:
+            return cls(*(in_turns[key] for key in _QUARTILES))
         b, o = ([result["stats"][key] for key in _QUARTILES] for result in (baseline, ours))
         calls = ours["extra_info"].get("calls", 1) / baseline["extra_info"].get("calls", 1)
         return cls(calls * b[0] / o[2], calls * b[1] / o[1], calls * b[2] / o[0])

@@ -44,6 +44,16 @@ class Curve(NamedTuple):
     exponent: float  # fitted power of the sizes
 
 
+class RatioCurve(NamedTuple):
+    """Ratios over the samples of a batch, with their quartiles."""
+
+    label: str
+    sizes: Sequence[int]
+    low: Sequence[float]
+    median: Sequence[float]
+    high: Sequence[float]
+
+
 def points(rows: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[Point]:
     """Return a point for each result that states its bytes and operations."""
     return [
@@ -156,6 +166,72 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         _save(figure, path)
+
+
+def over_batch(panels: Sequence[tuple[str, float, Sequence[RatioCurve]]], path: Path) -> None:
+    """Draw ratios over the samples of a batch, one panel per kind of work and one curve per run.
+
+    Below a panel's least ratio the ground is grey and points are crosses.
+
+    Args:
+        panels: (title, least ratio, curves) of each kind of work.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there is no point.
+    """
+    curves = [curve for _, _, curves in panels for curve in curves if curve.sizes]
+    if not curves:
+        raise ValueError("no result beside the textbook to draw over B")
+    values = [value for curve in curves for value in (*curve.low, *curve.high)]
+    low, high = (2.0 ** round_(math.log2(v)) for round_, v in ((math.floor, min(values)), (math.ceil, max(values))))
+    low, high = min(low, 0.5), max(high, 2.0)
+    with matplotlib.style.context(_STYLE):
+        rows = math.ceil(len(panels) / _COLUMNS)
+        figure = Figure(figsize=(9, 0.4 + 2.4 * rows), dpi=150, layout="constrained")
+        grid = figure.subplots(rows, _COLUMNS, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, least, curves) in zip(grid.flat, panels, strict=False):
+            axes.axhspan(low / 2, least, color="0.92", linewidth=0)
+            axes.axhline(least, color="0.3", linewidth=1)
+            for number, curve in enumerate(curves):
+                _ratios_over_batch(axes, curve, least, number)
+            axes.set_title(title)
+            axes.set(xscale="log", yscale="log", ylim=(low / 1.15, high * 1.15))
+            axes.grid()
+            sizes = sorted({size for curve in curves for size in curve.sizes})
+            # Every size has a point, but not each a label: they would overlap.
+            shown = [size for size in sizes if size == sizes[0] or math.log2(size) % 3 == 0] or sizes
+            axes.set_xticks(shown, [f"{size:,}" for size in shown])
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=12))
+            axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        for axes in grid[-1]:
+            axes.set_xlabel("B, samples")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("textbook : ours")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        handles.append(Line2D([], [], linestyle="none", marker="X", color="0.3"))
+        figure.legend(handles, [*labels, "below the line"], loc="outside lower center", ncols=8, frameon=False)
+        _save(figure, path)
+
+
+def _ratios_over_batch(axes: Axes, curve: RatioCurve, least: float, number: int) -> None:
+    color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    axes.vlines(curve.sizes, curve.low, curve.high, color=color, linewidth=3, alpha=0.35)
+    style = ("-", "--", ":", "-.")[number % 4]
+    axes.plot(
+        curve.sizes, curve.median, linestyle=style, linewidth=1.2, marker=marker, markersize=4, color=color,
+        label=curve.label,
+    )  # fmt: skip
+    below = [(size, value) for size, value in zip(curve.sizes, curve.median, strict=True) if value < least]
+    if below:
+        axes.plot(
+            *zip(*below, strict=True), linestyle="none", marker="X", markersize=9, color=color, markeredgecolor="0.1",
+            zorder=4,
+        )  # fmt: skip
 
 
 def scaling(panels: Sequence[tuple[str, str, Sequence[Curve], Sequence[Curve]]], path: Path) -> None:

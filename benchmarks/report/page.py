@@ -1,11 +1,12 @@
-"""The generated part of ``docs/performance.md`` and its figures, from JSONs of benchmark runs.
+"""The generated parts of ``docs/performance.md`` and ``docs/measurements.md``, and their figures, from benchmark runs.
 
     python -m benchmarks.report RUN.json...
 
-The report replaces everything between the two markers of the page; the same runs give the same bytes. A run is a file
-of ``pytest benchmarks --benchmark-only --benchmark-json RUN.json``; it may hold only some of the benchmarks.
+The report replaces everything between the two markers of each page: conclusions on the first, every result on the
+second. The same runs give the same bytes. A run is a file of ``pytest benchmarks --benchmark-only --benchmark-json
+RUN.json``; it may hold only some of the benchmarks. Runs are kept apart, whether by device, by threads or by file.
 
-Exit codes: 0 written; 2 a run or the page cannot be used.
+Exit codes: 0 written; 2 a run or a page cannot be used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report import goals
-from benchmarks.speed.harness import OURS, markdown
+from benchmarks.speed.harness import COMPILED, OURS, TEXTBOOK, markdown, shown_rate, shown_seconds
 from benchmarks.speed.operations import TITLES, current_operation, current_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,39 +84,69 @@ def _reasons(run: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {operation: dict(reasons) for operation, reasons in found.items()}
 
 
-def write_report(runs: Sequence[Run], page: Path, figures: Path) -> None:
-    """Write the figures and the part of the page between its markers.
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Return what tells each run from the others: its threads, and its device or its file where these differ."""
+    several_devices = len({run.about["device"] for run in runs}) > 1
+    names = []
+    for run in runs:
+        threads = run.about["threads"]
+        name = f"{threads} thread{'s' * (threads > 1)}" if run.about["kind"] == "cpu" else run.about["kind"]
+        names.append(f"{run.about['device']}, {name}" if several_devices else name)
+    repeated = {name for name, number in Counter(names).items() if number > 1}
+    return [
+        f"{name}, {Path(run.name).stem}" if name in repeated else name for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def write_report(runs: Sequence[Run], page: Path, measurements: Path, figures: Path) -> None:
+    """Write the figures and the part of each page between its markers.
 
     Raises:
-        ValueError: the page lacks a marker or repeats one, the markers are in the wrong order, or no run has a result.
+        ValueError: a page lacks a marker or repeats one, the markers are in the wrong order, or no run has a result.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page}: wanted one line {BEGIN!r} and one line {END!r} below it")
+    parts = {path: _around_the_markers(path) for path in (page, measurements)}
     if not any(run.rows for run in runs):
         raise ValueError("no run has a result")
     drawn = draw(runs, figures)
-    links = [f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})" for title, path in drawn]
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text("\n".join([f"{before}{BEGIN}", "", *report(runs, links), "", f"{END}{after}"]), encoding="utf-8")
+    for path, lines in ((page, report(runs)), (measurements, all_results(runs, drawn, measurements.parent))):
+        before, after = parts[path]
+        path.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"]), encoding="utf-8")
 
 
-def report(runs: Sequence[Run], figures: Sequence[str] = ()) -> list[str]:
-    """Return the generated part as lines of Markdown."""
-    rows = [row for run in runs for row in run.rows]
-    several_devices = len({run.about["device"] for run in runs}) > 1
-    lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs, goals.CPU)]
-    lines += ["", "On a GPU:", "", *_table_of_goals(runs, goals.GPU)]
-    for figure in figures:
-        lines += ["", figure]
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        lines += ["", f"### {TITLES.get(operation, operation)}"]
-        for run in runs:
-            found = [row for row in run.rows if row["operation"] == operation]
-            if found:
-                lines += markdown(found, f", {run.about['device']}" if several_devices else "")
-    lines += _table_of_device_use(rows)
-    return lines + _left_out(runs)
+def _around_the_markers(page: Path) -> tuple[str, str]:
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page}: wanted one line {BEGIN!r} and one line {END!r} below it")
+    return text.split(BEGIN)[0], text.split(END)[1]
+
+
+def report(runs: Sequence[Run]) -> list[str]:
+    """Return the generated part of the first page as lines of Markdown: runs, goals, and ratios by operation."""
+    lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs)]
+    lines += ["", "On a GPU:", "", *_table_of_gpu_goals(runs)]
+    lines += ["", "### Slower than the textbook", "", *_slower(runs)]
+    for operation in _operations(runs):
+        lines += ["", f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
+    return lines
+
+
+def all_results(runs: Sequence[Run], drawn: Sequence[tuple[str, Path]], folder: Path) -> list[str]:
+    """Return the generated part of the second page, which lies in ``folder``: the figures, and a table per group."""
+    lines = []
+    for title, path in drawn:
+        lines += [f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})", ""]
+    for operation in _operations(runs):
+        lines += [f"### {TITLES.get(operation, operation)}"]
+        for run, label in zip(runs, labels(runs), strict=True):
+            lines += markdown([row for row in run.rows if row["operation"] == operation], f", {label}")
+        lines += [""]
+    return [*lines[:-1], *_table_of_device_use([row for run in runs for row in run.rows]), *_left_out(runs)]
+
+
+def _operations(runs: Sequence[Run]) -> list[str]:
+    """Return the operations that were measured, in the order of their list."""
+    found = dict.fromkeys(row["operation"] for run in runs for row in run.rows)
+    return [*(name for name in TITLES if name in found), *(name for name in found if name not in TITLES)]
 
 
 def _table_of_runs(runs: Sequence[Run]) -> list[str]:
@@ -129,15 +161,74 @@ def _table_of_runs(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _table_of_goals(runs: Sequence[Run], wanted: Iterable[goals.Goal]) -> list[str]:
+def _table_of_goals(runs: Sequence[Run]) -> list[str]:
+    """Return the goals on a CPU, with those that they replace and the worst value of each run."""
+    chosen = [(run, label) for run, label in zip(runs, labels(runs), strict=True) if run.about["kind"] == "cpu"]
+    columns = [label for _, label in chosen]
+    lines = [f"| {' | '.join(['', 'Goal before', 'Goal', *columns, ''])} |", "|---" * (4 + len(columns)) + "|"]
+    for goal in goals.CPU:
+        values = [goal.worst(run.rows) for run, _ in chosen]
+        shown = ["" if value is None else goal.shown(value) for value in values]
+        cells = [goal.subject, goal.former, goal.wanted(), *shown, _verdict(goal, values)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _table_of_gpu_goals(runs: Sequence[Run]) -> list[str]:
     lines = ["| | Goal | Measured | |", "|---|---|---|---|"]
-    for goal in wanted:
-        values = [goal.worst(run.rows) for run in runs if run.about["kind"] == goal.kind]
+    for goal in goals.GPU:
+        values = [goal.worst(run.rows) for run in runs if run.about["kind"] == "cuda"]
         found = sorted(value for value in values if value is not None)
         shown = " to ".join(dict.fromkeys(goal.shown(value) for value in (found[:1] + found[-1:])))
-        verdict = "not measured" if not found else "met" if all(map(goal.met, found)) else "missed"
-        lines.append(f"| {goal.subject} | {goal.wanted()} | {shown} | {verdict} |")
+        lines.append(f"| {goal.subject} | {goal.wanted()} | {shown} | {_verdict(goal, values)} |")
     return lines
+
+
+def _verdict(goal: goals.Goal, values: Iterable[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return "not measured" if not found else "met" if all(map(goal.met, found)) else "missed"
+
+
+def _slower(runs: Sequence[Run]) -> list[str]:
+    """Return a table of the groups in which the textbook, eager or compiled, took less time than ours."""
+    lines = ["| | | Beside | That time : ours (quartiles) |", "|---|---|---|---:|"]
+    for run, label in zip(runs, labels(runs), strict=True):
+        lines += [
+            f"| {row['group']} | {label} | {row['contestant']} | {_shown_ratio(row, 1.0 / row['ratios'][OURS])} |"
+            for row in run.rows
+            if row["contestant"] in (TEXTBOOK, COMPILED) and row["ratios"].get(OURS, 0.0) > 1.0
+        ]
+    return lines if len(lines) > 2 else ["In these runs it was never slower than the textbook, eager or compiled."]
+
+
+def _table_of_ratios(runs: Sequence[Run], operation: str) -> list[str]:
+    """Return a line per group and run of an operation: our time, and the others' times relative to ours."""
+    lines = ["| | | ours | samples / s | textbook : ours | compiled : ours | others : ours |"]
+    lines += ["|---|---|---:|---:|---:|---:|---|"]
+    named = list(zip(runs, labels(runs), strict=True))
+    groups = dict.fromkeys(row["group"] for run in runs for row in run.rows if row["operation"] == operation)
+    for group in groups:
+        first = group
+        for run, label in named:
+            rows = {row["contestant"]: row for row in run.rows if row["group"] == group}
+            if (ours := rows.get(OURS)) is None:
+                continue
+            ratio_of = ours["ratios"]
+            ratios = [
+                _shown_ratio(rows[name], ratio_of[name]) if name in ratio_of else "" for name in (TEXTBOOK, COMPILED)
+            ]
+            others = [f"{ratio_of[name]:.2f} {name}" for name in rows if name not in (OURS, TEXTBOOK, COMPILED)]
+            cells = [first, label, shown_seconds(ours["median"]), shown_rate(ours), *ratios, "; ".join(others)]
+            lines.append(f"| {' | '.join(cells)} |")
+            first = ""
+    return lines
+
+
+def _shown_ratio(row: dict[str, Any], ratio: float) -> str:
+    """Return the time of a row divided by ours, with its quartiles where the two took turns."""
+    if (spread := row.get("time_to_ours")) is None:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
 
 
 def _table_of_device_use(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -168,30 +259,47 @@ def _left_out(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
-    """Draw the figures of the first run's device; return the title and the file of each."""
+    """Draw the ratios over B of all runs on a CPU, and the figures of each run; return title and file of each."""
     from benchmarks.report import figures
+    from benchmarks.report.panels import PANELS
 
-    about = runs[0].about
-    rows = [row for run in runs if run.about["device"] == about["device"] for row in run.rows]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    points = figures.points(rows, TITLES)
-    if points:
-        path = folder / f"roofline-{about['kind']}.png"
-        figures.roofline(points, about["copy_bytes_per_second"], about["operations_per_second"], path)
-        drawn.append(("Operations per second over operations per byte, below the rates of the device", path))
-    bars = [(row["group"], *best) for row in rows if row["contestant"] == OURS and (best := best_baseline(row, rows))]
-    if bars:
-        path = folder / f"ratios-{about['kind']}.png"
-        figures.ratios(bars, path)
-        drawn.append(("Time of the fastest baseline divided by our time, per group", path))
+    named = list(zip(runs, labels(runs), strict=True))
+    on_cpu = [(run, label) for run, label in named if run.about["kind"] == "cpu"]
+    panels = [
+        (panel.title, panel.least, [curve for run, label in on_cpu if (curve := panel.curve(label, run.rows)).sizes])
+        for panel in PANELS
+    ]
+    if any(curves for _, _, curves in panels):
+        path = folder / "textbook-cpu.png"
+        figures.over_batch(panels, path)
+        drawn.append(("Time of the textbook divided by our time, over the samples of a batch", path))
+    for run, label in named:
+        name = f"{run.about['kind']}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
+        bars = [
+            (row["group"], *best)
+            for row in run.rows
+            if row["contestant"] == OURS and (best := best_baseline(row, run.rows))
+        ]
+        if bars:
+            path = folder / f"ratios-{name}.png"
+            figures.ratios(bars, path)
+            drawn.append((f"Time of the fastest baseline divided by our time, per group, {label}", path))
+        points = figures.points(run.rows, TITLES)
+        if points:
+            path = folder / f"roofline-{name}.png"
+            figures.roofline(points, run.about["copy_bytes_per_second"], run.about["operations_per_second"], path)
+            drawn.append(
+                (f"Operations per second over operations per byte, below the rates of the device, {label}", path)
+            )
     return drawn
 
 
 def best_baseline(ours: dict[str, Any], rows: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
-    """Return the fastest other contestant with the same answer, and its time divided by ours."""
+    """Return the fastest other contestant of a run with the same answer, and its time divided by ours."""
     others = [
-        (row["median"] / ours["median"], row["contestant"])
+        (ours["ratios"][row["contestant"]], row["contestant"])
         for row in rows
         if row["group"] == ours["group"]
         and not row["contestant"].startswith(OURS)
@@ -211,10 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--measurements", type=Path, default=ROOT / "docs" / "measurements.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "results", help="folder for the figures")
     options = parser.parse_args(arguments)
     try:
-        write_report([Run.read(path) for path in options.runs], options.page, options.figures)
+        runs = [Run.read(path) for path in options.runs]
+        write_report(runs, options.page, options.measurements, options.figures)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

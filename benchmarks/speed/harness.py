@@ -1,10 +1,10 @@
 """How every benchmark measures: the rates of the machine, the time of an operation, its memory and its error.
 
-A benchmark is a group of contestants on one workload, run one after the other in one process. The median time of each
-is kept. In the same run it is compared with the other contestants and with the floor: the least bytes divided by the
-rate at which this device copies, or the least operations divided by the rate at which it multiplies matrices, whichever
-takes longer. The results also hold the peak memory of one call, and the distance of its result from the same
-computation in float64.
+A benchmark is a group of contestants on one workload, measured in one process. Ours comes first. Every other contestant
+then takes turns with it, round by round, so that a busy moment of the machine affects both: its ratio to ours is the
+median over these rounds. Each time is compared with the floor, too: the least bytes divided by the rate at which this
+device copies, or the least operations divided by the rate at which it multiplies matrices, whichever takes longer. The
+results also hold the peak memory of one call, and the distance of its result from the same computation in float64.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,18 +32,19 @@ import torch
 from benchmarks.speed.work import Work
 from m3er_fast.cli.bench import COLUMNS
 
-OURS = "ours"
+OURS, TEXTBOOK, COMPILED, REFERENCE = "ours", "textbook", "textbook, compiled", "reference"
 # Inputs of this many bytes take turns, so that no cache holds them from one call to the next.
 _ROTATED_BYTES = {"cpu": 2**27, "cuda": 2**28}
 _MOST_COPIES = 64
 GRAPHED_CALLS = 16
 """How many calls one graph holds, each with its own inputs."""
 # A round takes about this long, so that waiting for the device once per round is negligible.
-_ROUND_SECONDS = {"cpu": 0.05, "cuda": 0.02}
+_ROUND_SECONDS = {"cpu": 0.03, "cuda": 0.02}
 _ROUNDS = {"cpu": 15, "cuda": 20}
 # A slow step has fewer rounds, but at least five, so that there are quartiles.
-_SECONDS = 3.0
+_SECONDS = 2.5
 _LEAST_ROUNDS = 5
+_MOST_CALLS = 2000  # in one round
 
 
 def now() -> float:
@@ -285,13 +287,77 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 # --- Time ---
 
 
-def measure(benchmark: Any, device: torch.device, step: Callable[[], Any], calls: int = 1) -> float:
-    """Return the median seconds per call, where ``step`` makes several ``calls``; each round repeats it."""
+class Spread(NamedTuple):
+    """Median and quartiles of some rounds."""
+
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of two values or more."""
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    @property
+    def relative(self) -> float:
+        """The interquartile range relative to the median."""
+        return (self.q3 - self.q1) / self.median
+
+
+class Timing(NamedTuple):
+    """The rounds of one contestant."""
+
+    seconds: Spread  # per call
+    ratio: Spread | None  # to ours, round by round
+    rounds: int
+    calls: int  # in each round
+
+
+def measure(
+    benchmark: Any,
+    device: torch.device,
+    step: Callable[[], Any],
+    calls: int = 1,
+    ours: tuple[Callable[[], Any], int] | None = None,
+) -> Timing:
+    """Time rounds of several calls each.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark.
+        device: on which the step computes.
+        step: what is timed.
+        calls: how many calls one ``step`` makes.
+        ours: our step and its calls, whose rounds alternate with those of ``step``; None measures ``step`` alone.
+    """
     once = best_seconds(step, 3)
-    iterations = max(1, math.ceil(_ROUND_SECONDS[device.type] / max(once, 1e-7)))
+    repeats = _repeats(device, once)
+    turns: list[float] = []
+    if ours is not None:
+        our_step, our_calls = ours
+        our_once = best_seconds(our_step, 1)
+        our_repeats = _repeats(device, our_once)
+        once += our_once
+
+        def turn() -> None:
+            start = now()
+            for _ in range(our_repeats):
+                our_step()
+            turns.append((now() - start) / (our_repeats * our_calls))
+
+    def run() -> None:
+        for _ in range(repeats):
+            step()
+
     rounds = max(_LEAST_ROUNDS, min(_ROUNDS[device.type], int(_SECONDS / max(once, 1e-7))))
-    benchmark.pedantic(step, rounds=rounds, iterations=min(iterations, 1000), warmup_rounds=1)
-    return float(benchmark.stats.stats.median) / calls
+    benchmark.pedantic(run, setup=None if ours is None else turn, rounds=rounds, warmup_rounds=1)
+    seconds = [total / (repeats * calls) for total in benchmark.stats.stats.data]
+    ratios = [theirs / mine for theirs, mine in zip(seconds, turns[-rounds:], strict=True)] if turns else None
+    return Timing(Spread.of(seconds), ratios and Spread.of(ratios), rounds, repeats * calls)
+
+
+def _repeats(device: torch.device, once: float) -> int:
+    return min(_MOST_CALLS, math.ceil(_ROUND_SECONDS[device.type] / max(once, 1e-7)))
 
 
 def measure_once(benchmark: Any, device: torch.device, step: Callable[[], Any]) -> tuple[float, Any, int | None]:
@@ -305,12 +371,23 @@ def measure_once(benchmark: Any, device: torch.device, step: Callable[[], Any]) 
 
 
 def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each row with its ``ratios``: the time of every other contestant of its group, divided by its own."""
+    """Return each row with its ``ratios``: the time of every other contestant of its group, divided by its own.
+
+    Ratios to ours are those of rounds in turns, where there are such rounds.
+    """
+
+    def ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
+        if row["contestant"] == OURS and "time_to_ours" in other:
+            return float(other["time_to_ours"]["median"])
+        if other["contestant"] == OURS and "time_to_ours" in row:
+            return 1.0 / float(row["time_to_ours"]["median"])
+        return float(other["median"] / row["median"])
+
     return [
         row
         | {
             "ratios": {
-                other["contestant"]: other["median"] / row["median"]
+                other["contestant"]: ratio(row, other)
                 for other in rows
                 if other["group"] == row["group"] and other is not row
             }
@@ -319,16 +396,26 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def cells(row: dict[str, Any], ours: float | None) -> tuple[str, ...]:
+def time_to_ours(row: dict[str, Any], ours: dict[str, Any] | None) -> float | None:
+    """Return the time of a row relative to ours, in turns where it was measured so; None if there is no ours."""
+    if ours is None:
+        return None
+    return row["time_to_ours"]["median"] if "time_to_ours" in row else row["median"] / ours["median"]
+
+
+def cells(row: dict[str, Any], ours: dict[str, Any] | None) -> tuple[str, ...]:
     """Return a row as text, in the order of ``COLUMNS``; unknown values are empty."""
-    floor, moved, median = row.get("floor"), row.get("bytes"), row["median"]
+    floor, moved, median, ratio = row.get("floor"), row.get("bytes"), row["median"], time_to_ours(row, ours)
     return (
         shown_seconds(median),
+        f"{row['iqr']:.0%}" if "iqr" in row else "",
+        str(row.get("rounds", "")),
+        shown_rate(row),
         "" if floor is None else f"{floor / median:.0%}",
         "" if moved is None else f"{moved / median / 1e9:.3g} GB/s",
         shown_bytes(row.get("peak_bytes")),
         "" if row.get("error") is None else f"{row['error']:.1e}" if row["error"] else "0",
-        "" if ours is None else f"{median / ours:.2f}",
+        "" if ratio is None else f"{ratio:.2f}",
     )
 
 
@@ -336,6 +423,14 @@ def shown_seconds(seconds: float) -> str:
     """Format seconds with three digits and a unit."""
     unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
     return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+
+
+def shown_rate(row: dict[str, Any]) -> str:
+    """Format the samples per second of a row with three digits; empty where it has no samples."""
+    if "samples" not in row:
+        return ""
+    rate = row["samples"] / row["median"]
+    return f"{round(rate, 2 - math.floor(math.log10(rate))):,.3g}" if rate < 100 else f"{float(f'{rate:.3g}'):,.0f}"
 
 
 def shown_bytes(number: float | None) -> str:
@@ -348,7 +443,7 @@ def markdown(rows: Sequence[dict[str, Any]], where: str = "") -> list[str]:
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
         results = [row for row in rows if row["group"] == group]
-        ours = next((row["median"] for row in results if row["contestant"] == OURS), None)
+        ours = next((row for row in results if row["contestant"] == OURS), None)
         lines += ["", f"**{group}**{where}", "", f"| | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join((row['contestant'], *cells(row, ours)))} |" for row in results]
     return lines

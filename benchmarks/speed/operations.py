@@ -37,8 +37,15 @@ _FORMER_OPERATIONS = {"correlation_gate": "check_statistics"}
 _FORMER_GROUPS = {  # by their beginnings
     "gate, ": "check, ",
     "16 nearest of 50000 x 300 by an index that is given, ": "16 nearest of 50000 x 300 by a prebuilt index, ",
+    "fusion loss and gradient, batch of 256, 6 classes": "fusion loss and gradient, 256 samples, 6 classes",
 }
-_FORMER_CONTESTANTS = {"the model alone, a batch a thread": "the model alone, one batch per thread"}
+_FORMER_CONTESTANTS = {
+    "the model alone, a batch a thread": "the model alone, one batch per thread",
+    "torch covariance + SVD": "textbook",
+    "torch covariance + SVD, float64": "textbook, float64",
+}
+# "eager" and "compiled" named the reference, but for the operations whose "eager" was a textbook's.
+_EAGER_WAS_TEXTBOOK = ("check_statistics", "sequence_statistics")
 
 
 def current_operation(name: str) -> str:
@@ -54,23 +61,31 @@ def current_group(group: str) -> str:
     return group
 
 
-def current_contestant(name: str) -> str:
-    """Return today's name of a contestant in a run's JSON."""
+def current_contestant(name: str, operation: str = "") -> str:
+    """Return today's name of a contestant of an operation, by today's name, in a run's JSON."""
+    kind, comma, rest = name.partition(", ")
+    match kind:
+        case "eager" if rest.startswith("folded"):
+            return "reference" + rest.removeprefix("folded")
+        case "eager":
+            return ("textbook" if operation in _EAGER_WAS_TEXTBOOK else "reference") + comma + rest
+        case "compiled":
+            return "reference, compiled" + comma + rest
     return _FORMER_CONTESTANTS.get(name, name)
 
 
 def current_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a result of a run's JSON with today's names."""
     named = dict(row)
-    for key, current in (
-        ("operation", current_operation),
-        ("group", current_group),
-        ("contestant", current_contestant),
-    ):
-        if key in row:
-            named[key] = current(row[key])
+    if "operation" in row:
+        named["operation"] = current_operation(row["operation"])
+    if "group" in row:
+        named["group"] = current_group(row["group"])
+    operation = named.get("operation", "")
+    if "contestant" in row:
+        named["contestant"] = current_contestant(row["contestant"], operation)
     if "ratios" in row:
-        named["ratios"] = {current_contestant(name): ratio for name, ratio in row["ratios"].items()}
+        named["ratios"] = {current_contestant(name, operation): ratio for name, ratio in row["ratios"].items()}
     return named
 
 

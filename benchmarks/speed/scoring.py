@@ -44,7 +44,7 @@ def make_model(corpus):
     first = read_parquet(corpus.shards[0].path).select(slice(0, 2000))
     torch.manual_seed(0)
     model = M3ERFusion(first.input_dims, len(CLASSES), classes=CLASSES).eval()
-    return model.fit(first.features, first.lengths, first.available)
+    return model.fit(first.features, lengths=first.lengths, available=first.available)
 
 
 def read_rate(plan, threads, verify):

@@ -44,7 +44,7 @@ def make_tiny(folder, shards):
     generate_corpus(folder, utterances=200, rows_per_shard=200, input_dims=TINY_DIMS, steps=4)
     some = read_parquet(folder / "part-00000.parquet")
     model = M3ERFusion(some.input_dims, len(CLASSES), classes=CLASSES).eval()
-    model.fit(some.features, some.lengths, some.available)
+    model.fit(some.features, lengths=some.lengths, available=some.available)
     (folder / "part-00000.parquet").unlink()
     generate_corpus(folder, utterances=1, rows_per_shard=1, input_dims=TINY_DIMS, steps=4)
     content = (folder / "part-00000.parquet").read_bytes()

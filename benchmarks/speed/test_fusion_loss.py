@@ -1,4 +1,4 @@
-"""The fusion loss and its gradient, beside the reference, eager, compiled and graphed, and another library."""
+"""The fusion loss and its gradient, beside the textbook, eager, compiled and graphed, the reference, and a library."""
 
 import functools
 from typing import get_args
@@ -6,15 +6,20 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks.speed import harness, work
+from benchmarks.speed import harness, textbook, work
 from benchmarks.speed.workloads import LOSS
 from m3er_fast import functional, reference
 from m3er_fast.operands import Variant
 
-GPU_CONTESTANTS = ("ours, graphed", "eager, graphed", "liger-kernel cross entropy")
-CONTESTANTS = ("ours", "eager", "compiled", *GPU_CONTESTANTS)
+GPU_CONTESTANTS = ("ours, graphed", "textbook, graphed", "liger-kernel cross entropy")
+CONTESTANTS = (harness.OURS, harness.TEXTBOOK, harness.COMPILED, harness.REFERENCE, *GPU_CONTESTANTS)
 # The variants differ only in arithmetic, so one size is enough.
 COMPARED = "65536 samples, 6 classes"
+WITH_REFERENCE = ("256 samples, 6 classes", "8192 samples, 6 classes", COMPARED, "4096 samples, 1000 classes")
+
+
+def takes_part(contestant, name):
+    return contestant != harness.REFERENCE or name in WITH_REFERENCE
 
 
 def pytest_generate_tests(metafunc):
@@ -24,25 +29,21 @@ def pytest_generate_tests(metafunc):
         for name in workloads
         for variant in (get_args(Variant) if name == COMPARED else ("m3er",))
         for contestant in CONTESTANTS
+        if takes_part(contestant, name)
     ]
     metafunc.parametrize(("workload", "variant", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
 def loss_of(contestant, variant):
-    def ours(logits, target):
-        return functional.fusion_loss(logits, target, variant=variant)
-
-    def eager(logits, target):
-        return reference.fusion_loss(logits, target, variant=variant)
-
-    if contestant == "compiled":
-        return harness.compiled(eager)
     if contestant.startswith("liger"):
         # Plain cross entropy of every modality's logits: the same memory, less arithmetic. It overwrites the logits
         # with the gradient, so the next turn of the rotation reads other numbers, but does the same work.
         peer = harness.import_peer("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss()
         return lambda logits, target: peer(logits.flatten(0, 1), target.repeat(logits.shape[0]))
-    return eager if contestant.startswith("eager") else ours
+    kind = contestant.partition(",")[0]
+    module = {harness.OURS: functional, harness.TEXTBOOK: textbook, harness.REFERENCE: reference}[kind]
+    loss = functools.partial(module.fusion_loss, variant=variant)
+    return harness.compiled(loss) if contestant == harness.COMPILED else loss
 
 
 def make(sizes, device, seed):
@@ -59,7 +60,7 @@ def gradient(loss, logits, target):
 @functools.lru_cache(maxsize=1)
 def oracle(sizes, device, variant):
     logits, target = make(sizes, device, 0)
-    return gradient(loss_of("eager", variant), logits.detach().double().requires_grad_(), target)
+    return gradient(loss_of(harness.REFERENCE, variant), logits.detach().double().requires_grad_(), target)
 
 
 @pytest.mark.benchmark(timer=harness.now)
@@ -80,4 +81,5 @@ def test_loss_and_gradient(benchmark, contest, device, workload, variant, contes
         lambda: gradient(loss, *inputs()),
         [work.fusion_loss(*sizes)],
         error=None if contestant.startswith("liger") else error,
+        samples=sizes.batch,
     )

@@ -1,4 +1,4 @@
-"""Local least squares beside scikit-learn's weights, CuPy, and plain PyTorch, eager and compiled.
+"""Local least squares beside the textbook, eager and compiled, the reference, scikit-learn's weights and CuPy.
 
 scikit-learn computes only the weights; the times of the others include the proxies. Its ridge is defined differently,
 so its weights are compared with its own in float64.
@@ -11,13 +11,16 @@ import pytest
 import torch
 from sklearn.manifold._locally_linear import barycenter_weights
 
-from benchmarks.speed import harness, work
+from benchmarks.speed import harness, textbook, work
 from benchmarks.speed.workloads import LOCAL_LSTSQ
-from m3er_fast import functional, reference
+from m3er_fast import functional
 
 RIDGE = 1e-3
-COMPARED = 64  # queries whose weights are compared with the oracle's
-CONTESTANTS = ("ours", "ours, affine", "eager", "eager, affine", "compiled", "cupy", "scikit-learn barycenter_weights")
+COMPARED = 64  # queries whose weights, or the textbook's proxies, are compared with the oracle's
+CONTESTANTS = (
+    *(harness.OURS, "ours, affine", harness.TEXTBOOK, harness.COMPILED, harness.REFERENCE),
+    *("cupy", "scikit-learn barycenter_weights"),
+)
 
 
 def pytest_generate_tests(metafunc):
@@ -53,10 +56,13 @@ def solution_of(contestant, bank, partners, device):
             pytest.skip("scikit-learn runs on the CPU")
         rows = bank.numpy()
         return lambda query, near: barycenter_weights(query.numpy(), rows, near.numpy(), reg=RIDGE)
-    if contestant == "compiled":
-        plain = harness.compiled(reference.local_least_squares)
-        return lambda query, near: plain(query, bank, partners, near, ridge=RIDGE)
-    backend = {"ours": "auto", "eager": "torch", "cupy": "cupy"}[contestant.removesuffix(", affine")]
+    if contestant.startswith(harness.TEXTBOOK):
+        plain = textbook.local_least_squares
+        run = harness.compiled(plain) if contestant == harness.COMPILED else plain
+        bank, partners = bank.float(), partners.float()
+        return lambda query, near: run(query, bank, partners, near, RIDGE)
+    backends = {harness.OURS: "auto", harness.REFERENCE: "torch", "cupy": "cupy"}
+    backend = backends[contestant.removesuffix(", affine")]
 
     def solve(query, near):
         return functional.local_least_squares(query, bank, partners, near, ridge=RIDGE, backend=backend, **affine)
@@ -85,12 +91,16 @@ def oracle(sizes, device, affine):
 
 
 def error_of(contestant, sizes, device):
-    """Return a function of a contestant's result: the distance of its weights from the oracle's."""
+    """Return a function of a contestant's result: the distance of its weights, or proxies, from the oracle's."""
     if contestant.startswith("scikit-learn"):
         bank, _, ((query, near), *_) = inputs_of(sizes, device)
         wanted = barycenter_weights(query.double().numpy(), bank.double().numpy(), near.numpy(), reg=RIDGE)
         return lambda weights: harness.relative_error(weights, wanted)
     wanted = oracle(sizes, device, contestant.endswith("affine"))
+    if contestant.startswith(harness.TEXTBOOK):  # it returns the proxies alone
+        _, partners, ((_, near), *_) = inputs_of(sizes, device)
+        proxies = (wanted[:, None, :] @ partners[near[:COMPARED]].double().cpu())[:, 0]
+        return lambda result: harness.relative_error(result[:COMPARED], proxies)
     return lambda result: harness.relative_error(result[1][:COMPARED], wanted)
 
 
@@ -113,4 +123,5 @@ def test_local_least_squares(benchmark, contest, device, workload, contestant):
     least = work.local_least_squares(
         sizes.queries, sizes.k, sizes.features, sizes.partner_features, sizes.dtype, sizes.dtype
     )
-    contest(contestant, lambda: solve(*next(inputs)), [least], error=error_of(contestant, sizes, device))
+    error = error_of(contestant, sizes, device)
+    contest(contestant, lambda: solve(*next(inputs)), [least], error=error, samples=sizes.queries)

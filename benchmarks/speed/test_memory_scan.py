@@ -1,4 +1,4 @@
-"""The memory scan, forward and in a training step, beside the reference, eager and compiled, and the LSTMs alone.
+"""The memory scan, forward and in a training step, beside the textbook, the reference, and the LSTMs alone.
 
 "ours" is the kernels on CUDA and ``m3er_fast.cpu`` on the CPU. The time of the LSTMs is nearly a floor: a scan without
 attention and memory. On the CPU two kinds of cases take minutes and are marked slow: compiling 20 steps, and the
@@ -12,17 +12,24 @@ import torch
 from torch import nn
 
 from benchmarks.speed import harness, work
+from benchmarks.speed.textbook_weights import textbook_names, textbook_network
 from benchmarks.speed.workloads import MEMORY_SCAN
 from m3er_fast import MemoryFusionNetwork, functional, reference
 
 HIDDEN = 32
 # Compiled sizes of more than one step; the time to compile hardly depends on B.
 COMPILED_STEPS = {"B=32, T=20"}
+WITH_REFERENCE = {"B=32, T=20", "B=256, T=20", "B=8192, T=100"}
+WITH_LSTMS = {"B=1, T=20", "B=32, T=20", "B=256, T=20", "B=4096, T=100"}
 RECOMPUTE = 128
 RECOMPUTED = f"ours, {RECOMPUTE} at a time"
-EAGER_RECOMPUTED = f"eager, {RECOMPUTE} at a time"
-GPU_CONTESTANTS = ("ours, graphed", "eager, graphed")
-CONTESTANTS = ("ours", "eager", "compiled", "nn.LSTM", RECOMPUTED, EAGER_RECOMPUTED, *GPU_CONTESTANTS)
+REFERENCE_RECOMPUTED = f"reference, {RECOMPUTE} at a time"
+LSTMS = "nn.LSTM"
+GPU_CONTESTANTS = ("ours, graphed", "textbook, graphed")
+CONTESTANTS = (
+    *(harness.OURS, harness.TEXTBOOK, harness.COMPILED, harness.REFERENCE),
+    *(LSTMS, RECOMPUTED, REFERENCE_RECOMPUTED, *GPU_CONTESTANTS),
+)
 
 
 def is_large(views, kind):
@@ -32,13 +39,17 @@ def is_large(views, kind):
 def takes_part(contestant, name, views, way, kind):
     """Return whether a contestant is measured at this size."""
     bounded = way == "training step" and is_large(views, kind)
-    if contestant == EAGER_RECOMPUTED:
+    if contestant == REFERENCE_RECOMPUTED:
         return bounded
     if contestant == RECOMPUTED:
-        return way == "training step" and views.batch > RECOMPUTE
-    if contestant == "compiled":
+        return way == "training step" and views.batch > RECOMPUTE and views.steps >= 20
+    if contestant == harness.COMPILED:
         return views.steps == 1 or name in COMPILED_STEPS
-    return not bounded or contestant == "nn.LSTM"
+    if contestant == harness.REFERENCE:
+        return name in WITH_REFERENCE
+    if contestant == LSTMS:
+        return name in WITH_LSTMS
+    return not bounded
 
 
 def pytest_generate_tests(metafunc):
@@ -46,11 +57,13 @@ def pytest_generate_tests(metafunc):
     cases = [
         pytest.param(
             *(name, way, contestant),
-            marks=[pytest.mark.slow] if is_large(views, kind) or (contestant == "compiled" and views.steps > 1) else [],
+            marks=[pytest.mark.slow]
+            if is_large(views, kind) or (contestant == harness.COMPILED and views.steps > 1)
+            else [],
             id=f"{name}-{way}-{contestant}",
         )
         for name, views in MEMORY_SCAN[kind].items()
-        for way in ("forward", "training step")
+        for way in (("forward", "training step") if views.feedback else ("forward",))
         for contestant in CONTESTANTS
         if takes_part(contestant, name, views, way, kind)
     ]
@@ -71,28 +84,41 @@ class LSTMs(nn.Module):
 class Scan(nn.Module):
     """The scan of a network with the paper's sizes."""
 
-    def __init__(self, dims, scan):
+    def __init__(self, network, scan):
         super().__init__()
-        self.network = MemoryFusionNetwork(dims, 6, hidden=HIDDEN)
+        self.network = network
         for unused in ("fusion", "head", "modality_heads"):
-            delattr(self.network, unused)
+            delattr(network, unused)
         self.scan = scan
 
     def forward(self, features, lengths):
         return self.scan(features, lengths, self.network.scan_weights())
 
 
-def model_of(contestant, dims):
+class TextbookScan(Scan):
+    """The textbook's scan."""
+
+    def __init__(self, network):
+        super().__init__(network, network.scan)
+
+    def forward(self, features, _):
+        return self.scan(features)
+
+
+def model_of(contestant, views):
     """Return the contestant's module; every scan has the same weights."""
     torch.manual_seed(0)
-    if contestant == "nn.LSTM":
-        return LSTMs(dims)
-    if contestant == EAGER_RECOMPUTED:
-        return Scan(dims, functools.partial(functional.memory_scan, recompute=RECOMPUTE, backend="torch"))
-    if not contestant.startswith("ours"):
-        return Scan(dims, reference.memory_scan)
+    if contestant == LSTMS:
+        return LSTMs(views.dims)
+    network = MemoryFusionNetwork(views.dims, 6, hidden=HIDDEN, feedback=views.feedback)
+    if contestant.startswith(harness.TEXTBOOK):
+        return TextbookScan(textbook_network(network))
+    if contestant == REFERENCE_RECOMPUTED:
+        return Scan(network, functools.partial(functional.memory_scan, recompute=RECOMPUTE, backend="torch"))
+    if contestant == harness.REFERENCE:
+        return Scan(network, reference.memory_scan)
     recompute = RECOMPUTE if contestant == RECOMPUTED else None
-    return Scan(dims, functools.partial(functional.memory_scan, recompute=recompute))
+    return Scan(network, functools.partial(functional.memory_scan, recompute=recompute))
 
 
 def make(views, device, seed, dtype=torch.float32):
@@ -108,17 +134,29 @@ def result_of(run, parameters, features, lengths, way):
     if way == "forward":
         with torch.no_grad():
             return run(features, lengths)
-    hidden, memory = run(features, lengths)
-    return torch.autograd.grad(hidden.sum() + memory.sum(), parameters)
+    hidden, memory = run(features, lengths)  # the textbook's hidden states are one tensor per modality
+    states = hidden.sum() if isinstance(hidden, torch.Tensor) else sum(h.sum() for h in hidden)
+    return torch.autograd.grad(states + memory.sum(), parameters)
+
+
+def comparable(contestant, model, way, result):
+    """Return a result in the form of the textbook's."""
+    if way == "forward":
+        return [*result[0], result[1]]
+    if contestant.startswith(harness.TEXTBOOK):
+        return result
+    names = [name.removeprefix("network.") for name, _ in model.named_parameters()]
+    return list(textbook_names(dict(zip(names, result, strict=True))).values())
 
 
 # By name, because the dictionary in a workload is not hashable.
 @functools.lru_cache(maxsize=1)
 def oracle(workload, way, device):
     views = MEMORY_SCAN[device.type][workload]
-    model = model_of("eager", views.dims).to(device).double()
+    model = model_of(harness.REFERENCE, views).to(device).double()
     lengths = torch.full((views.batch,), views.steps, device=device)
-    return result_of(model, list(model.parameters()), make(views, device, 0, torch.float64), lengths, way)
+    result = result_of(model, list(model.parameters()), make(views, device, 0, torch.float64), lengths, way)
+    return comparable(harness.REFERENCE, model, way, result)
 
 
 @pytest.mark.benchmark(timer=harness.now)
@@ -126,26 +164,26 @@ def test_scan(benchmark, contest, device, workload, way, contestant):
     if contestant in GPU_CONTESTANTS:
         harness.needs_gpu(contestant, device)
     views = MEMORY_SCAN[device.type][workload]
-    features = "/".join(map(str, views.dims.values()))
-    benchmark.group = f"memory scan, {way}, B={views.batch}, T={views.steps}, d={features}, M=3, h=32, u=128"
-    model = model_of(contestant, views.dims).to(device)
-    run = harness.compiled(model) if contestant == "compiled" else model
+    sizes = f"B={views.batch}, T={views.steps}, d={views.features}, M=3, h=32, u=128"
+    benchmark.group = f"memory scan, {way}, {sizes}{'' if views.feedback else ', no feedback'}"
+    model = model_of(contestant, views).to(device)
+    run = harness.compiled(model) if contestant == harness.COMPILED else model
     parameters = list(model.parameters())
     lengths = torch.full((views.batch,), views.steps, device=device)
     inputs = harness.Rotation(functools.partial(make, views, device), views.bytes, device)
 
     def error(result):
-        return harness.relative_error(result, oracle(workload, way, device))
+        return harness.relative_error(comparable(contestant, model, way, result), oracle(workload, way, device))
 
     def step():
         return result_of(run, parameters, inputs(), lengths, way)
 
     more = {}
-    if contestant == "compiled":
+    if contestant == harness.COMPILED:
         start = harness.now()
         result_of(run, parameters, make(views, device, 0), lengths, way)
         more["compile_seconds"] = harness.now() - start
-    lstms, large = contestant == "nn.LSTM", is_large(views, device.type)
+    lstms, large = contestant == LSTMS, is_large(views, device.type)
     contest(
         contestant,
         step,
@@ -153,5 +191,6 @@ def test_scan(benchmark, contest, device, workload, way, contestant):
         # The oracle of the largest size would need 10 GB; smaller sizes show that all compute the same.
         error=None if lstms or large else error,
         once=large,
+        samples=views.batch,
         **more,
     )

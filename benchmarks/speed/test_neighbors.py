@@ -1,4 +1,4 @@
-"""The neighbour engines beside scikit-learn, flashlib, and one product and top-k in torch.
+"""The neighbour engines beside the textbook, scikit-learn and flashlib.
 
 The error is the share of true neighbours, from a search in float64, that were missed.
 """
@@ -9,15 +9,15 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.speed import harness
+from benchmarks.speed import harness, textbook
 from benchmarks.speed.work import Work
 from benchmarks.speed.workloads import NEIGHBORS
 from m3er_fast import functional
 from m3er_fast.functional import unchecked
 
 CONTESTANTS = (
-    "ours",
-    "torch addmm + topk",
+    harness.OURS,
+    harness.TEXTBOOK,
     "scikit-learn brute",
     "faiss flat (index and search)",
     "faiss flat (search alone)",
@@ -33,15 +33,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("workload", "contestant"), cases, ids=["-".join(case) for case in cases])
 
 
-def product_and_topk(query, bank, k):
-    scores = torch.addmm(bank.square().sum(dim=1), query, bank.mT, alpha=-2.0)
-    return scores.topk(k, dim=1, largest=False)[1]
-
-
 def search_of(contestant, bank, device, k):
     """Return a contestant's search of ``bank``; an index whose time does not count is built here."""
-    if contestant.startswith("torch"):
-        return lambda query: product_and_topk(query, bank, k)
+    if contestant == harness.TEXTBOOK:
+        return lambda query: textbook.nearest(query, bank, k)[1]
     if contestant.startswith("scikit-learn"):
         if device.type != "cpu":
             pytest.skip("scikit-learn runs on the CPU")
@@ -98,6 +93,7 @@ def test_exact_search(benchmark, contest, device, workload, contestant):
         lambda: search(inputs()),
         [work],
         error=lambda found: harness.missed(found, oracle(sizes, device)),
+        samples=sizes.queries,
     )
 
 
@@ -112,7 +108,7 @@ def clustered():
 
 
 @pytest.mark.benchmark(timer=harness.now)
-@pytest.mark.parametrize("contestant", ["ours", *ENGINES])
+@pytest.mark.parametrize("contestant", [harness.OURS, *ENGINES])
 def test_approximate_search(benchmark, contest, device, contestant):
     if device.type != "cpu":
         pytest.skip("approximate engines are measured on the CPU")
@@ -120,7 +116,7 @@ def test_approximate_search(benchmark, contest, device, contestant):
     bank, query = clustered()
     start = harness.now()
     try:
-        index = unchecked.neighbor_index(bank, "torch" if contestant == "ours" else contestant)
+        index = unchecked.neighbor_index(bank, "torch" if contestant == harness.OURS else contestant)
     except functional.BackendUnavailableError as error:
         pytest.skip(str(error))
     built = harness.now() - start
@@ -130,5 +126,6 @@ def test_approximate_search(benchmark, contest, device, contestant):
         lambda: index.search(query, 16)[1],
         error=lambda found: harness.missed(found, wanted),
         allowed=0.3,
+        samples=len(query),
         build_seconds=built,
     )

@@ -99,4 +99,5 @@ def test_reading(benchmark, contest, device, contestant):
         [Work(size, 0)],
         error=lambda found: harness.relative_error(found, wanted),
         allowed=0.0,
+        samples=READ,
     )

@@ -72,7 +72,9 @@ def test_scoring(benchmark, contest, device, contestant):
     corpus, runs = Path(folder.name) / "corpus", Path(folder.name) / "runs"
     samples = SCORED[device.type]
     benchmark.group = f"scoring, {samples} utterances of up to 20 frames"
-    works = work.model(Views(model.input_dims, samples, 15), len(CLASSES), training=False)  # 15 frames on average
+    works = work.model(
+        Views(model.input_dims, samples, 15), len(CLASSES), check=True, training=False
+    )  # 15 frames on average
     if contestant == THREADS and device.type != "cpu":
         pytest.skip("scoring computes one batch at a time there")
     if contestant in (MODEL, THREADS):

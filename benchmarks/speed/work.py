@@ -142,7 +142,9 @@ def memory_scan(views: Views, *, training: bool) -> Work:
     of its input. Features need no gradient, so the weights that multiply them count twice. The step writes a gradient
     for each weight that it reads.
     """
-    forward = memory_scan_forward(views.batch, views.steps, list(views.dims.values()), PAPER, torch.float32)
+    forward = memory_scan_forward(
+        views.batch, views.steps, list(views.dims.values()), PAPER, torch.float32, feedback=views.feedback
+    )
     if not training:
         return forward
     weights = forward.flops // (2 * views.frames)
@@ -150,19 +152,19 @@ def memory_scan(views: Views, *, training: bool) -> Work:
     return Work(forward.bytes + 4 * weights, 3 * forward.flops - 2 * views.frames * of_features, forward.unit)
 
 
-def model(views: Views, classes: int, *, training: bool) -> list[Work]:
-    """Return the least work of a whole model: check, scan and, in training, the loss.
+def model(views: Views, classes: int, *, check: bool, training: bool) -> list[Work]:
+    """Return the least work of a whole model: the scan, the check where there is one, and in training the loss.
 
     Proxies and fusion are left out, so the model must do more than this.
     """
     dims = list(views.dims.values())
-    pairs = len(list(itertools.combinations(dims, 2)))
-    components = [min(COMPONENTS, *dims)] * pairs
-    works = [
-        sequence_statistics(views, torch.float32),
-        check_statistics(views.batch, dims, components, dims, torch.float32),
-        memory_scan(views, training=training),
-    ]
+    works = [memory_scan(views, training=training)]
+    if check:
+        components = [min(COMPONENTS, *pair) for pair in itertools.combinations(dims, 2)]
+        works += [
+            sequence_statistics(views, torch.float32),
+            check_statistics(views.batch, dims, components, dims, torch.float32),
+        ]
     if training:
         works.append(fusion_loss(len(dims), views.batch, classes, torch.float32))
     return works

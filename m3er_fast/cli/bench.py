@@ -18,7 +18,10 @@ class BenchmarkResult(NamedTuple):
     left_out: bool = False
 
 
-COLUMNS = ("time", "share of floor", "bytes / s", "peak memory", "error", "time : ours")
+COLUMNS = (
+    *("time", "IQR", "rounds", "samples / s"),
+    *("share of floor", "bytes / s", "peak memory", "error", "time : ours"),
+)
 
 
 class BenchmarkError(RuntimeError):

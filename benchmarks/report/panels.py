@@ -1,0 +1,47 @@
+"""What the figure "textbook : ours over B" shows: its panels, and their curves from runs.
+
+Dimension legend: B samples of a batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.report.figures import RatioCurve
+from benchmarks.speed.harness import TEXTBOOK
+
+
+class Panel(NamedTuple):
+    """One kind of work over B: the time of a contestant divided by ours."""
+
+    title: str
+    group: str  # regular expression of its groups
+    contestant: str = TEXTBOOK
+    inverse: bool = False  # ours divided by the contestant
+    least: float = 1.0  # a point below it is one that the reader must see
+
+    def curve(self, label: str, rows: Iterable[Mapping[str, Any]]) -> RatioCurve:
+        """Return the medians and quartiles in the results of one run, by B."""
+        points = {}
+        for row in rows:
+            if row["contestant"] == self.contestant and re.search(self.group, row["group"]) and "time_to_ours" in row:
+                quartiles = [row["time_to_ours"][name] for name in ("q1", "median", "q3")]
+                points[row["samples"]] = [1.0 / value for value in quartiles[::-1]] if self.inverse else quartiles
+        sizes = sorted(points)
+        return RatioCurve(label, sizes, *([points[size][at] for size in sizes] for at in range(3)))
+
+
+_DIMS = "d=300/74/3[56]"
+PANELS = (
+    Panel("loss and gradient, C = 6", r"^fusion loss and gradient, \d+ samples?, 6 classes, m3er$"),
+    Panel("statistics of the check", rf"^check, \d+ samples?, {_DIMS}, k=30, float32$"),
+    Panel("memory scan, forward, T = 20", rf"^memory scan, forward, B=\d+, T=20, {_DIMS}, M=3, h=32, u=128$"),
+    Panel("training step with Adam, T = 20", r"^training step with Adam, CMU-MOSEI, "),
+    Panel("inference, clean, T = 20", r"^inference, CMU-MOSEI, "),
+    Panel(
+        "inference, clean : a third lost",
+        *(r"^inference with check and proxies, CMU-MOSEI, ", "ours, a third lost", True, 0.5),
+    ),
+)
