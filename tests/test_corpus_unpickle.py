@@ -264,7 +264,7 @@ def test_an_array_that_stands_in_two_places_is_read(tmp_path):
         (gzip.compress(pickle.dumps({})), r"it is compressed \(gzip\): unpack it first"),
         (bz2.compress(pickle.dumps({})), r"it is compressed \(bzip2\)"),
         (b"PK\x03\x04", r"it is compressed \(ZIP\)"),
-        (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
+        (b"\x89HDF\r\n\x1a\n", "it holds data in another format, HDF5"),
         (b"", "it is empty"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from m3er_fast.corpus.base import CorpusError
+from m3er_fast.corpus.base import CorpusError, split_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,8 +95,9 @@ def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) ->
     """
     names = list(input_dims) if input_dims is not None else modality_columns(table.schema)
     refuse_repeated(table.schema, ("id", "length", *names))
-    ids = _id_column(table)
-    problems: dict[int, str] = _id_problems(ids)
+    table = with_ids(table)
+    ids = _one_chunk(string_column(table, "id"))
+    problems: dict[int, str] = _text_problems(ids, "id")
     columns = {
         name: _frames(table, name, None if input_dims is None else input_dims[name], ids, problems)
         for name in names
@@ -129,15 +130,33 @@ def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) ->
 
 
 def modality_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of the columns that can hold frames."""
+    """Return the names of the columns that hold frames, or could: fixed-size binary, and lists of numbers or nulls.
+
+    Columns of anything else, such as texts or lists of texts, are no modality, unless their metadata say ``features``.
+    """
+    return [
+        field.name for field in schema if field.name not in RESERVED_COLUMNS and _may_hold_frames(field)
+    ]
+
+
+def _may_hold_frames(field: pa.Field) -> bool:
     import pyarrow as pa
 
-    return [
-        field.name
-        for field in schema
-        if field.name not in RESERVED_COLUMNS
-        and (pa.types.is_fixed_size_binary(field.type) or is_list(_storage_type(field.type)))
-    ]
+    kind = _storage_type(field.type)
+    leaf, depth = kind, 0
+    while is_list(leaf):
+        leaf, depth = leaf.value_type, depth + 1
+    is_declared = b"features" in (field.metadata or {})
+    return bool(
+        pa.types.is_fixed_size_binary(field.type)
+        or (depth > 0 and (is_declared or pa.types.is_null(leaf) or _is_number(leaf)))
+    )
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind))
 
 
 def refuse_repeated(schema: pa.Schema, names: Iterable[str]) -> None:
@@ -147,38 +166,95 @@ def refuse_repeated(schema: pa.Schema, names: Iterable[str]) -> None:
             raise CorpusError(f"there are {schema.names.count(name)} columns {name!r}")
 
 
-def _id_column(table: pa.Table) -> Any:
-    """Return the ids as one Arrow array of strings, nulls and bytes that are not UTF-8 included."""
-    if "id" not in table.column_names:
-        raise CorpusError(f"there is no column 'id'; the columns are {', '.join(table.column_names) or 'none'}")
-    return _one_chunk(string_column(table, "id"))
+def with_hive_columns(table: pa.Table, values: Mapping[str, str | None]) -> pa.Table:
+    """Append the columns of the format that the folders of a file give (`hive_values`), and that the table lacks."""
+    import pyarrow as pa
+
+    for name, value in values.items():
+        if name in RESERVED_COLUMNS and name not in table.column_names:
+            number = value is not None and value.isascii() and value.isdigit()
+            item = pa.scalar(int(value or 0), pa.int64()) if name == "label" and number else pa.scalar(value, pa.string())
+            table = table.append_column(name, pa.repeat(item, table.num_rows))
+    return table
+
+
+def with_ids(table: pa.Table, first_row: int = 0, file: str = "") -> pa.Table:
+    """Return a table with ids: without such a column, an id is the number of a row, after the name of its file."""
+    import pyarrow as pa
+
+    if "id" in table.column_names:
+        return table
+    prefix = f"{file}:" if file else ""
+    numbers = range(first_row, first_row + table.num_rows)
+    return table.append_column("id", pa.array([f"{prefix}{number}" for number in numbers], pa.string()))
 
 
 def string_column(table: pa.Table, name: str) -> Any:
-    """Return a column as Arrow strings, whether they are stored in a dictionary or not."""
+    """Return a column as Arrow strings: texts of any layout, bytes, integers, nulls, or a dictionary of these.
+
+    The texts are not verified to be UTF-8.
+    """
     import pyarrow as pa
 
     column = table[name]
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise CorpusError(f"column {name!r} holds {column.type}, wanted string")
-    return column
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column
+    if pa.types.is_string_view(kind) or pa.types.is_large_binary(kind):
+        return column.cast(pa.large_string(), safe=False)
+    if pa.types.is_binary(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind):
+        return column.cast(pa.string(), safe=False)
+    raise CorpusError(f"column {name!r} holds {kind}, wanted string")
 
 
-def _id_problems(ids: Any) -> dict[int, str]:
-    """Return a problem for every row whose id is null or not UTF-8."""
+def read_strings(table: pa.Table, name: str) -> np.ndarray | None:
+    """Return a column of strings (N,), or None if there is no such column.
+
+    Raises:
+        CorpusError: naming the column and the row that is null or not UTF-8.
+    """
+    if name not in table.column_names:
+        return None
+    column = _one_chunk(string_column(table, name))
+    problems = _text_problems(column, name)
+    if problems:
+        raise CorpusError(problems[min(problems)])
+    return np.array(column.to_pylist(), dtype=object)
+
+
+def read_splits(table: pa.Table) -> np.ndarray | None:
+    """Return the splits (N,) of a table's rows, in their usual names, or None if there is no such column.
+
+    Raises:
+        CorpusError: naming the row that has none, or a value that is not the name of a split.
+    """
+    given = read_strings(table, "split")
+    if given is None:
+        return None
+    usual = {}
+    for name in dict.fromkeys(given.tolist()):
+        try:
+            usual[name] = split_name(name)
+        except CorpusError as error:
+            raise CorpusError(f"column 'split': {error}") from error
+    return np.array([usual[name] for name in given], dtype=object)
+
+
+def _text_problems(texts: Any, name: str) -> dict[int, str]:
+    """Return a problem for every row of a column of texts that is null or not UTF-8."""
     problems = {}
-    if ids.null_count:
-        problems = {int(row): f"column 'id' is null in row {row}" for row in np.flatnonzero(_nulls(ids))}
+    if texts.null_count:
+        problems = {int(row): f"column {name!r} is null in row {row}" for row in np.flatnonzero(_nulls(texts))}
     try:
-        ids.validate(full=True)
+        texts.validate(full=True)
     except ValueError:  # pyarrow's ArrowInvalid
-        for row in range(len(ids)):
+        for row in range(len(texts)):
             try:
-                ids[row].as_py()
+                texts[row].as_py()
             except UnicodeDecodeError as error:
-                problems[row] = f"column 'id' in row {row} is not UTF-8: {error}"
+                problems[row] = f"column {name!r} in row {row} is not UTF-8: {error}"
     return problems
 
 
@@ -227,19 +303,25 @@ def is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _with_floats(kind: Any) -> Any:
-    """Return the type with floats in place of nulls: the type inferred for a column of nulls holds no numbers."""
+def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column that holds no value, whatever its type, as lists of floats: the type inferred for it says nothing.
+
+    pyarrow writes nulls or lists of nulls, pandas float64.
+    """
     import pyarrow as pa
 
-    inner, depth = kind, 0
-    while is_list(inner):
-        inner, depth = inner.value_type, depth + 1
-    if not pa.types.is_null(inner):
-        return kind
-    floats: Any = pa.float32()
-    for _ in range(max(depth, 1)):
-        floats = pa.list_(floats)
-    return floats
+    leaf, depth = column.type, 0
+    while is_list(leaf):
+        leaf, depth = leaf.value_type, depth + 1
+    if pa.types.is_null(leaf) and depth:
+        kind: Any = pa.float32()
+        for _ in range(depth):
+            kind = pa.list_(kind)
+        return column.cast(kind)
+    is_frames = depth or pa.types.is_fixed_size_binary(leaf) or isinstance(leaf, pa.BaseExtensionType)
+    if not is_frames and column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), pa.list_(pa.float32()))])
+    return column
 
 
 def _storage_type(kind: Any) -> Any:
@@ -256,9 +338,7 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
     counts = {int(features)} if features.isdigit() and len(features) < 10 else set()
     if isinstance(field.type, pa.FixedShapeTensorType):
         counts.add(field.type.shape[-1])
-    data = table[name]
-    if (kind := _with_floats(data.type)) != data.type:
-        data = data.cast(kind)
+    data = _as_lists(table[name])
     present = ~_nulls(data)
     first_rows, fixed = np.zeros(1, np.int64), None
     if pa.types.is_fixed_size_binary(field.type):
@@ -277,9 +357,12 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
             fixed = int(column.type.list_size)
     if wanted is not None:
         counts.add(wanted)
+    if not counts:  # flat lists of one width hold one frame each
+        counts = {fixed} if fixed is not None else {int(count) for count in np.unique(items[present & (items > 0)])}
+        counts = counts if len(counts) == 1 else set()
     if len(counts) != 1 or 0 in counts:
         raise CorpusError(
-            f"column {name!r} has no feature count in its metadata: input_dims must give it"
+            f"column {name!r} has no feature count in its metadata, and rows of several widths: input_dims must give it"
             if not counts
             else f"column {name!r} has conflicting feature counts: {sorted(counts)}"
         )
@@ -345,8 +428,10 @@ def _list_items(
             items, inner = np.where(other, 0, items), {width}
         items = items * width
         flat = pc.list_flatten(flat)
-    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
+    if not _is_number(flat.type):
         raise CorpusError(f"column {name!r} holds {column.type}, wanted lists of floats")
+    if pa.types.is_decimal(flat.type):
+        flat = flat.cast(pa.float64())
     with np.errstate(over="ignore"):
         values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     return items, values if kept is None else values[kept], inner

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 from m3er_fast.corpus.base import CorpusError
 
@@ -23,13 +24,19 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(folder.glob(pattern)) if not is_hidden(path.name)]
 
 
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SAMPLE_BYTES = 1024
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "ZIP"}
 _OTHER_FORMATS = {b"\x89HDF\r\n\x1a\n": "HDF5", b"PAR1": "Parquet", b"ARROW1": "Arrow IPC"}
 
 
-def foreign_content(path: str | Path) -> str | None:
-    """Return what a file is instead of the data that its name promises, and what to do; None if nothing is known."""
+def foreign_content(path: str | Path, wanted: str = "") -> str | None:
+    """Return what a file is instead of the data that its name promises, and what to do; None if nothing is known.
+
+    Args:
+        path: of the file.
+        wanted: a text that names the format it should have.
+    """
     file = Path(path)
     if not file.is_file():
         return None
@@ -47,9 +54,26 @@ def foreign_content(path: str | Path) -> str | None:
         if head.startswith(magic):
             return f"it is compressed ({name}): unpack it first"
     for magic, name in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            return f"it is an {name} file" if name[0] in "AH" else f"it is a {name} file"
+        if head.startswith(magic) and name not in wanted:
+            return f"it holds data in another format, {name}"
     return None
+
+
+def corpus_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the visible files of a folder, and of the folders in it that Hive would read, such as ``split=train``."""
+    inner = [path for path in visible_files(folder, "*=*") if path.is_dir()]
+    own = [path for path in visible_files(folder, pattern) if not path.is_dir()]
+    return own + [file for path in inner for file in corpus_files(path, pattern)]
+
+
+def hive_values(path: str) -> dict[str, str | None]:
+    """Return the values of columns that the folders of a path name, such as ``split=train/part.parquet``."""
+    values: dict[str, str | None] = {}
+    for folder in path.split("/")[:-1]:
+        key, separator, value = folder.partition("=")
+        if separator:
+            values[unquote(key)] = None if value == _HIVE_NULL else unquote(value)
+    return values
 
 
 @contextmanager
@@ -69,7 +93,7 @@ def decoding(name: str | Path, what: str) -> Iterator[None]:
     except (CorpusError, ImportError):
         raise
     except Exception as error:
-        raise CorpusError(f"{name}: {what}: {foreign_content(name) or one_line(error)}") from error
+        raise CorpusError(f"{name}: {what}: {foreign_content(name, what) or one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

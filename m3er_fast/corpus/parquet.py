@@ -13,7 +13,9 @@ Layout: ``part-00000.parquet`` and so on, with the columns
 and the schema metadata ``m3er_fast.format``, ``m3er_fast.classes`` (JSON) and ``m3er_fast.task``.
 
 Other layouts of a modality are read too: ``fixed_size_list``, ``list``, ``list<list>`` and Arrow's
-``fixed_shape_tensor``, holding float16, float32, float64 or integers.
+``fixed_shape_tensor``, holding float16, float32, float64 or integers; and so are the tables that pandas, polars and
+Hugging Face datasets write (docs/tables.md): labels that are names or floats, ids that are numbers or missing, folders
+of the form ``split=train``.
 
 Dimension legend: N utterances, M modalities, T time steps, d features, C classes.
 """
@@ -29,17 +31,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from m3er_fast._validation import check_positive_int
+from m3er_fast.corpus._labels import class_indices, classes_named
+from m3er_fast.corpus._parquet_labels import labels_are_names, read_labels
 from m3er_fast.corpus._parquet_rows import (
     RESERVED_COLUMNS,
     DecodedRows,
     FrameColumn,
     decode_rows,
-    is_list,
     modality_columns,
+    read_splits,
+    read_strings,
     refuse_repeated,
-    string_column,
+    with_hive_columns,
+    with_ids,
 )
-from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate, naming
+from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate, naming, split_name
+from m3er_fast.corpus.files import corpus_files, decoding, hive_values, visible_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,9 +61,12 @@ __all__ = [
     "modality_columns",
     "new_folder",
     "read_parquet",
+    "read_splits",
     "read_table",
     "refuse_repeated",
     "shard_paths",
+    "with_hive_columns",
+    "with_ids",
     "write_parquet",
     "write_shard",
 ]
@@ -120,7 +130,7 @@ def new_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CorpusError(f"{folder}: is a file, wanted a folder to write to")
-    if any(folder.glob("*.parquet")):
+    if visible_files(folder, "*.parquet"):
         raise CorpusError(f"{folder}: holds a corpus already; write to an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -150,6 +160,8 @@ def write_shard(corpus: Corpus, path: str | Path) -> None:
 def shard_paths(path: str | Path) -> list[Path]:
     """Return the Parquet files of a corpus, a folder of them or a single file, sorted by name.
 
+    Files of folders such as ``split=train`` follow those of the folder itself.
+
     Raises:
         CorpusError: if there is no such file, or no Parquet file in the folder.
     """
@@ -158,7 +170,7 @@ def shard_paths(path: str | Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise CorpusError(f"{source}: no such file or folder")
-    shards = sorted(source.glob("*.parquet"))
+    shards = corpus_files(source, "*.parquet")
     if not shards:
         raise CorpusError(f"{source}: holds no .parquet file")
     return shards
@@ -171,17 +183,12 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
         CorpusError: if the file is empty, truncated or not Parquet.
     """
     parquet = _pyarrow_parquet()
-    import pyarrow as pa
-
     file = Path(path)
     if not file.is_file():
         raise CorpusError(f"{file}: no such file")
-    try:
-        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
-            present = opened.schema_arrow.names
-            return opened.read(None if columns is None else [name for name in columns if name in present])
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{file}: not readable as Parquet: {' '.join(str(error).split())}") from error
+    with decoding(file, "not readable as Parquet"), parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+        present = opened.schema_arrow.names
+        return opened.read(None if columns is None else [name for name in columns if name in present])
 
 
 def read_parquet(
@@ -202,20 +209,39 @@ def read_parquet(
         CorpusError: naming the file, and the column or row, that cannot be read or contradicts the rest.
         ValueError: if ``splits`` holds a name that is no split.
     """
-    for name in splits or ():
-        if name not in SPLITS:
-            raise ValueError(f"splits must be among {', '.join(SPLITS)}, got {name!r}")
-    parts = []
-    for file in shard_paths(path):
-        with naming(file):
-            part = _to_corpus(read_table(file), input_dims)
-            if splits is not None:
+    wanted = None if splits is None else _wanted_splits(splits)
+    parts: list[Corpus] = []
+    named: list[bool] = []
+    source, unread = Path(path), None
+    for file in shard_paths(source):
+        table = read_table(file)
+        name = file.name if source.is_file() else file.relative_to(source).as_posix()
+        with naming(file), decoding(file, "not readable as Parquet"):
+            table = with_hive_columns(with_ids(table, file=Path(name).stem), hive_values(name))
+            try:
+                part = _to_corpus(table, input_dims)
+            except CorpusError as error:
+                if table.num_rows:
+                    raise
+                unread = unread or error  # a table without rows may have columns of any type
+                continue
+            if wanted is not None:
                 if part.split is None:
-                    raise CorpusError(f"there is no column 'split' to take {', '.join(splits)} from")
-                part = part.select(np.isin(part.split.astype(str), list(splits)))
+                    raise CorpusError(f"there is no column 'split' to take {', '.join(wanted)} from")
+                part = part.select(np.isin(part.split.astype(str), wanted))
             parts.append(part)
+            named.append(labels_are_names(table.schema))
     with naming(path):
-        return concatenate(_with_equal_classes(parts))
+        if unread is not None and not parts:
+            raise unread
+        return concatenate(_with_equal_classes(parts, named))
+
+
+def _wanted_splits(splits: Sequence[str]) -> list[str]:
+    try:
+        return [split_name(name) for name in splits]
+    except CorpusError as error:
+        raise ValueError(f"splits: {error}") from error
 
 
 def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = None) -> TableFeatures:
@@ -228,11 +254,12 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
     Raises:
         CorpusError: naming the column or row that cannot be read.
     """
+    table = with_ids(table)
     decoded = decode_rows(table, input_dims)
     if decoded.problems:
         raise CorpusError(decoded.problems[min(decoded.problems)])
-    ids = _strings(table, "id")
-    if ids is None:  # decode_rows has checked the column
+    ids = read_strings(table, "id")
+    if ids is None:  # with_ids has added the column
         raise AssertionError("unreachable")
     rows = np.arange(len(ids))
     steps = max(1, int(max(column.frames.max(initial=1) for column in decoded.columns.values())))
@@ -272,7 +299,8 @@ def _to_table(corpus: Corpus) -> pa.Table:
         if corpus.task == "single":
             columns.append(pa.array(corpus.target, pa.int32(), mask=corpus.target == NO_LABEL))
         else:
-            columns.append(pa.array(list(corpus.target), pa.list_(pa.float32())))
+            rows = [row if known else None for row, known in zip(corpus.target, corpus.labelled, strict=True)]
+            columns.append(pa.array(rows, pa.list_(pa.float32())))
         fields.append(pa.field("label", columns[-1].type))
     for name, strings in (("split", corpus.split), ("group", corpus.group)):
         if strings is not None:
@@ -288,7 +316,7 @@ def _to_table(corpus: Corpus) -> pa.Table:
 
 def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:
     ids, features, lengths, available = features_from_table(table, input_dims)
-    target, classes, task = _labels(table, ids)
+    target, classes, task = read_labels(table, ids, *_declared(table))
     return Corpus(
         ids=ids,
         features=features,
@@ -297,56 +325,48 @@ def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:
         target=target,
         classes=classes,
         task=task,
-        split=_strings(table, "split"),
-        group=_strings(table, "group"),
+        split=read_splits(table),
+        group=read_strings(table, "group"),
     )
 
 
-def _with_equal_classes(parts: Sequence[Corpus]) -> list[Corpus]:
-    """Give every part the longest list of classes: without metadata, a shard knows only its own labels."""
-    longest = max((part.classes for part in parts), key=len)
+def _with_equal_classes(parts: Sequence[Corpus], named: Sequence[bool]) -> list[Corpus]:
+    """Give every part the classes of all: without metadata, a shard knows only its own labels.
+
+    Args:
+        parts: of a corpus.
+        named: whether the labels of a part are names, which are numbered anew if the parts differ.
+    """
+    longest = max(parts, key=lambda part: len(part.classes))
+    parts = [
+        part if part.target is not None or part.classes else dataclasses.replace(part, task=longest.task)
+        for part in parts
+    ]
+    if all(part.classes == longest.classes[: len(part.classes)] for part in parts):
+        classes = longest.classes
+    elif all(is_named or part.target is None for part, is_named in zip(parts, named, strict=True)):
+        classes = classes_named(name for part in parts for name in part.classes)
+        parts = [dataclasses.replace(part, target=_renumbered(part, classes), classes=classes) for part in parts]
+    else:
+        return list(parts)
     return [
-        dataclasses.replace(part, classes=longest)
-        if part.task == "single" and part.classes == longest[: len(part.classes)]
-        else part
+        dataclasses.replace(part, classes=classes) if part.task == "single" or part.target is None else part
         for part in parts
     ]
 
 
-def _strings(table: pa.Table, name: str) -> np.ndarray | None:
-    """Return a column of strings (N,), or None if there is no such column."""
-    if name not in table.column_names:
+def _renumbered(part: Corpus, classes: tuple[str, ...]) -> np.ndarray | None:
+    if part.target is None:
         return None
-    column = string_column(table, name)
-    if column.null_count:
-        raise CorpusError(f"column {name!r} is null in row {column.is_null().to_pylist().index(True)}")
-    return np.array(column.to_pylist(), dtype=object)
+    names = [None if label == NO_LABEL else part.classes[label] for label in part.target]
+    return class_indices(names, classes)
 
 
-def _labels(table: pa.Table, ids: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...], str]:
-    """Return target, class names and task."""
-    import pyarrow as pa
-
+def _declared(table: pa.Table) -> tuple[tuple[str, ...], str]:
+    """Return the class names and the task in the metadata of a table; both may be empty."""
     metadata = table.schema.metadata or {}
     try:
         classes = tuple(str(name) for name in json.loads(metadata.get(_CLASSES, b"[]")))
-        task = metadata.get(_TASK, b"").decode()
+        return classes, metadata.get(_TASK, b"").decode()
     except (ValueError, TypeError) as error:
         raise CorpusError(f"the metadata {_CLASSES.decode()!r} is not a JSON list of names") from error
-    if "label" not in table.column_names:
-        return None, classes, task or "single"
-    column = table["label"]
-    if pa.types.is_integer(column.type):
-        target = np.asarray(column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
-        return target, classes or tuple(f"class_{c}" for c in range(int(target.max(initial=-1)) + 1)), task or "single"
-    if not is_list(column.type) or not pa.types.is_floating(column.type.value_type):
-        raise CorpusError(f"column 'label' holds {column.type}, wanted an integer or list<float>")
-    rows = [np.asarray([] if row is None else row, dtype=np.float32) for row in column.to_pylist()]
-    width = len(classes) or (len(rows[0]) if rows else 0)
-    for name, row in zip(ids, rows, strict=True):
-        if len(row) != width:
-            raise CorpusError(f"column 'label' has {len(row)} values for {name!r}, wanted {width}")
-    target = np.stack(rows) if rows else np.zeros((0, width), np.float32)
-    if not task:
-        task = "distribution" if np.allclose(target.sum(axis=1), 1, atol=1e-3) else "multi"
-    return target, classes or tuple(f"class_{c}" for c in range(width)), task
