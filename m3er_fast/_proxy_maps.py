@@ -11,7 +11,6 @@ from itertools import permutations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from m3er_fast._proxy_bank import rows_within
 from m3er_fast.config import ProxyConfig
@@ -85,9 +84,15 @@ class MapBank:
             usable: (b, T, M) bool, the modalities to regenerate a frame from.
             target: the lost modality.
         """
-        total = generator.learned(self.first_buffer).new_zeros((*usable.shape[:2], self._dims[target]))
-        for i, x in frames.items():
-            matrix, bias = generator.learned(f"map_{i}_{target}"), generator.learned(f"bias_{i}_{target}")
-            total = total + linear(x.to(matrix.dtype), matrix, bias).where(usable[:, :, i, None], 0.0)
-        count = usable[:, :, list(frames)].sum(dim=2, keepdim=True)
-        return total / count.clamp(min=1)
+        shape = (*usable.shape[:2], self._dims[target])
+        if not frames:
+            return generator.learned(self.first_buffer).new_zeros(shape)
+        maps, biases = ([generator.learned(f"{name}_{i}_{target}") for i in frames] for name in ("map", "bias"))
+        valid = usable[:, :, list(frames)]
+        # Sources are weighted before the products, which then add up: no pass over the proxies but theirs.
+        weights = valid.to(maps[0].dtype) / valid.sum(dim=2, keepdim=True).clamp(min=1)
+        total = weights.flatten(0, 1) @ torch.stack(biases)
+        for k, (x, matrix) in enumerate(zip(frames.values(), maps, strict=True)):
+            weighted = x.to(matrix.dtype) * weights[:, :, k, None]
+            total.addmm_(weighted.flatten(0, 1), matrix.mT)
+        return total.view(shape)
