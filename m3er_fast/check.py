@@ -6,7 +6,6 @@ vector (d_m, or 2·d_m with pooling "mean_std"), P pairs of modalities, k_p comp
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -33,13 +32,14 @@ from m3er_fast._symptoms import (
     say_of,
 )
 from m3er_fast._validation import check_choice, not_fitted
+from m3er_fast._warnings import warn_user
 from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule, ordinary_tensors
 from m3er_fast.functional import unchecked
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, prepare_batch
 from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, CheckStatistics, SequenceStatistics, modality_pairs
-from m3er_fast.standardize import StandardizedBatch, clean_frames
+from m3er_fast.standardize import StandardizedBatch, clean_batches, clean_frames
 
 __all__ = ["CheckResult", "CheckSample", "ModalityCheck"]
 
@@ -165,7 +165,7 @@ class ModalityCheck(FittedModule):
             triangular=True,
         )
 
-    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Learn projections and calibration from clean training data.
 
         The projections are learned from all samples. Calibration is by cross-fitting: the samples are cut into ten
@@ -185,11 +185,12 @@ class ModalityCheck(FittedModule):
 
         Warns:
             UserWarning: if a modality has so few calibration samples that more than a share alpha of clean ones may
-                lose it or, without the energy, that no sample can.
+                lose it or, without the energy, that no sample can; and as :meth:`m3er_fast.Standardizer.fit` does.
         """
-        return self.fit_batches(
-            lambda: map(clean_frames, iterate_batches(features, lengths, available, input_dims=self.input_dims))
-        )
+        batches, watch = clean_batches(self.input_dims, features, lengths, available)
+        self.fit_batches(batches)
+        watch.warn()
+        return self
 
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
         """:meth:`fit` from standardised batches; ``batches`` is called twice and must give the same ones."""
@@ -373,11 +374,7 @@ class ModalityCheck(FittedModule):
             few = config.threshold is None and 1 / (samples + 1) >= config.alpha
             consequence = "no modality can be judged ineffectual"
         if few:
-            warnings.warn(
-                f"{samples} calibration samples are too few for alpha={config.alpha}: {consequence}",
-                UserWarning,
-                stacklevel=5,  # the caller of fit
-            )
+            warn_user(f"{samples} calibration samples are too few for alpha={config.alpha}: {consequence}")
 
     def _tables(self, statistic: ConformalStatistic) -> Tables:
         return {name: self.learned(f"{statistic.prefix}{name}") for name in statistic.tables}

@@ -58,7 +58,7 @@ def draw_linear_proxies(path: Path) -> dict[str, float]:
     config = M3ERConfig(check=None, proxy=ProxyConfig(ridge=1e-10))
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes)
     training = corpus.subset("train")
-    model.fit(training.features, training.lengths, training.available)
+    model.fit(training.features, lengths=training.lengths, available=training.available)
     errors, frames = regenerate(model, corpus.subset("test"))
     draw_proxies(errors, frames, path)
     return errors

@@ -100,7 +100,7 @@ class M3ERFusion(
             **options,
         )
 
-    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Learn the standardiser, the modality check and the proxy bank from clean training data.
 
         The network's weights stay as they are: train them with :meth:`loss`, like any module's, or with
@@ -108,14 +108,18 @@ class M3ERFusion(
 
         Args:
             features: mapping from modality to (N, T, d_m) or (N, d_m), or a re-iterable of such batches: mappings or
-                (mapping, lengths[, available]) tuples. It is read several times.
+                (mapping, lengths, available) tuples. It is read several times.
             lengths: (N,) valid leading frames; only beside a mapping.
             available: (N, M) bool; only beside a mapping.
 
         Raises:
             ValueError: for bad input, naming it.
+
+        Warns:
+            UserWarning: if no utterance has all frames of the time axis, if some end in frames of zeros that count as
+                valid, or if a modality has no valid frame at all; and as the check does.
         """
-        self.standardizer.fit(features, lengths, available)
+        self.standardizer.fit(features, lengths=lengths, available=available)
 
         def batches() -> Any:
             return map(

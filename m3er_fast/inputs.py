@@ -18,7 +18,7 @@ Features = Mapping[str, Any]
 """A mapping from modality name to a (B, T, d_m) or (B, d_m) tensor or array; missing or None means unavailable."""
 
 FeatureSource = Features | Iterable[Any]
-"""One mapping, or a re-iterable source of batches: mappings or (mapping, lengths[, available]) tuples."""
+"""One mapping, or a re-iterable source of batches: mappings or (mapping, lengths, available) tuples."""
 
 
 class FeatureBatch(NamedTuple):
@@ -145,8 +145,13 @@ def iterate_batches(
     for item in source:
         if isinstance(item, Mapping):
             yield prepare_batch(item, input_dims=input_dims)
-        elif isinstance(item, Sequence) and 1 <= len(item) <= 3:
+        elif isinstance(item, Sequence) and len(item) in (1, 3):
             yield prepare_batch(*item, input_dims=input_dims)
+        elif isinstance(item, Sequence) and len(item) == 2:  # what a loader of labelled data gives
+            raise ValueError(
+                "a batch of two may be (features, labels), and fitting takes no labels: wanted features alone, or "
+                "(features, lengths, available), either of which may be None"
+            )
         else:
             raise ValueError(f"a batch must be a mapping or (features, lengths, available), got {type(item).__name__}")
 

@@ -18,8 +18,8 @@ from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import not_fitted
 from m3er_fast.config import Bank, ProxyConfig
 from m3er_fast.fitted_module import FittedModule, ordinary_tensors
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches, prepare_batch
-from m3er_fast.standardize import StandardizedBatch, clean_frames
+from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, prepare_batch
+from m3er_fast.standardize import StandardizedBatch, clean_batches, clean_frames
 
 __all__ = [
     "BankSample",
@@ -153,7 +153,7 @@ class ProxyGenerator(FittedModule):
 
     # --- Learning ---
 
-    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Learn the bank from the paired frames of clean training data.
 
         Args:
@@ -163,10 +163,14 @@ class ProxyGenerator(FittedModule):
 
         Raises:
             ValueError: for bad input.
+
+        Warns:
+            UserWarning: as :meth:`m3er_fast.Standardizer.fit` does.
         """
-        return self.fit_batches(
-            lambda: map(clean_frames, iterate_batches(features, lengths, available, input_dims=self.input_dims))
-        )
+        batches, watch = clean_batches(self.input_dims, features, lengths, available)
+        self.fit_batches(batches)
+        watch.warn()
+        return self
 
     def fit_batches(self, batches: Callable[[], Iterable[StandardizedBatch]]) -> Self:
         """Learn as :meth:`fit` does from standardised batches, one at a time; a bank of neighbours reads them twice."""
@@ -204,12 +208,12 @@ class ProxyGenerator(FittedModule):
         self._bank.learn(self, part)
         return self
 
-    def partial_fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+    def partial_fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Add clean training data to what was learned; arguments as in :meth:`fit`."""
         if not self.is_fitted:
-            return self.fit(features, lengths, available)
+            return self.fit(features, lengths=lengths, available=available)
         more = ProxyGenerator(self.input_dims, **vars(self.config)).to(self._first_buffer.dtype)
-        return self.merge(more.fit(features, lengths, available))
+        return self.merge(more.fit(features, lengths=lengths, available=available))
 
     def merge(self, other: ProxyGenerator) -> Self:
         """Add what another generator with the same settings has learned from other data.

@@ -5,12 +5,13 @@ Dimension legend: M modalities, B batch, T time steps, d_m features of modality 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from m3er_fast._warnings import warn_user
 from m3er_fast.fitted_module import PreciseModule, ordinary_tensors
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
 
@@ -88,21 +89,28 @@ class Standardizer(PreciseModule):
         """Return the feature counts, for ``print(module)``."""
         return repr(self.input_dims)
 
-    def fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Learn the statistics, forgetting earlier ones.
 
         Args:
             features: mapping from modality name to (N, T, d_m) or (N, d_m), or a re-iterable source of batches:
-                mappings or (mapping, lengths[, available]) tuples.
+                mappings or (mapping, lengths, available) tuples.
             lengths: (N,) valid leading frames of each sample; None means all T. Only beside a mapping.
             available: (N, M) bool, the modalities each sample has; None means every one given. Only beside a mapping.
 
         Raises:
             ValueError: if the features do not fit ``input_dims``. The earlier statistics are then unchanged.
-        """
-        return self._accumulate(self._empty_sums(), torch.zeros_like(self.count), features, lengths, available)
 
-    def partial_fit(self, features: FeatureSource, lengths: Any = None, available: Any = None) -> Self:
+        Warns:
+            UserWarning: if no utterance has all frames of the time axis, if some end in frames of zeros that count as
+                valid, or if a modality has no valid frame at all.
+        """
+        watch = TrainingWatch(list(self.input_dims))
+        self._accumulate(self._empty_sums(), torch.zeros_like(self.count), features, lengths, available, watch)
+        watch.warn()
+        return self
+
+    def partial_fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
         """Learn from further data; any split of the data gives the result of ``fit`` for all of it.
 
         Arguments and errors are those of :meth:`fit`.
@@ -172,9 +180,19 @@ class Standardizer(PreciseModule):
         self._sums = state.to("cpu", torch.float64, copy=True)
 
     @torch.no_grad()
-    def _accumulate(self, sums: Tensor, count: Tensor, features: FeatureSource, lengths: Any, available: Any) -> Self:
+    def _accumulate(
+        self,
+        sums: Tensor,
+        count: Tensor,
+        features: FeatureSource,
+        lengths: Any,
+        available: Any,
+        watch: TrainingWatch | None = None,
+    ) -> Self:
         for batch in iterate_batches(features, lengths, available, input_dims=self.input_dims, batch_size=_FIT_SAMPLES):
             finite, frame_valid = _find_valid(batch)
+            if watch is not None:
+                watch.see(batch.features, batch.lengths, frame_valid)
             parts = [
                 _sums_of(x, finite[index] & frame_valid[:, :, index, None]) for index, x in enumerate(batch.features)
             ]
@@ -204,11 +222,86 @@ class Standardizer(PreciseModule):
         return torch.zeros(3, sum(self.input_dims.values()), dtype=torch.float64, device="cpu")
 
 
+class TrainingWatch:
+    """What training data lack, found while they are read, and said in one warning each.
+
+    Args:
+        names: the modalities, in order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = 0
+        self._samples = 0
+        self._longest: Tensor | int = 0
+        self._reached: Tensor | bool = False
+        self._ending_in_zeros: Tensor | int = 0
+        self._frames: Tensor | int = 0
+
+    def see(self, features: Sequence[Tensor], lengths: Tensor, frame_valid: Tensor) -> None:
+        """Look at a batch: features (B, T, d_m), lengths (B,) and valid frames (B, T, M)."""
+        samples, steps, _ = frame_valid.shape
+        if not samples:
+            return
+        self._samples += samples
+        self._steps = max(self._steps, steps)
+        self._longest = lengths.max().clamp(min=self._longest)
+        self._reached = (lengths == steps).any() | self._reached
+        self._frames = frame_valid.sum(dim=(0, 1)) + self._frames
+        if steps > 1:
+            last = frame_valid[:, -1]
+            zero = torch.stack([(x[:, -1] == 0).all(dim=-1) for x in features], dim=1)
+            self._ending_in_zeros = (last.any(dim=1) & (zero | ~last).all(dim=1)).sum() + self._ending_in_zeros
+
+    def seen(self, batches: Iterable[StandardizedBatch]) -> Iterator[StandardizedBatch]:
+        """Look at batches as they are read; each reading replaces the last."""
+        self._begin()
+        for batch in batches:
+            self.see(batch.features, batch.lengths, batch.frame_valid)
+            yield batch
+
+    def warn(self) -> None:
+        """Warn of what was found."""
+        if not self._samples:
+            return
+        messages = []
+        if not self._reached:
+            messages.append(
+                f"lengths: the longest utterance has {int(self._longest)} of {self._steps} frames; lengths are numbers "
+                "of frames, not labels, of which fitting takes none"
+            )
+        if int(self._ending_in_zeros):
+            messages.append(
+                f"features: {int(self._ending_in_zeros)} of {self._samples} utterances end in a frame of zeros that "
+                "counts as valid; if it is padding, give lengths"
+            )
+        for name, frames in zip(self._names, torch.as_tensor(self._frames).tolist(), strict=True):
+            if not frames:
+                messages.append(f"features[{name!r}]: not one valid frame, so nothing is learned of this modality")
+        for message in messages:
+            warn_user(message)
+
+
 def clean_frames(batch: FeatureBatch) -> StandardizedBatch:
     """Apply the rules for input that is not clean to a checked batch, without standardising it."""
     finite, frame_valid = _find_valid(batch)
     features = [x.where(finite[m] & frame_valid[:, :, m, None], 0.0) for m, x in enumerate(batch.features)]
     return StandardizedBatch(features, batch.lengths, frame_valid.any(dim=1), frame_valid)
+
+
+def clean_batches(
+    input_dims: Mapping[str, int], features: FeatureSource, lengths: Any, available: Any
+) -> tuple[Callable[[], Iterator[StandardizedBatch]], TrainingWatch]:
+    """Return a function that reads a source of training data, not standardised, and the watch over what it reads."""
+    watch = TrainingWatch(list(input_dims))
+
+    def batches() -> Iterator[StandardizedBatch]:
+        return watch.seen(map(clean_frames, iterate_batches(features, lengths, available, input_dims=input_dims)))
+
+    return batches, watch
 
 
 def _find_valid(batch: FeatureBatch) -> tuple[list[Tensor], Tensor]:

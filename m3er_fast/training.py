@@ -145,7 +145,9 @@ def train(
         torch.manual_seed(config.training.seed)
         model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes)
         if statistics is None:
-            model.fit(training.features, training.lengths, training.available)
+            longest = max(1, int(training.lengths.max()))
+            features = {name: values[:, :longest] for name, values in training.features.items()}
+            model.fit(features, lengths=training.lengths, available=training.available)
         else:
             statistics.apply(model)
         state = TrainingState(model, fingerprint)

@@ -23,7 +23,7 @@ def fitted_model(corpus, config=None, *, seed=0, classes=None):
     """An untrained model in eval mode, fitted to a corpus."""
     torch.manual_seed(seed)
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=classes or corpus.classes).eval()
-    return model.fit(corpus.features, corpus.lengths, corpus.available)
+    return model.fit(corpus.features, lengths=corpus.lengths, available=corpus.available)
 
 
 def read_scores(folder):

@@ -66,7 +66,7 @@ def model():
     torch.manual_seed(0)
     fitted = M3ERFusion(DIMS, 3, CONFIG, classes=CORPUS.classes)
     training = CORPUS.subset("train")
-    return fitted.fit(training.features, training.lengths, training.available)
+    return fitted.fit(training.features, lengths=training.lengths, available=training.available)
 
 
 def valid_frames(corpus):
@@ -102,7 +102,7 @@ def test_every_row_scores_what_its_label_says(ablated):
     training = CORPUS.subset("train")
     paper = ModalityCheck(DIMS, statistic="correlation", component_weights=None, alpha=0.3)
     in_units = {name: torch.from_numpy(values).float() for name, values in standardized(training).items()}
-    paper.fit(in_units, training.lengths, training.available)
+    paper.fit(in_units, lengths=training.lengths, available=training.available)
     units = {name: torch.from_numpy(values).float() for name, values in standardized(noisy).items()}
     without_proxies = full.ablated(proxy=False)
     expected = [
@@ -539,7 +539,7 @@ def test_a_basis_of_linearly_related_modalities_regenerates_them_as_well():
         60, input_dims=DIMS, steps=2, latent_dim=3, correlation=1.0, nonlinearity=0.0, noise=1e-6, seed=2
     )
     config = M3ERConfig(check=None, proxy=ProxyConfig(bank="basis", ridge=1e-12), network=NETWORK)
-    linear = M3ERFusion(DIMS, 4, config).fit(corpus.features, corpus.lengths, corpus.available)
+    linear = M3ERFusion(DIMS, 4, config).fit(corpus.features, lengths=corpus.lengths, available=corpus.available)
     assert max(regenerate(linear, corpus)[0].values()) < 1e-4
 
 

@@ -61,7 +61,7 @@ def test_the_interval_of_an_auroc_holds_99_percent_of_chance():
 def test_the_true_mask_has_only_modalities_that_were_changed():
     corpus = make_synthetic(30, steps=4, seed=0)
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), classes=corpus.classes)
-    model.standardizer.fit(corpus.features, corpus.lengths, corpus.available)
+    model.standardizer.fit(corpus.features, lengths=corpus.lengths, available=corpus.available)
     spoilt, truth = check_accuracy.corrupt_corpus(model, corpus, silence, seed=0)
     for m, (name, values) in enumerate(corpus.features.items()):
         changed = np.abs(spoilt.features[name] - values).max(axis=(1, 2)) > 1e-4

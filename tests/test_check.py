@@ -816,7 +816,7 @@ def test_the_warning_comes_exactly_when_more_than_alpha_of_clean_samples_may_be_
     there[38:, 1] = False  # the modality with the fewest counts
     assert fit_warning(ModalityCheck(DIMS, statistic=statistic), 400, there)[0].startswith("38 calibration samples")
     there[:, 1] = False  # one that is never there is not judged at all
-    assert fit_warning(ModalityCheck(DIMS, statistic=statistic), 400, there) == []
+    assert not any("calibration" in text for text in fit_warning(ModalityCheck(DIMS, statistic=statistic), 400, there))
 
 
 def test_the_correlation_check_warns_exactly_when_it_can_judge_nothing():
@@ -924,7 +924,7 @@ def test_any_number_of_modalities_works(modalities):
 def test_streamed_batches_give_the_result_of_one_mapping():
     train = float32(shared_latent(500, steps=3))
     there, lengths = random_mask(500, 3, 7), np.random.default_rng(8).integers(0, 4, size=500)
-    whole = ModalityCheck(DIMS).fit(train, lengths, there)
+    whole = ModalityCheck(DIMS).fit(train, lengths=lengths, available=there)
     cuts = [0, 1, 2, 130, 131, 400, 500]
     batches = [(rows_of(train, slice(a, b)), lengths[a:b], there[a:b]) for a, b in itertools.pairwise(cuts)]
     streamed = ModalityCheck(DIMS).fit(batches)

@@ -36,7 +36,7 @@ def sequences(n, *, seed, steps=STEPS, shortest=2):
 
 @pytest.fixture(scope="module")
 def check():
-    return ModalityCheck(DIMS).fit(*sequences(2000, seed=0))
+    return ModalityCheck(DIMS).fit([(*sequences(2000, seed=0), None)])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_fault_is_found_and_named(check, fresh, fault):
 
 @pytest.mark.parametrize("fault", ["frozen", "silence", "noise, SNR 1", "half of the frames"])
 def test_surprise_alone_finds_faults_that_training_never_showed(fresh, fault):
-    untaught = ModalityCheck(DIMS, ignore=DETECTOR_NAMES).fit(*sequences(2000, seed=0))
+    untaught = ModalityCheck(DIMS, ignore=DETECTOR_NAMES).fit([(*sequences(2000, seed=0), None)])
     change, _, share = FAULTS[fault]
     features, lengths = fresh
     result = untaught.check(with_audio(features, change), lengths)
@@ -114,7 +114,7 @@ def test_fresh_clean_sequences_raise_no_more_than_alpha_false_alarms(check, shor
 
 
 def test_an_ignored_symptom_does_not_count(fresh):
-    deaf = ModalityCheck(DIMS, ignore=(*SYMPTOMS[1:], "belonging")).fit(*sequences(2000, seed=0))
+    deaf = ModalityCheck(DIMS, ignore=(*SYMPTOMS[1:], "belonging")).fit([(*sequences(2000, seed=0), None)])
     features, lengths = fresh
     result = deaf.check(with_audio(features, shuffle), torch.full_like(lengths, STEPS))  # the means are the same
     whole = deaf.check(features, torch.full_like(lengths, STEPS))
@@ -146,7 +146,7 @@ def test_verdicts_depend_neither_on_the_batch_nor_on_the_padding(check, fresh):
 @pytest.mark.parametrize("cuts", [[0, 130, 131, 400, 500], [0, 0, 250, 500, 500]], ids=str)
 def test_collected_parts_of_other_padding_give_the_result_of_fit(cuts):
     features, lengths = sequences(500, seed=0)
-    whole = ModalityCheck(DIMS).fit(features, lengths)
+    whole = ModalityCheck(DIMS).fit(features, lengths=lengths)
     parts = []
     for a, b in itertools.pairwise(cuts):
         longest = max(lengths[a:b].tolist(), default=1)
@@ -161,7 +161,7 @@ def test_collected_parts_of_other_padding_give_the_result_of_fit(cuts):
 @pytest.mark.parametrize("samples", [2, 15])
 def test_few_sequences_teach_no_detector_and_judge_finitely(samples):
     with pytest.warns(UserWarning, match="too few"):
-        few = ModalityCheck(DIMS).fit(*sequences(samples, seed=0))
+        few = ModalityCheck(DIMS).fit([(*sequences(samples, seed=0), None)])
     assert not few.detector_weight_1.any()
     assert all(bool(value.float().isfinite().all()) for value in few.check(*sequences(30, seed=1)))
 
@@ -178,7 +178,7 @@ def test_detectors_that_do_not_find_their_own_corruption_are_not_used():
 
 def test_constant_and_missing_modalities_judge_finitely(fresh):
     features, lengths = sequences(300, seed=0)
-    constant = ModalityCheck(DIMS).fit({**with_audio(features, torch.ones_like), "face": None}, lengths)
+    constant = ModalityCheck(DIMS).fit({**with_audio(features, torch.ones_like), "face": None}, lengths=lengths)
     result = constant.check(*fresh)
     assert all(bool(value.float().isfinite().all()) for value in result)
 
@@ -186,7 +186,7 @@ def test_constant_and_missing_modalities_judge_finitely(fresh):
 def test_a_modality_that_never_changed_in_training_is_good_as_long_as_it_does_not(fresh):
     features, lengths = sequences(300, seed=0)
     still = {name: x[:, :1].expand_as(x) for name, x in features.items()}
-    check = ModalityCheck(DIMS).fit({**features, "face": still["face"]}, lengths)
+    check = ModalityCheck(DIMS).fit({**features, "face": still["face"]}, lengths=lengths)
     features, lengths = fresh
     result = check.check({**features, "face": features["face"][:, :1].expand(-1, STEPS, -1)}, lengths)
     assert (~result.effective[:, 2]).float().mean() <= 0.1

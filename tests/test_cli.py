@@ -53,7 +53,7 @@ def model_dir(corpus, tmp_path_factory):
 def save_model(corpus, folder, seed=0):
     torch.manual_seed(seed)
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), classes=corpus.classes)
-    model.fit(corpus.features, corpus.lengths, corpus.available).save_pretrained(folder)
+    model.fit(corpus.features, lengths=corpus.lengths, available=corpus.available).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def fitted(corpus, tmp_path_factory):
 def fit_at_once(corpus, config):
     part = corpus if corpus.split is None else corpus.subset("train")
     model = M3ERFusion(corpus.input_dims, 3, config)
-    return model.fit(part.features, part.lengths, part.available).state_dict()
+    return model.fit(part.features, lengths=part.lengths, available=part.available).state_dict()
 
 
 def assert_close(statistics, state, tolerance=1e-6):
@@ -159,7 +159,7 @@ def centre(values):
 
 def test_the_bank_holds_frames_of_the_training_split_in_their_order(corpus, fitted):
     part = corpus.subset("train")
-    batch = Standardizer(DIMS).fit(part.features, part.lengths, part.available)(
+    batch = Standardizer(DIMS).fit(part.features, lengths=part.lengths, available=part.available)(
         part.features, part.lengths, part.available
     )
     paired = batch.frame_valid.sum(dim=2) >= 2
@@ -192,7 +192,7 @@ def test_real_data_by_shards_are_the_fit_at_once(tmp_path):
     write_parquet(corpus, tmp_path / "corpus", rows_per_shard=len(corpus) // 7)
     torch.manual_seed(0)
     part, model = corpus.subset("train"), M3ERFusion(corpus.input_dims, 3, BOUNDED).eval()
-    once = copy.deepcopy(model).fit(part.features, part.lengths, part.available)
+    once = copy.deepcopy(model).fit(part.features, lengths=part.lengths, available=part.available)
     by_shards = fit_statistics(tmp_path / "corpus", BOUNDED).apply(model)
     with torch.no_grad():  # collinear features leave the matrices undetermined, but not the results
         found, wanted = (each(corpus.features, corpus.lengths, corpus.available) for each in (by_shards, once))

@@ -212,11 +212,11 @@ def test_none_a_missing_key_and_available_false_are_the_same(model, mode, junk):
 def test_fitting_ignores_padding_and_unavailable_modalities():
     train, lengths = sequences(300), torch.from_numpy(np.random.default_rng(0).integers(1, 5, size=300))
     available = torch.from_numpy(np.random.default_rng(1).random((300, 3)) < 0.8)
-    clean = build().fit(train, lengths, available)
+    clean = build().fit(train, lengths=lengths, available=available)
     for m, x in enumerate(train.values()):
         x[torch.arange(4) >= lengths[:, None]] = float("nan")
         x[~available[:, m]] = 1e30
-    dirty = build().fit(train, lengths, available)
+    dirty = build().fit(train, lengths=lengths, available=available)
     for name, value in clean.state_dict().items():
         assert torch.equal(value, dirty.state_dict()[name]), name
 
@@ -583,9 +583,9 @@ def test_fitting_leaves_the_weights_alone_and_streams():
     model = build()
     weights = {name: p.clone() for name, p in model.named_parameters()}
     train, lengths = sequences(200), torch.from_numpy(np.random.default_rng(0).integers(1, 5, size=200))
-    model.fit(train, lengths)
+    model.fit(train, lengths=lengths)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    batches = [(rows_of(train, slice(s, s + 64)), lengths[s : s + 64]) for s in range(0, 200, 64)]
+    batches = [(rows_of(train, slice(s, s + 64)), lengths[s : s + 64], None) for s in range(0, 200, 64)]
     streamed = build().fit(batches)
     fresh = sequences(20, seed=1)
     assert_same(model.eval()(fresh), streamed.eval()(fresh), tolerance=1e-4)

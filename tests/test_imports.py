@@ -34,7 +34,7 @@ LAYERS = (
     "cpu kernels neighbors",
     "reference",
     "operands fitted_module",
-    "_layer_weights _settings _validation atomic_files",
+    "_layer_weights _settings _validation _warnings atomic_files",
 )
 
 # The only module outside each of these that imports it.

@@ -99,7 +99,8 @@ def test_bad_masks_are_named_with_their_shapes_and_the_ones_wanted(arguments, me
             {},
             "a batch must be a mapping or (features, lengths, available), got tuple",
         ),
-        ([(features(), [9] * 4)], {}, "lengths must lie in 0..5, got values from 9 to 9"),
+        ([(features(), [9] * 4, None)], {}, "lengths must lie in 0..5, got values from 9 to 9"),
+        ([(features(), torch.tensor([0, 1, 2, 1]))], {}, "a batch of two may be (features, labels)"),
     ],
 )
 def test_bad_sources_of_batches_are_refused(source, arguments, message):
@@ -231,9 +232,9 @@ def test_batches_may_be_mappings_tuples_lists_or_come_from_a_data_loader():
     given = features()
     lengths = torch.tensor([1, 2, 3, 4])
     available = torch.ones(4, 2, dtype=torch.bool)
-    source = [given, (given,), (given, lengths), [given, lengths, available]]
+    source = [given, (given,), (given, lengths, None), [given, lengths, available]]
     wanted_lengths = [[5] * 4, [5] * 4, [1, 2, 3, 4], [1, 2, 3, 4]]
     assert [batch.lengths.tolist() for batch in iterate_batches(source, input_dims=DIMS)] == wanted_lengths
-    rows = [({name: x[b] for name, x in given.items()}, int(lengths[b])) for b in range(4)]
+    rows = [({name: x[b] for name, x in given.items()}, int(lengths[b]), available[b]) for b in range(4)]
     loaded = list(iterate_batches(DataLoader(rows, batch_size=2), input_dims=DIMS))
     assert [batch.lengths.tolist() for batch in loaded] == [[1, 2], [3, 4]]

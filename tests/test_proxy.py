@@ -392,7 +392,7 @@ def test_only_frames_with_both_modalities_are_learned_from(bank):
     lengths[1::3] = 1
     dirty["audio"][1::3, 1] = 1e30  # padding
     settings = {"bank": bank, "ridge": 1e-3, **({"k": 200} if bank == "neighbours" else {})}
-    generator = ProxyGenerator(DIMS, **settings).fit(dirty, lengths)
+    generator = ProxyGenerator(DIMS, **settings).fit(dirty, lengths=lengths)
     kept = torch.ones(100, 2, dtype=torch.bool)
     kept[::3, 0], kept[1::3, 1] = False, False
     clean = ProxyGenerator(DIMS, **settings).fit(rows_of(train, kept))
@@ -408,10 +408,10 @@ def test_only_frames_with_both_modalities_are_learned_from(bank):
 def test_max_bank_is_a_seeded_uniform_choice_that_the_cut_into_batches_does_not_change():
     train = paired(400, steps=3)
     lengths = torch.from_numpy(np.random.default_rng(0).integers(0, 4, size=400))
-    whole = ProxyGenerator(DIMS, bank="neighbours", max_bank=100).fit(train, lengths)
+    whole = ProxyGenerator(DIMS, bank="neighbours", max_bank=100).fit(train, lengths=lengths)
     assert whole.bank_0.shape == (100, 7)
     for size in (1, 7, 150):
-        batches = [(rows_of(train, slice(s, s + size)), lengths[s : s + size]) for s in range(0, 400, size)]
+        batches = [(rows_of(train, slice(s, s + size)), lengths[s : s + size], None) for s in range(0, 400, size)]
         cut = ProxyGenerator(DIMS, bank="neighbours", max_bank=100).fit(batches)
         assert all(torch.equal(value, cut.state_dict()[name]) for name, value in whole.state_dict().items())
     frames = train["text"][torch.arange(3) < lengths[:, None]]

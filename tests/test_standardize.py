@@ -76,7 +76,7 @@ def equal_batches(first, second):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return Standardizer(DIMS).fit(*random_corpus())
+    return Standardizer(DIMS).fit([random_corpus()])
 
 
 # --- learned statistics ---
@@ -85,7 +85,7 @@ def fitted():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_statistics_equal_the_oracle(dtype):
     corpus = random_corpus(n=400, dtype=dtype)
-    assert_statistics(Standardizer(DIMS).fit(*corpus), oracle(*corpus))
+    assert_statistics(Standardizer(DIMS).fit([corpus]), oracle(*corpus))
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3, 57], [20, 20, 40], [0, 60]], ids=str)
@@ -94,12 +94,12 @@ def test_one_go_streamed_and_merged_in_any_order_agree(cuts):
     batches = batches_of(*corpus, cuts)
     streamed = Standardizer(DIMS)
     for batch in batches:
-        assert streamed.partial_fit(*batch) is streamed
-    results = [Standardizer(DIMS).fit(*corpus), Standardizer(DIMS).fit(batches), streamed]
+        assert streamed.partial_fit([batch]) is streamed
+    results = [Standardizer(DIMS).fit([corpus]), Standardizer(DIMS).fit(batches), streamed]
     for ordered in (batches, batches[::-1]):
         merged = Standardizer(DIMS)
         for batch in ordered:
-            assert merged.merge(Standardizer(DIMS).fit(*batch)) is merged
+            assert merged.merge(Standardizer(DIMS).fit([batch])) is merged
         results.append(merged)
     for standardizer in results:
         assert_statistics(standardizer, oracle(*corpus))
@@ -160,7 +160,7 @@ def test_unfitted_standardizer_only_cleans():
 
 def test_fit_forgets_earlier_data():
     corpus = random_corpus()
-    again = Standardizer(DIMS).fit(*random_corpus(seed=1)).fit(*corpus)
+    again = Standardizer(DIMS).fit([random_corpus(seed=1)]).fit([corpus])
     assert_statistics(again, oracle(*corpus))
 
 
@@ -174,7 +174,7 @@ def test_fit_of_no_samples_learns_nothing(fitted):
 
 def test_failed_fit_leaves_the_statistics_unchanged():
     corpus = random_corpus()
-    standardizer = Standardizer(DIMS).fit(*corpus)
+    standardizer = Standardizer(DIMS).fit([corpus])
     for method in (standardizer.fit, standardizer.partial_fit):
         with pytest.raises(ValueError, match=r"features\['text'\] has shape \(2, 9\)"):
             method([{"text": torch.ones(5, 4)}, {"text": torch.ones(2, 9)}])
@@ -182,7 +182,7 @@ def test_failed_fit_leaves_the_statistics_unchanged():
     more = random_corpus(seed=1)
     both = [np.concatenate(pair) for pair in zip(corpus[1:], more[1:], strict=True)]
     joined = {name: np.concatenate([corpus[0][name], more[0][name]]) for name in DIMS}
-    assert_statistics(standardizer.partial_fit(*more), oracle(joined, *both))
+    assert_statistics(standardizer.partial_fit([more]), oracle(joined, *both))
 
 
 # --- standardised batches ---
@@ -209,7 +209,7 @@ def test_output_equals_the_oracle(fitted):
 
 def test_training_data_come_out_with_mean_zero_and_variance_one(fitted):
     features, lengths, available = random_corpus(dirt=0.0)
-    standardizer = Standardizer(DIMS).fit(features, lengths, available)
+    standardizer = Standardizer(DIMS).fit(features, lengths=lengths, available=available)
     batch = standardizer(features, lengths, available)
     for m, z in enumerate(batch.features):
         valid = z[batch.frame_valid[:, :, m]]
@@ -262,7 +262,7 @@ def test_padding_and_unavailable_modalities_never_change_a_result(fitted, garbag
         hidden = (np.arange(x.shape[1]) >= lengths[:, None]) | ~available[:, m, None]
         filled[name] = np.where(hidden[:, :, None], np.float32(garbage), x)
     equal_batches(fitted(filled, lengths, available), fitted(features, lengths, available))
-    again = Standardizer(DIMS).fit(filled, lengths, available)
+    again = Standardizer(DIMS).fit(filled, lengths=lengths, available=available)
     for (mean, scale, count), (want_mean, want_scale, want_count) in zip(
         statistics(again), statistics(fitted), strict=True
     ):
@@ -411,7 +411,7 @@ def test_standardize_compiles_as_one_graph(fitted):
 @pytest.mark.parametrize("way", ["state_dict", "safetensors", "pickle", "deepcopy"])
 def test_restored_standardizer_equals_the_saved_one_and_goes_on(way):
     corpus, more = random_corpus(), random_corpus(seed=1)
-    saved = Standardizer(DIMS).fit(*corpus)
+    saved = Standardizer(DIMS).fit([corpus])
     if way == "state_dict":
         restored = Standardizer(DIMS)
         restored.load_state_dict(saved.state_dict(), strict=True)
@@ -421,9 +421,9 @@ def test_restored_standardizer_equals_the_saved_one_and_goes_on(way):
     else:
         restored = pickle.loads(pickle.dumps(saved)) if way == "pickle" else copy.deepcopy(saved)
     equal_batches(restored(*more), saved(*more))
-    saved.partial_fit(*more)
+    saved.partial_fit([more])
     assert_statistics(restored, oracle(*corpus))
-    restored.partial_fit(*more)
+    restored.partial_fit([more])
     assert torch.equal(restored.get_extra_state(), saved.get_extra_state())
     assert torch.equal(restored.scale_1, saved.scale_1)
 
@@ -446,7 +446,7 @@ def test_state_of_other_features_is_refused(fitted):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrower_module_keeps_its_statistics(dtype):
     corpus = random_corpus()
-    standardizer = Standardizer(DIMS).fit(*corpus).to(dtype)
+    standardizer = Standardizer(DIMS).fit([corpus]).to(dtype)
     assert_statistics(standardizer, oracle(*corpus))
     assert standardizer.mean_0.dtype == torch.float32
     inside = torch.nn.Sequential(Standardizer(DIMS), torch.nn.Linear(2, 2)).to(dtype)
@@ -456,7 +456,7 @@ def test_narrower_module_keeps_its_statistics(dtype):
 
 def test_double_module_learns_and_standardises_in_float64():
     corpus = random_corpus(dtype=np.float64)
-    standardizer = Standardizer(DIMS).double().fit(*corpus)
+    standardizer = Standardizer(DIMS).double().fit([corpus])
     assert_statistics(standardizer, oracle(*corpus), tolerance=1e-13)
     assert standardizer({"text": torch.randn(2, 4)}).features[0].dtype == torch.float64
     assert standardizer.float().mean_0.dtype == torch.float32
