@@ -274,9 +274,9 @@ def count_below(known: Tensor, values: Tensor, *, inclusive: bool = False) -> Te
 
     With ``inclusive``, entries equal to the value count too.
     """
-    if not torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling():
         return torch.searchsorted(known, values.contiguous(), right=inclusive)
-    # Bisection: ONNX has no searchsorted.
+    # Bisection by torch's own operations, which a compiler fuses, and which ONNX has.
     size = known.shape[-1]
     count = torch.zeros_like(values, dtype=torch.int64)
     for bit in reversed(range(size.bit_length())):
