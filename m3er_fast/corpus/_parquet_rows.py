@@ -318,8 +318,7 @@ def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
         for _ in range(depth):
             kind = pa.list_(kind)
         return column.cast(kind)
-    is_frames = depth or pa.types.is_fixed_size_binary(leaf) or isinstance(leaf, pa.BaseExtensionType)
-    if not is_frames and column.null_count == len(column):
+    if (pa.types.is_null(leaf) or pa.types.is_floating(leaf)) and not depth and column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), pa.list_(pa.float32()))])
     return column
 

@@ -42,6 +42,7 @@ from m3er_fast.corpus._parquet_rows import (
     read_splits,
     read_strings,
     refuse_repeated,
+    string_column,
     with_hive_columns,
     with_ids,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "read_table",
     "refuse_repeated",
     "shard_paths",
+    "string_column",
     "with_hive_columns",
     "with_ids",
     "write_parquet",

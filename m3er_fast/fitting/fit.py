@@ -22,9 +22,6 @@ from m3er_fast.fitting.training_rows import TrainingReader, make_reader
 from m3er_fast.shards.plan import Plan, Source, plan_shards
 from m3er_fast.standardize import Standardizer
 
-DEFAULT_MAX_BANK = 2**15
-"""Frames of the bank if no settings are given: 54 MB with 410 features, for a corpus of any size."""
-
 MOST_GROUPS = 256
 """Groups that shards are read and merged in. It is independent of the number of workers, since the last bits of sums
 depend on it."""
@@ -60,8 +57,8 @@ def fit_statistics(
     Args:
         corpus: a folder of Parquet or Arrow IPC files, or one file: a local path, a URI, or a pair of a
             ``pyarrow.fs.FileSystem`` and a path.
-        config: its ``check`` and ``proxy`` are used; None is the defaults with a ``proxy.max_bank`` of 32,768. Memory
-            grows with the bank: a ``max_bank`` of None keeps every frame.
+        config: its ``check`` and ``proxy`` are used; None is the defaults. With ``proxy.bank="neighbours"`` memory
+            grows with the bank, which ``proxy.max_bank`` limits.
         input_dims: feature count of each modality, in order; None reads them from the corpus.
         engine: "local" (this process) or "ray". The result is the same.
         address: of a Ray cluster; None starts Ray on this machine.
@@ -77,7 +74,7 @@ def fit_statistics(
     """
     check_engine(engine, address, workers)
     if config is None:
-        config = M3ERConfig(proxy=ProxyConfig(max_bank=DEFAULT_MAX_BANK))
+        config = M3ERConfig()
     plan = plan_shards(corpus)
     reader = make_reader(plan, input_dims)
     with _map_in(engine, address, workers) as map_tasks:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from m3er_fast.corpus.base import CorpusError, naming, order_modalities
-from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns
+from m3er_fast.corpus.files import decoding
+from m3er_fast.corpus.parquet import DecodedRows, decode_rows, modality_columns, read_splits
 from m3er_fast.inputs import check_input_dims
 from m3er_fast.shards.page_cache import drop_from_page_cache, outgrows_page_cache
 from m3er_fast.shards.plan import Location, Plan, Shard
@@ -53,19 +54,15 @@ class TrainingReader(NamedTuple):
         Raises:
             CorpusError: the shard cannot be read.
         """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        extra = ["split"] if self.has_splits else []
+        extra = [*self.input_dims, *(["split"] if self.has_splits else [])]
         windows = read_windows(self.corpus, shard, extra_columns=extra, check=self._check_schema)
-        with Prefetch(windows) as tables:
+        with naming(shard.name), Prefetch(windows) as tables:
             for table in tables:
-                try:
+                with decoding(shard.name, "not readable"):
                     if self.has_splits:
-                        table = table.filter(pc.equal(table["split"].cast(pa.string()), "train"))
-                    yield decode_rows(table, self.input_dims)
-                except (pa.ArrowException, UnicodeDecodeError) as error:
-                    raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+                        table = table.filter(read_splits(table) == "train")
+                    rows = decode_rows(table, self.input_dims)
+                yield rows
         if not self.keep_cached:
             drop_from_page_cache(shard)
 
@@ -137,7 +134,7 @@ def _read_shard_schema(corpus: Location, shard: Shard, known: Mapping[str, int] 
     if schema is None:
         return CorpusError(f"{shard.name}: not readable")
     try:
-        with naming(shard.name):
+        with naming(shard.name), decoding(shard.name, "not readable"):
             try:
                 rows = decode_rows(schema.empty_table(), known)
             except CorpusError:  # the width of lists of lists is known from their rows only

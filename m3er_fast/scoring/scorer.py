@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from m3er_fast._validation import check_choice, check_positive_int, not_fitted
 from m3er_fast.check import ModalityCheck
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns
+from m3er_fast.corpus.files import decoding
+from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns, string_column, with_ids
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
@@ -126,13 +127,10 @@ class Scorer:
             CancelledError: they are no longer needed.
             CorpusError: the table holds a modality that the model does not know, or a column that cannot be read.
         """
-        import pyarrow as pa
-
         self._check_modalities(table.schema)
-        try:
+        table = with_ids(table)
+        with decoding("the table", "not readable"):
             rows = decode_rows(table, self.model.input_dims)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise CorpusError(f"not readable: {error}") from error
         for row in np.flatnonzero(rows.lengths > MOST_FRAMES):
             rows.problems.setdefault(int(row), f"it has {rows.lengths[row]} frames, more than {MOST_FRAMES}")
         scores = _Scores.empty(table.num_rows, self.columns)
@@ -428,9 +426,7 @@ def _clean_ids(table: pa.Table, problems: dict[int, str]) -> Any:
     """Return the ids as strings, null where they are not text."""
     import pyarrow as pa
 
-    ids = table["id"]
-    if pa.types.is_dictionary(ids.type):
-        ids = ids.cast(ids.type.value_type)
+    ids = string_column(table, "id")
     if not any(problem.startswith("column 'id'") for problem in problems.values()):
         return ids.cast(pa.string())
     clean: list[str | None] = []

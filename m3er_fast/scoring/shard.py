@@ -48,7 +48,14 @@ class ScoringJob:
 
 def read_tables(corpus: Location, shard: Shard, scorer: Scorer, *, verify: bool = True) -> Iterator[pa.Table]:
     """Read a shard in tables of the size that the scorer wants."""
-    return read_windows(corpus, shard, window_bytes=scorer.window_bytes, verify=verify, check=scorer.check_schema)
+    return read_windows(
+        corpus,
+        shard,
+        window_bytes=scorer.window_bytes,
+        verify=verify,
+        extra_columns=list(scorer.model.input_dims),  # whatever their type is where there are no rows
+        check=scorer.check_schema,
+    )
 
 
 class ScoredPart(NamedTuple):

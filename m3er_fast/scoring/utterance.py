@@ -38,15 +38,16 @@ def predict(model: M3ERFusion, features: Mapping[str, Any]) -> UtteranceScores:
 
     Args:
         model: with a fitted check, if it has one.
-        features: modality -> (T, d) tensor, array or nested list of real numbers, or (d,) for a single frame, with the
-            same T for all. A modality that is missing or None is unavailable. NaN and ±inf are allowed.
+        features: modality -> (1, T, d) tensor, array or nested list of real numbers, as the model reads a batch of one
+            utterance, with the same T for all; (1, d) or (d,) is a single frame. A modality that is missing or None is
+            unavailable. NaN and ±inf are allowed. (T, d) is refused: to the model that is T utterances.
 
     Raises:
         NotFittedError: the model's check is not fitted.
         ValueError: ``features`` hold something else.
 
     Example:
-        >>> scores = predict(model, {"text": torch.randn(12, 300), "audio": torch.randn(12, 74)})
+        >>> scores = predict(model, {"text": torch.randn(1, 12, 300), "audio": torch.randn(1, 12, 74)})
         >>> scores.prediction, scores.probabilities[scores.prediction]
     """
     given = _frames(model.input_dims, features)
@@ -112,8 +113,13 @@ def _as_frames(name: str, value: Any, dim: int) -> Tensor:
         with np.errstate(over="ignore"):  # overflow becomes infinite, which the model accepts
             frames = torch.from_numpy(array.astype(np.float32))
     shape = tuple(frames.shape)
-    if frames.ndim == 1:
-        frames = frames[None]
-    if frames.ndim != 2 or frames.shape[1] != dim:
-        raise ValueError(f"features[{name!r}] has shape {shape}, wanted (T, {dim}) or ({dim},)")
-    return frames
+    if frames.ndim == 2 and shape[0] != 1 and shape[1] == dim:
+        raise ValueError(
+            f"features[{name!r}] has shape {shape}, which the model reads as {shape[0]} utterances of one frame; "
+            f"wanted (1, T, {dim}), one utterance of T frames"
+        )
+    if frames.ndim in (1, 2):
+        frames = frames.reshape(1, 1, -1)
+    if frames.ndim != 3 or frames.shape[0] != 1 or frames.shape[2] != dim:
+        raise ValueError(f"features[{name!r}] has shape {shape}, wanted (1, T, {dim}), or ({dim},) for a single frame")
+    return frames[0]

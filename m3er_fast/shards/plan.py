@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from m3er_fast._validation import check_choice
 from m3er_fast.corpus.base import CorpusError
+from m3er_fast.corpus.files import is_hidden
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 _SAMPLE_BYTES = 64 * 2**10
@@ -48,15 +49,16 @@ class Location(NamedTuple):
 class Shard(NamedTuple):
     """One file of a corpus."""
 
-    name: str  # of the file in its folder
+    name: str  # of the file in the corpus's folder, such as "part.parquet" or "split=train/part.parquet"
     path: str  # on the corpus's filesystem
     size: int  # bytes
     checksum: str  # BLAKE2, sampled or full; rewriting a Parquet file changes its footer
 
     @property
     def output_name(self) -> str:
-        """Name of the file with its scores."""
-        return self.name if self.name.endswith(".parquet") else f"{self.name}.parquet"
+        """Name of the file with its scores: all are in one folder."""
+        name = self.name.replace("/", "-")
+        return name if name.endswith(".parquet") else f"{name}.parquet"
 
 
 class QuarantinedShard(NamedTuple):
@@ -105,6 +107,9 @@ def locate(source: Source) -> Location:
 def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     """List the Parquet and Arrow IPC files of a corpus: a folder of them, or one file.
 
+    Hidden files (`m3er_fast.corpus.files`) are left out. In a folder, those in folders such as ``split=train`` are
+    listed too.
+
     Args:
         source: its location.
         checksum: the part of each shard that is hashed; "full" reads the whole corpus.
@@ -120,31 +125,41 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{corpus}: holds a file whose name is not UTF-8: {error.object!r}") from error
     with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file.path, file.size, checksum), files)
+        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file[1].path, file[1].size, checksum), files)
         shards = tuple(
-            Shard(file.base_name, file.path, file.size, checksum)
-            for file, checksum in zip(files, checksums, strict=True)
+            Shard(name, file.path, file.size, checksum)
+            for (name, file), checksum in zip(files, checksums, strict=True)
         )
     _check_names(shards)
     return Plan(corpus, shards)
 
 
-def _list_files(corpus: Location) -> list[Any]:
-    """Return the files of a corpus, sorted by name."""
+def _list_files(corpus: Location) -> list[tuple[str, Any]]:
+    """Return the files of a corpus with their names in it, sorted by name."""
     from pyarrow import fs
 
     found = corpus.filesystem.get_file_info(corpus.path)
     if found.type == fs.FileType.File:
-        files = [found]
-    elif found.type == fs.FileType.Directory:
-        listed = corpus.filesystem.get_file_info(fs.FileSelector(corpus.path))
-        files = [file for file in listed if file.type == fs.FileType.File and file.base_name.endswith(SUFFIXES)]
-        if not files:
-            raise CorpusError(f"{corpus}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    else:
+        return [(found.base_name, found)]
+    if found.type != fs.FileType.Directory:
         raise CorpusError(f"{corpus}: no such file or folder")
-    files.sort(key=lambda file: str(file.base_name))
+    files = sorted(_files_below(corpus.filesystem, corpus.path, ""), key=lambda entry: entry[0])
+    if not files:
+        raise CorpusError(f"{corpus}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     return files
+
+
+def _files_below(filesystem: Any, path: str, prefix: str) -> Iterator[tuple[str, Any]]:
+    from pyarrow import fs
+
+    for info in filesystem.get_file_info(fs.FileSelector(path)):
+        name = str(info.base_name)
+        if is_hidden(name):
+            continue
+        if info.type == fs.FileType.File and name.endswith(SUFFIXES):
+            yield f"{prefix}{name}", info
+        elif info.type == fs.FileType.Directory and "=" in name:
+            yield from _files_below(filesystem, info.path, f"{prefix}{name}/")
 
 
 def _check_names(shards: Iterable[Shard]) -> None:

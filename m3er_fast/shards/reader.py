@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m3er_fast.corpus.base import CorpusError, naming
-from m3er_fast.corpus.parquet import modality_columns, refuse_repeated
+from m3er_fast.corpus.files import decoding, hive_values
+from m3er_fast.corpus.parquet import modality_columns, refuse_repeated, with_hive_columns, with_ids
 from m3er_fast.shards.plan import Location, Shard
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ _MOST_EXPANSION = 1000
 _SMALL_SHARD = 2**30
 # Bytes of a column read at a time: few enough for a core's cache, or enough to be worth a request to a store.
 _LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**17, 2**22
+# A column of at most as many bytes is read as a whole: through a buffer, Arrow allocates the size that a page's header
+# claims, up to 2 GiB, before it notices that there are fewer bytes.
+_WHOLE_COLUMN_BYTES = 2**24
 # Decoded at a time. Arrow returns larger buffers to the system, which clears every page again when they are next
 # allocated; this slowed reading by a tenth to a half (docs/scoring.md).
 _PIECE_BYTES = 8 * 2**20
@@ -52,6 +56,8 @@ def read_windows(
 ) -> Iterator[pa.Table]:
     """Yield the columns of a shard that scoring needs, some rows at a time; one empty table if there are no rows.
 
+    Without a column of ids, an id is the shard's name and the number of the row.
+
     Args:
         corpus: location on the shard's filesystem.
         shard: a Parquet or Arrow IPC file.
@@ -63,18 +69,23 @@ def read_windows(
     Raises:
         CorpusError: the shard cannot be read, is damaged, or claims a larger size than its rows can have.
     """
-    import pyarrow as pa
+    name, row = shard.name.rpartition("/")[2].rpartition(".")[0], 0
+    values = hive_values(shard.name)
 
-    with naming(shard.name):
-        try:
-            with corpus.filesystem.open_input_file(shard.path) as file:
-                magic = file.read(6)
-            if magic == b"ARROW1":
-                yield from _read_ipc(corpus, shard, window_bytes, extra_columns, check)
-            else:
-                yield from _read_parquet(corpus, shard, window_bytes, verify, extra_columns, check)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-            raise CorpusError(f"not readable: {' '.join(str(error).split())}") from error
+    def check_all(schema: pa.Schema) -> None:
+        check(with_hive_columns(schema.empty_table(), values).schema)
+
+    with naming(shard.name), decoding(shard.name, "not readable"):
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            magic = file.read(6)
+        if magic == b"ARROW1":
+            tables = _read_ipc(corpus, shard, window_bytes, extra_columns, check_all)
+        else:
+            tables = _read_parquet(corpus, shard, window_bytes, verify, extra_columns, check_all)
+        for table in tables:
+            table = with_hive_columns(table, {key: value for key, value in values.items() if key in extra_columns})
+            yield _with_checked_ids(with_ids(table, row, name))
+            row += table.num_rows
 
 
 def _read_parquet(
@@ -94,11 +105,11 @@ def _read_parquet(
         parquet.ParquetFile(
             source,
             metadata=(metadata := parquet.read_metadata(source)),
-            buffer_size=_buffer_bytes(corpus),  # by default, a column of a row group is read as a whole
+            buffer_size=_buffer_bytes(corpus, metadata, shard.size),
             pre_buffer=False,
             page_checksum_verification=verify,
             # So that one huge id, repeated, is noticed before it is unpacked.
-            read_dictionary=["id"] if "id" in metadata.schema.names else None,
+            read_dictionary=["id"] if _is_text_column(metadata, "id") else None,
         ) as file,
     ):
         schema = file.schema_arrow
@@ -111,13 +122,24 @@ def _read_parquet(
         yielded = False
         while window := list(itertools.islice(batches, pieces)):
             yielded = True
-            yield _with_checked_ids(pa.Table.from_batches(window))
+            yield pa.Table.from_batches(window)
         if not yielded:
             yield schema.empty_table().select(columns)
 
 
-def _buffer_bytes(corpus: Location) -> int:
+def _buffer_bytes(corpus: Location, metadata: Any, size: int) -> int:
+    """Return the bytes of a column that are read at a time, or 0 to read the column of a row group as a whole."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = (group.column(index) for group in groups for index in range(group.num_columns))
+    if size <= _WHOLE_COLUMN_BYTES or all(c.total_compressed_size <= _WHOLE_COLUMN_BYTES for c in columns):
+        return 0
     return _LOCAL_BUFFER_BYTES if corpus.is_local else _REMOTE_BUFFER_BYTES
+
+
+def _is_text_column(metadata: Any, name: str) -> bool:
+    """Return whether there is a column of this name whose values are bytes: only these are read as a dictionary."""
+    columns = map(metadata.schema.column, range(len(metadata.schema)))
+    return any(column.path == name and column.physical_type == "BYTE_ARRAY" for column in columns)
 
 
 def _columns_to_read(schema: pa.Schema, extra_columns: Sequence[str]) -> list[str]:
@@ -127,7 +149,11 @@ def _columns_to_read(schema: pa.Schema, extra_columns: Sequence[str]) -> list[st
 
 
 def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size: int) -> int:
-    """Check the sizes in a footer, and return the bytes per row, averaged over the row group with the widest rows."""
+    """Check the sizes in a footer, and return the bytes per row, averaged over the row group with the widest rows.
+
+    A column chunk holds its values, each once in a page or once in a dictionary and by its number in a page, the
+    levels that say where lists begin and what is null, and headers.
+    """
     import pyarrow as pa
 
     total, row_bytes = 0, 1
@@ -140,25 +166,27 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
         row_group = metadata.row_group(group)
         rows, before = row_group.num_rows, total
         for index in range(row_group.num_columns):
-            chunk = row_group.column(index)
+            chunk, column = row_group.column(index), metadata.schema.column(index)
             name = chunk.path_in_schema.split(".", 1)[0]
             if name not in columns:
                 continue
-            if name in widths:
-                most = rows * widths[name]
-            elif name == "id":
+            if name == "id":
                 most = rows * 1024 + _MOST_ID_BYTES
             else:
-                most = chunk.num_values * 8
-            # Levels, page headers and a dictionary add to the values. A page that unpacks to more is a bomb. A header
-            # may hold the least and the largest value of a page, 4 KiB at most, and a page may hold a single row.
+                most = rows * widths[name] if name in widths else chunk.num_values * 8
+                total += most
+            wide = chunk.num_values * max(0, _value_bytes(column) - 8) if name not in widths else 0
+            number = 4 if any("DICTIONARY" in encoding for encoding in chunk.encodings) else 0
+            levels = column.max_definition_level.bit_length() + column.max_repetition_level.bit_length()
+            # A page that unpacks to more is a bomb. A header may hold the least and the largest value of a page, 4 KiB
+            # at most, and a page may hold a single row.
             overhead = 64 + 2 * min(widths.get(name, 8), 2**12)
-            if chunk.total_uncompressed_size > 1.1 * most + overhead * rows + 2**16:
+            allowed = 1.1 * (most + wide + chunk.num_values * (number + levels / 8)) + overhead * rows + 2**16
+            if chunk.total_uncompressed_size > allowed:
                 raise CorpusError(
                     f"column {name!r} would unpack to {chunk.total_uncompressed_size} bytes, "
                     f"but its {rows} rows hold at most {most}"
                 )
-            total += most if name != "id" else 0
         row_bytes = max(row_bytes, (total - before) // max(1, rows))
     if row_bytes > _MOST_ROW_BYTES:
         raise CorpusError(f"a row takes {row_bytes} bytes, more than the {_MOST_ROW_BYTES} that are read")
@@ -167,11 +195,19 @@ def _check_claims(metadata: Any, schema: pa.Schema, columns: Sequence[str], size
     return row_bytes
 
 
+def _value_bytes(column: Any) -> int:
+    """Return the bytes of a value in a page, by its physical type; 64 for the texts of splits, groups and the like."""
+    kinds = {"INT96": 12, "BYTE_ARRAY": 64, "FIXED_LEN_BYTE_ARRAY": column.length}
+    return int(kinds.get(column.physical_type, 8))
+
+
 def _with_checked_ids(table: pa.Table) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if "id" not in table.column_names or not pa.types.is_dictionary(table.schema.field("id").type):
+        return table
+    if not _is_text(table.schema.field("id").type.value_type):
         return table
     index = table.column_names.index("id")
     for chunk in table["id"].chunks:
@@ -206,7 +242,7 @@ def _read_ipc(
                 rows = max(1, window_bytes // max(1, batch.nbytes // max(1, batch.num_rows)))
                 for start in range(0, batch.num_rows, rows):
                     yielded = True
-                    yield _with_checked_ids(pa.Table.from_batches([batch.slice(start, rows)]))
+                    yield pa.Table.from_batches([batch.slice(start, rows)])
                     release()
             if not yielded:
                 yield reader.schema.empty_table().select(columns)
@@ -274,16 +310,14 @@ def _has_compression(message: Any) -> bool:
 
 
 def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
-    """Return the schema of a shard, or None if it cannot be read."""
-    import pyarrow as pa
+    """Return the schema of a shard, with the columns that its folders give, or None if it cannot be read."""
     from pyarrow import ipc, parquet
 
     try:
-        with corpus.filesystem.open_input_file(shard.path) as file:
-            if file.read(6) == b"ARROW1":
-                return ipc.open_file(file).schema
-            return parquet.read_schema(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        with decoding(shard.name, "not readable"), corpus.filesystem.open_input_file(shard.path) as file:
+            schema = ipc.open_file(file).schema if file.read(6) == b"ARROW1" else parquet.read_schema(file)
+            return with_hive_columns(schema.empty_table(), hive_values(shard.name)).schema
+    except CorpusError:
         return None
 
 
@@ -304,24 +338,22 @@ def read_groups(
     """
     import pyarrow as pa
 
-    with naming(shard.name):
-        try:
-            with corpus.filesystem.open_input_file(shard.path) as file:
-                is_ipc = file.read(6) == b"ARROW1"
-                columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, file, verify)
-                for column in columns:
-                    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-                    names = coded.dictionary.to_pylist()
-                    yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-            raise CorpusError(f"column 'group' is not readable: {' '.join(str(error).split())}") from error
+    with naming(shard.name), decoding(shard.name, "column 'group' is not readable"):
+        with corpus.filesystem.open_input_file(shard.path) as file:
+            is_ipc = file.read(6) == b"ARROW1"
+            columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, shard, file, verify)
+            for column in columns:
+                coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+                names = [None if name is None else str(name) for name in coded.dictionary.to_pylist()]
+                yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _parquet_groups(corpus: Location, source: Any, verify: bool) -> Iterator[Any]:
+def _parquet_groups(corpus: Location, shard: Shard, source: Any, verify: bool) -> Iterator[Any]:
     from pyarrow import parquet
 
     metadata = parquet.read_metadata(source)
     if not _has_groups(metadata.schema.to_arrow_schema()):
+        yield from _hive_groups(shard, metadata.num_rows)
         return
     for index in range(metadata.num_row_groups):
         row_group = metadata.row_group(index)
@@ -332,8 +364,9 @@ def _parquet_groups(corpus: Location, source: Any, verify: bool) -> Iterator[Any
     with parquet.ParquetFile(
         source,
         metadata=metadata,
-        read_dictionary=["group"],  # so that one huge name, repeated, is not unpacked
-        buffer_size=_buffer_bytes(corpus),
+        # So that one huge name, repeated, is not unpacked.
+        read_dictionary=["group"] if _is_text_column(metadata, "group") else None,
+        buffer_size=_buffer_bytes(corpus, metadata, shard.size),
         pre_buffer=False,
         page_checksum_verification=verify,
     ) as file:
@@ -348,6 +381,8 @@ def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
         _refuse_compressed(source)
         with ipc.open_file(source) as reader:
             if not _has_groups(reader.schema):
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+                yield from _hive_groups(shard, sum(batch.num_rows for batch in batches))
                 return
             for index in range(reader.num_record_batches):
                 column = reader.get_batch(index).column("group")
@@ -355,6 +390,16 @@ def _ipc_groups(corpus: Location, shard: Shard) -> Iterator[Any]:
                 for start in range(0, len(column), ROWS_PER_READ):
                     yield column.slice(start, ROWS_PER_READ)
                     release()
+
+
+def _hive_groups(shard: Shard, rows: int) -> Iterator[Any]:
+    """Yield the group that the folders of a shard give, for each of its rows; nothing if they give none."""
+    import pyarrow as pa
+
+    values = hive_values(shard.name)
+    if "group" in values:
+        for start in range(0, rows, ROWS_PER_READ):
+            yield pa.repeat(pa.scalar(values["group"], pa.string()), min(ROWS_PER_READ, rows - start))
 
 
 def _has_groups(schema: pa.Schema) -> bool:
@@ -365,6 +410,13 @@ def _has_groups(schema: pa.Schema) -> bool:
     refuse_repeated(schema, ("group",))
     kind = schema.field("group").type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+    if not (_is_text(value) or pa.types.is_integer(value)):
         raise CorpusError(f"column 'group' holds {kind}, wanted string")
     return True
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
