@@ -2,7 +2,7 @@
 
 import json
 
-SUMMARY = ("summary.json", "summary.html")
+SUMMARY = ("_summary.json", "_summary.html")
 
 
 def contents(folder):
@@ -12,6 +12,6 @@ def contents(folder):
 
 def counted(folder):
     """Return the summary without the facts that differ between runs with the same scores."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "_summary.json").read_text())
     del summary["run"]
     return summary

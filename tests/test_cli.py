@@ -287,7 +287,7 @@ def test_score_with_a_bad_shard_finishes_with_exit_code_3(corpus, model_dir, tmp
     assert "136 utterances in 3 shards" in out
     assert error.count("\n") == 1
     assert "part-00001.parquet" in error
-    assert "quarantine.json" in error
+    assert "_quarantine.json" in error
 
 
 def test_score_of_a_corpus_with_an_unknown_modality_names_both_sides(corpus, corpus_dir, tmp_path, run):

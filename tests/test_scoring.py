@@ -124,14 +124,14 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
 def test_ids_order_and_shard_names_are_those_of_the_corpus(corpus, model, corpus_dir, tmp_path):
     summary = score(corpus_dir, model, tmp_path)
     names = [f"part-{shard:05d}.parquet" for shard in range(4)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["_SUCCESS", "manifest.json", *names, *sorted(SUMMARY)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_SUCCESS", "_manifest.json", *sorted(SUMMARY), *names]
     assert read_scores(tmp_path)["id"].to_pylist() == corpus.ids.tolist()
     assert (summary.rows, summary.shards, summary.resumed, summary.quarantined) == (200, 4, 0, ())
 
 
 def test_manifest_names_version_model_and_input_shards(model, corpus_dir, tmp_path):
     score(corpus_dir, model, tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "_manifest.json").read_text())
     assert manifest["signature"] == model_signature(model)
     assert manifest["version"] == __version__
     assert manifest["settings"] == {
@@ -470,7 +470,7 @@ def test_a_byte_that_changes_amid_a_shard_is_refused_on_resume_with_full_checksu
     kinds = ("sampled", "full")
     for kind in kinds:
         score(tmp_path / "corpus", model, tmp_path / kind, checksum=kind)
-    sums = [json.loads((tmp_path / kind / "manifest.json").read_text())["shards"][0]["checksum"] for kind in kinds]
+    sums = [json.loads((tmp_path / kind / "_manifest.json").read_text())["shards"][0]["checksum"] for kind in kinds]
     raw = bytearray(path.read_bytes())
     assert sums[1] == hashlib.blake2b(str(len(raw)).encode() + raw, digest_size=16).hexdigest() != sums[0]
     raw[len(raw) // 2] ^= 1
@@ -485,11 +485,33 @@ def test_a_byte_that_changes_amid_a_shard_is_refused_on_resume_with_full_checksu
         score(tmp_path / "corpus", model, tmp_path / "other", checksum="md5")
 
 
+def test_a_folder_with_the_names_of_earlier_versions_is_resumed(model, corpus_dir, tmp_path):
+    out = tmp_path / "out"
+    score(corpus_dir, model, out)
+    wanted = contents(out)
+    for name in ("_manifest.json", *SUMMARY):
+        (out / name).rename(out / name.removeprefix("_"))
+    (out / "_SUCCESS").unlink()
+    (out / "part-00001.parquet").unlink()
+    assert score(corpus_dir, model, out, resume=True).resumed == len(list(corpus_dir.iterdir())) - 1
+    assert contents(out) == wanted
+    (out / "_manifest.json").rename(out / "manifest.json")
+    (out / "manifest.json").write_bytes(b"{")
+    with pytest.raises(OutputMismatchError, match=r"/manifest\.json is not a manifest"):
+        score(corpus_dir, model, out, resume=True)
+
+
+def test_a_folder_of_scores_is_one_data_set(model, corpus_dir, tmp_path):
+    score(corpus_dir, model, tmp_path / "out")
+    assert pq.read_table(tmp_path / "out").equals(read_scores(tmp_path / "out"))
+    assert all(path.name.startswith("_") or path.suffix == ".parquet" for path in (tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("manifest", [None, b"{", b"[]", b'{"signature": 1}', b"\xff\xfe"])
 def test_a_folder_that_no_run_made_is_refused_on_resume(manifest, model, corpus_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     if manifest is not None:
-        (tmp_path / "manifest.json").write_bytes(manifest)
+        (tmp_path / "_manifest.json").write_bytes(manifest)
     with pytest.raises(OutputMismatchError, match=str(tmp_path)):
         score(corpus_dir, model, tmp_path, resume=True)
 
@@ -501,8 +523,8 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def no_ids(table):
-    return table.drop_columns(["id"])
+def ids_of_fractions(table):
+    return with_column(table, "id", pa.array([0.5] * len(table)))
 
 
 def null_id(table):
@@ -538,7 +560,7 @@ DAMAGE = {
     **{
         edit.__name__: lambda path, edit=edit: edit_shard(path, edit)
         for edit in (
-            no_ids,
+            ids_of_fractions,
             other_feature_count,
             text_for_frames,
             unknown_modality,
@@ -556,7 +578,7 @@ def test_a_bad_shard_is_quarantined_with_its_reason_and_the_others_are_scored(
     DAMAGE[damage](bad)
     summary = score(own_corpus_dir, model, tmp_path / "out")
     assert [entry.shard for entry in summary.quarantined] == [bad.name]
-    listed = json.loads((tmp_path / "out" / "quarantine.json").read_text())
+    listed = json.loads((tmp_path / "out" / "_quarantine.json").read_text())
     assert listed == [{"shard": bad.name, "reason": summary.quarantined[0].reason}]
     assert listed[0]["reason"]
     assert "\n" not in listed[0]["reason"]
@@ -619,7 +641,7 @@ def test_a_full_disk_stops_with_finished_shards_intact_and_nothing_half_written(
     monkeypatch.setattr(pq.ParquetWriter, "write_table", fill_up)
     with pytest.raises(OSError, match="No space"):
         score(corpus_dir, model, tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "part-00000.parquet", "part-00001.parquet"]
+    assert sorted(contents(tmp_path / "out")) == ["_manifest.json", "part-00000.parquet", "part-00001.parquet"]
     monkeypatch.undo()
     assert score(corpus_dir, model, tmp_path / "out", resume=True).resumed == 2
     score(corpus_dir, model, tmp_path / "whole")
@@ -641,7 +663,7 @@ def test_an_interrupt_of_a_writer_leaves_nothing_half_written_and_no_error_behin
             score(corpus_dir, model, tmp_path / "out")
     gc.collect()
     assert not unraisable
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json"]
+    assert sorted(contents(tmp_path / "out")) == ["_manifest.json"]
 
 
 # --- models ---

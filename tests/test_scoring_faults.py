@@ -350,7 +350,7 @@ def test_killed_at_random_moments_and_resumed_leaves_the_bytes_of_an_uninterrupt
         out = tmp_path / f"out-{attempt // 5}"
         run = start_scoring(tmp_path / "corpus", model_dir, out, "--resume", threads=1 + attempt % 2)
         deadline = time.monotonic() + 60
-        while not (out / "manifest.json").exists() and run.poll() is None and time.monotonic() < deadline:
+        while not (out / "_manifest.json").exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.4))
         if run.poll() is None:
@@ -421,7 +421,7 @@ def test_other_settings_are_refused_on_resume_and_auto_takes_those_of_the_first_
     assert main([*arguments, "--batch-frames", "200", "--resume"]) == 4
     (tmp_path / "out" / "part-00001.parquet").unlink()
     assert main([*arguments, "--resume"]) == 0
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["batch_frames"] == 100
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["settings"]["batch_frames"] == 100
 
 
 # --- memory ---
@@ -616,7 +616,7 @@ def test_what_a_scorer_raises_stops_the_run(devices, corpus_dir, model, tmp_path
     monkeypatch.setattr(Scorer, "score", fail)
     with pytest.raises(AssertionError, match="a defect"):
         score(corpus_dir, model, tmp_path / "out", devices=devices)
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json"]
+    assert sorted(contents(tmp_path / "out")) == ["_manifest.json"]
 
 
 def test_iter_scores_yields_what_score_writes_and_raises_for_a_bad_shard(corpus_dir, model, tmp_path):

@@ -408,7 +408,7 @@ def test_an_interrupted_run_leaves_the_whole_list_of_bad_shards(model, tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         score(tmp_path / "corpus", model, tmp_path / "out", progress=interrupt)
-    listed = json.loads((tmp_path / "out" / "quarantine.json").read_text())
+    listed = json.loads((tmp_path / "out" / "_quarantine.json").read_text())
     assert [entry["shard"] for entry in listed] == [f"{shard}.parquet" for shard in range(5)]
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 

@@ -145,7 +145,7 @@ def trapped(tmp_path):
 def test_ray_leaves_the_bytes_of_the_local_runner_quarantine_and_row_errors_among_them(local, on_ray):
     assert contents(on_ray[0]) == contents(local[0])
     assert counted(on_ray[0]) == counted(local[0])
-    assert json.loads((on_ray[0] / "quarantine.json").read_text())[0]["shard"] == "part-00003.parquet"
+    assert json.loads((on_ray[0] / "_quarantine.json").read_text())[0]["shard"] == "part-00003.parquet"
     assert local[1].errors == 1
     assert dataclasses.replace(on_ray[1], seconds=local[1].seconds) == local[1]
 
@@ -196,9 +196,10 @@ def test_real_data_have_the_metrics_of_evaluation_in_training(connected, tmp_pat
     np.testing.assert_array_equal(found.confusion, expected.confusion)
 
 
-def test_ray_learns_the_statistics_that_one_process_learns_to_the_last_bit(connected, corpus_dir):
+@pytest.mark.parametrize("proxy", [ProxyConfig(), ProxyConfig(bank="neighbours", max_bank=100)], ids=lambda p: p.bank)
+def test_ray_learns_the_statistics_that_one_process_learns_to_the_last_bit(proxy, connected, corpus_dir):
     """Part 3 cannot be read, and in part 6 a row cannot."""
-    config = M3ERConfig(proxy=ProxyConfig(max_bank=100))
+    config = M3ERConfig(proxy=proxy)
     seen = []
     local = fit_statistics(corpus_dir, config)
     found = fit_statistics(corpus_dir, config, engine="ray", workers=2, progress=seen.append)
@@ -225,9 +226,9 @@ def test_a_shard_that_loses_every_worker_is_quarantined_and_those_that_lose_one_
     assert (lost.shard, unreadable.shard) == ("part-00001.parquet", "part-00003.parquet")
     assert "its worker was lost 3 times" in lost.reason
     expected = contents(local[0])
-    del expected["part-00001.parquet"], expected["quarantine.json"]
+    del expected["part-00001.parquet"], expected["_quarantine.json"]
     found = contents(out)
-    assert json.loads(found.pop("quarantine.json")) == [entry._asdict() for entry in summary.quarantined]
+    assert json.loads(found.pop("_quarantine.json")) == [entry._asdict() for entry in summary.quarantined]
     assert found == expected
 
 
@@ -241,7 +242,7 @@ def test_a_full_disk_in_a_worker_is_raised_here_and_leaves_nothing_half_written(
         score(corpus_dir, model, (filesystem, str(out)), engine="ray", workers=2)
     found, expected = contents(out), contents(local[0])
     assert "_SUCCESS" not in found
-    found.pop("quarantine.json", None)
+    found.pop("_quarantine.json", None)
     assert found
     assert found == {name: expected[name] for name in found}
 
@@ -253,7 +254,7 @@ def test_what_progress_raises_ends_the_workers(connected, corpus_dir, model, loc
     with pytest.raises(KeyboardInterrupt):
         score(corpus_dir, model, tmp_path / "out", engine="ray", workers=1, progress=interrupt)
     found, expected = contents(tmp_path / "out"), contents(local[0])
-    found.pop("quarantine.json", None)
+    found.pop("_quarantine.json", None)
     assert found == {name: expected[name] for name in found}
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:

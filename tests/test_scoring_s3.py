@@ -152,7 +152,7 @@ def test_the_command_says_where_scores_are_but_no_key(corpus, bucket, model_dir,
     out = bucket("out").replace("s3://", "s3://key:secret@")
     assert main(["score", corpus, "--model", str(model_dir), "--out", out]) == 0
     printed = capsys.readouterr()
-    assert f"see {locate(out)}/summary.html" in printed.out
+    assert f"see {locate(out)}/_summary.html" in printed.out
     assert str(locate(out)).startswith("s3://bucket-")
     assert "secret" not in printed.out + printed.err
     assert main(["score", corpus, "--model", str(model_dir), "--out", out]) == 2
@@ -191,13 +191,13 @@ def test_a_damaged_object_is_put_in_quarantine_and_scored_when_it_is_mended(
     write(bucket("corpus/part-00002.parquet"), b"PAR1")
     arguments = ["score", corpus, "--model", str(model_dir), "--out", bucket("out")]
     assert main(arguments) == 3
-    filesystem, path = locate(bucket("out/quarantine.json"))
+    filesystem, path = locate(bucket("out/_quarantine.json"))
     with filesystem.open_input_file(path) as file:
         assert [entry["shard"] for entry in json.loads(file.read())] == ["part-00002.parquet"]
     copy(str(corpus_dir), corpus)
     assert main([*arguments, "--resume"]) == 0
     found = contents(fetched(bucket("out"), tmp_path / "found"))
-    del found["manifest.json"]  # the shard had another checksum when the run began
+    del found["_manifest.json"]  # the shard had another checksum when the run began
     assert found.items() <= contents(local).items()
 
 

@@ -95,7 +95,7 @@ def replace_column(path, name, column):
 
 
 def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / "_summary.json").read_text())
 
 
 def counts_of(rows):
@@ -211,7 +211,7 @@ def test_without_groups_there_are_none(model, corpus_dir, tmp_path):
         pq.write_table(pq.read_table(path).drop_columns(["group"]), path)
     score(corpus_dir, model, tmp_path / "out")
     assert summary_of(tmp_path / "out")["groups"] is None
-    assert "<h2>Groups" not in (tmp_path / "out" / "summary.html").read_text()
+    assert "<h2>Groups" not in (tmp_path / "out" / "_summary.html").read_text()
 
 
 def test_what_is_counted_does_not_depend_on_how_much_is_read_at_a_time(scored, corpus, model, tmp_path, monkeypatch):
@@ -258,8 +258,8 @@ def groups_that_are_no_text(path):
     replace_column(path, "group", pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()))
 
 
-def groups_of_numbers(path):
-    replace_column(path, "group", pa.array(range(SHARD_ROWS)))
+def groups_of_fractions(path):
+    replace_column(path, "group", pa.array([0.5] * SHARD_ROWS))
 
 
 def groups_that_are_huge(path):
@@ -274,7 +274,7 @@ def groups_that_are_huge(path):
     [
         (flip_a_bit_of_groups, "CRC"),
         (groups_that_are_no_text, "codec can't decode"),
-        (groups_of_numbers, "holds int64, wanted string"),
+        (groups_of_fractions, "holds double, wanted string"),
         (groups_that_are_huge, "would unpack to"),
     ],
 )
@@ -287,7 +287,7 @@ def test_groups_that_cannot_be_read_cost_no_score_and_are_told(damage, reason, c
     assert reason in found["unreadable"][0]["reason"]
     assert found["rows_without"] == SHARD_ROWS
     assert sum(group["rows"] for group in found["named"]) == ROWS - SHARD_ROWS
-    assert reason.replace("'", "&#x27;") in (tmp_path / "out" / "summary.html").read_text()
+    assert reason.replace("'", "&#x27;") in (tmp_path / "out" / "_summary.html").read_text()
 
 
 # --- errors and quarantine ---
@@ -300,11 +300,11 @@ def test_bad_rows_and_shards_are_listed_with_their_reasons(scored, corpus_dir, m
     (corpus_dir / "part-00000.parquet").write_bytes(b"PAR1")
     result = score(corpus_dir, model, tmp_path / "out")
     found = summary_of(tmp_path / "out")
-    assert found["quarantine"] == json.loads((tmp_path / "out" / "quarantine.json").read_text())
+    assert found["quarantine"] == json.loads((tmp_path / "out" / "_quarantine.json").read_text())
     assert found["quarantine"] == [entry._asdict() for entry in result.quarantined]
     assert found["shards"] == {"corpus": 3, "scored": 2, "quarantined": 1}
     assert found["order"][0]["shard"] == "part-00001.parquet"
-    assert "1 of 3 shards could not be read" in (tmp_path / "out" / "summary.html").read_text()
+    assert "1 of 3 shards could not be read" in (tmp_path / "out" / "_summary.html").read_text()
 
 
 def test_of_many_errors_the_first_are_listed(corpus_dir, model, tmp_path):
@@ -317,7 +317,7 @@ def test_of_many_errors_the_first_are_listed(corpus_dir, model, tmp_path):
     ]
     assert found["utterances"] == {"rows": ROWS, "scored": 0, "errors": ROWS, "abstained": 0}
     assert found["confidence"]["mean"] is None
-    page = (tmp_path / "out" / "summary.html").read_text()
+    page = (tmp_path / "out" / "_summary.html").read_text()
     assert "700 of 700 utterances could not be scored" in page
     assert "The first 20; 680 more" in page
 
@@ -331,7 +331,7 @@ def test_a_corpus_of_nothing_has_a_summary(kind, corpus, model, tmp_path):
     found = summary_of(tmp_path / "out")
     assert found["utterances"] == {"rows": 0, "scored": 0, "errors": 0, "abstained": 0}
     assert found["order"] == []
-    page = assert_harmless((tmp_path / "out" / "summary.html").read_text())
+    page = assert_harmless((tmp_path / "out" / "_summary.html").read_text())
     assert ("1 of 1 shard could not be read" if kind == "quarantined" else "The corpus has no utterances.") in page.text
 
 
@@ -369,10 +369,10 @@ def test_a_resumed_run_counts_what_an_uninterrupted_one_does_and_tells_its_own_t
     whole = score(corpus_dir, model, tmp_path / "whole")
     with pytest.raises(Killed):
         score(corpus_dir, model, tmp_path / "out", progress=kill)
-    assert "summary.json" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert "_summary.json" not in {path.name for path in (tmp_path / "out").iterdir()}
     resumed = score(corpus_dir, model, tmp_path / "out", resume=True)
     assert counted(tmp_path / "out") == counted(tmp_path / "whole")
-    assert "Every utterance was scored (700)." in (tmp_path / "out" / "summary.html").read_text()
+    assert "Every utterance was scored (700)." in (tmp_path / "out" / "_summary.html").read_text()
     runs = [summary_of(tmp_path / name)["run"] for name in ("whole", "out")]
     assert [(run["engine"], run["rows"], run["resumed"]) for run in runs] == [("local", 700, 0), ("local", 100, 2)]
     for run, result in zip(runs, (whole, resumed), strict=True):
@@ -388,15 +388,15 @@ def test_a_summary_of_an_earlier_run_does_not_outlive_the_next_one(corpus_dir, m
     (tmp_path / "out" / "part-00001.parquet").unlink()
     with pytest.raises(Killed):
         score(corpus_dir, model, tmp_path / "out", resume=True, progress=kill)
-    assert not {"summary.json", "summary.html", "_SUCCESS"} & {path.name for path in (tmp_path / "out").iterdir()}
-    assert set(contents(tmp_path / "out")) == {"manifest.json", "part-00000.parquet", "part-00002.parquet"}
+    assert not {"_summary.json", "_summary.html", "_SUCCESS"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(contents(tmp_path / "out")) == {"_manifest.json", "part-00000.parquet", "part-00002.parquet"}
 
 
 def test_the_command_says_where_the_page_is(corpus_dir, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     assert main(["score", str(corpus_dir), "--model", str(tmp_path / "model"), "--out", f"{out}/"]) == 0
-    assert f"{out}/summary.html" in capsys.readouterr().out
+    assert f"{out}/_summary.html" in capsys.readouterr().out
 
 
 # --- the page ---
@@ -441,7 +441,7 @@ def assert_harmless(text):
 
 
 def test_a_page_needs_nothing_beside_it_and_shows_every_number_as_text(scored):
-    page = assert_harmless((scored[0] / "summary.html").read_text())
+    page = assert_harmless((scored[0] / "_summary.html").read_text())
     assert page.tags >= SVG
     found = summary_of(scored[0])
     for entry in found["classes"]:
@@ -476,7 +476,7 @@ def test_names_and_reasons_from_hostile_files_are_shown_as_text(both, corpus, tm
     found = summary_of(tmp_path / "out")
     assert EVIL in found["errors"][0]["error"].encode().decode("unicode-escape")
     assert [group["name"] for group in found["groups"]["named"]] == [EVIL]
-    page = assert_harmless((tmp_path / "out" / "summary.html").read_text())
+    page = assert_harmless((tmp_path / "out" / "_summary.html").read_text())
     assert "<svg onload=y>.parquet" in page.text
     assert page.text.count("<script>alert(1)</script>") >= 4  # two classes, the group, the error
 

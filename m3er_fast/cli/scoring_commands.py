@@ -44,7 +44,7 @@ def score(
     """Score a corpus, with or without labels.
 
     Writes class probabilities, effective modalities and p-values of every utterance. Shards that cannot be read are
-    listed in DIR/quarantine.json and the others are scored; the exit code is then 3.
+    listed in DIR/_quarantine.json and the others are scored; the exit code is then 3.
     """
     from m3er_fast.scoring import load_model
     from m3er_fast.scoring import score as score_corpus
@@ -80,12 +80,12 @@ def score(
     scored = summary.shards - len(summary.quarantined)
     took = f"{summary.rows} utterances in {scored} shards{resumed}, in {summary.seconds:.1f} s"
     folder = str(locate(out))
-    print(f"{folder}: {took}; see {folder.rstrip('/')}/summary.html")
+    print(f"{folder}: {took}; see {folder.rstrip('/')}/_summary.html")
     if summary.quarantined:
         first = summary.quarantined[0]
         typer.echo(
             f"m3er-fast: {len(summary.quarantined)} of {summary.shards} shards are in quarantine, such as "
-            f"{first.shard}: {first.reason} (all: {folder.rstrip('/')}/quarantine.json)",
+            f"{first.shard}: {first.reason} (all: {folder.rstrip('/')}/_quarantine.json)",
             err=True,
         )
     if summary.errors:

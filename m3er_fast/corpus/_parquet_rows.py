@@ -93,7 +93,7 @@ def decode_rows(table: pa.Table, input_dims: Mapping[str, int] | None = None) ->
     Raises:
         CorpusError: naming the column that is missing, or that cannot be read in any row.
     """
-    names = list(input_dims) if input_dims is not None else modality_columns(table.schema)
+    names = list(input_dims) if input_dims is not None else _countable(table) or modality_columns(table.schema)
     refuse_repeated(table.schema, ("id", "length", *names))
     table = with_ids(table)
     ids = _one_chunk(string_column(table, "id"))
@@ -137,6 +137,19 @@ def modality_columns(schema: pa.Schema) -> list[str]:
     return [
         field.name for field in schema if field.name not in RESERVED_COLUMNS and _may_hold_frames(field)
     ]
+
+
+def _countable(table: pa.Table) -> list[str]:
+    """Return the modalities but those that are null in every row and do not say how many features a frame has."""
+    import pyarrow as pa
+
+    def says_nothing(name: str) -> bool:
+        field = table.schema.field(name)
+        is_fixed = pa.types.is_fixed_size_list(field.type) or isinstance(field.type, pa.BaseExtensionType)
+        has_count = is_fixed or b"features" in (field.metadata or {})
+        return not has_count and table.num_rows > 0 and table[name].null_count == table.num_rows
+
+    return [name for name in modality_columns(table.schema) if not says_nothing(name)]
 
 
 def _may_hold_frames(field: pa.Field) -> bool:

@@ -1,12 +1,15 @@
 """The folder that scores are written to, from which a killed run can be resumed and a finished one recognised.
 
-* ``manifest.json``: version, signature of the model, settings that scores depend on, and the shards of the corpus with
+* ``_manifest.json``: version, signature of the model, settings that scores depend on, and the shards of the corpus with
   sizes and checksums: the *fingerprint* of the run. It is written first;
 * one Parquet file per shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.columns`). It gets its
   name when it is complete and on the disk, so a file with that name is finished;
-* ``quarantine.json``, unless it would be empty: the shards that could not be read, each with the reason;
-* ``summary.json`` and ``summary.html``: the counts of the scores (:mod:`m3er_fast.scoring.summary`);
+* ``_quarantine.json``, unless it would be empty: the shards that could not be read, each with the reason;
+* ``_summary.json`` and ``_summary.html``: the counts of the scores (:mod:`m3er_fast.scoring.summary`);
 * ``_SUCCESS``, empty, written last: every shard is either scored or in quarantine.
+
+The names of files that hold no scores begin with ``_``: pandas, pyarrow and Hugging Face datasets then read the folder
+as one data set. Folders of earlier versions, without the ``_``, are resumed.
 
 Everything but the summary's times depends only on the model and the corpus: a run that was interrupted and resumed
 leaves the same bytes as one that was not.
@@ -32,8 +35,10 @@ from m3er_fast.shards.plan import Location, QuarantinedShard, Shard
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MANIFEST, QUARANTINE, SUCCESS = "manifest.json", "quarantine.json", "_SUCCESS"
-SUMMARY, SUMMARY_PAGE = "summary.json", "summary.html"
+MANIFEST, QUARANTINE, SUCCESS = "_manifest.json", "_quarantine.json", "_SUCCESS"
+SUMMARY, SUMMARY_PAGE = "_summary.json", "_summary.html"
+_EARLIER_MANIFEST = "manifest.json"
+_EARLIER_NAMES = (_EARLIER_MANIFEST, "quarantine.json", "summary.json", "summary.html")
 INPUT_KEY = b"m3er_fast.input"
 _PARTIAL = ".partial"
 _ROW_GROUP_ROWS = 2**16  # so many that a row group outweighs its metadata
@@ -82,6 +87,9 @@ class OutputFolder:
             if name in (SUCCESS, QUARANTINE, SUMMARY, SUMMARY_PAGE) or name.endswith(_PARTIAL):
                 self._delete(name)
         self._write_json(MANIFEST, self._fingerprint())
+        for name in _EARLIER_NAMES:  # only now: an interrupted start leaves a manifest under one of its names
+            if name in existing:
+                self._delete(name)
 
     def finished(self, shard: Shard) -> FinishedShard | None:
         """Return the counts of a shard that has been scored already, or None.
@@ -281,16 +289,18 @@ def read_manifest(location: Location) -> dict[str, Any] | None:
     Raises:
         OutputMismatchError: it is not a manifest.
     """
-    try:
-        with location.filesystem.open_input_file(location.join(MANIFEST)) as file:
-            found = json.loads(file.read())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise OutputMismatchError(f"{location.join(MANIFEST)} is not a manifest: {error}") from error
-    if not isinstance(found, dict):
-        raise OutputMismatchError(f"{location.join(MANIFEST)} is not a manifest")
-    return found
+    for name in (MANIFEST, _EARLIER_MANIFEST):
+        try:
+            with location.filesystem.open_input_file(location.join(name)) as file:
+                found = json.loads(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ValueError as error:
+            raise OutputMismatchError(f"{location.join(name)} is not a manifest: {error}") from error
+        if not isinstance(found, dict):
+            raise OutputMismatchError(f"{location.join(name)} is not a manifest")
+        return found
+    return None
 
 
 def _names(shards: Any) -> Sequence[Any] | None:

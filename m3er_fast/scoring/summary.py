@@ -1,6 +1,6 @@
 """The summary of a run, counted from its folder of scores: the first thing to look at when a run has finished.
 
-``summary.json``, and ``summary.html``, a self-contained page of the same, are written when every shard is scored or in
+``_summary.json``, and ``_summary.html``, a self-contained page of the same, are written when every shard is scored or in
 quarantine. Everything but the key ``run`` depends only on the model and the corpus, so a run that was interrupted and
 resumed has the same summary as one that was not.
 """
@@ -46,7 +46,7 @@ def write_summary(
     run: RunRecord,
     map_tasks: MapFunction = map_in_threads,
 ) -> None:
-    """Count a complete folder of scores, and write ``summary.json`` and ``summary.html`` to it.
+    """Count a complete folder of scores, and write ``_summary.json`` and ``_summary.html`` to it.
 
     Args:
         job: the run's.
@@ -70,7 +70,7 @@ def summarize(
     quarantined: Sequence[QuarantinedShard],
     map_tasks: MapFunction = map_in_threads,
 ) -> dict[str, Any]:
-    """Return the content of ``summary.json``, as docs/scoring.md lists it, without ``run``.
+    """Return the content of ``_summary.json``, as docs/scoring.md lists it, without ``run``.
 
     The arguments are those of :func:`write_summary`.
 

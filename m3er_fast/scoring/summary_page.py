@@ -156,7 +156,7 @@ def _quarantine(entries: Sequence[Mapping[str, Any]]) -> str:
         for entry in entries[:_MOST_QUARANTINED]
     ]
     rest = len(entries) - len(rows)
-    about = f"The first {len(rows)}; {rest} more are in <code>quarantine.json</code>." if rest else ""
+    about = f"The first {len(rows)}; {rest} more are in <code>_quarantine.json</code>." if rest else ""
     return f"<h2>Quarantine</h2>\n{_table(('Shard', 'Reason'), rows, about)}"
 
 
