@@ -48,15 +48,15 @@ def corpus(both):
 
 
 def utterance(corpus, row):
-    """Return the arrays of one row without padding; None for an unavailable modality."""
+    """Return the arrays (1, T, d) of one row without padding; None for an unavailable modality."""
     return {
-        name: x[row, : corpus.lengths[row]] if corpus.available[row, m] else None
+        name: x[row : row + 1, : corpus.lengths[row]] if corpus.available[row, m] else None
         for m, (name, x) in enumerate(corpus.features.items())
     }
 
 
 def frames(**changes):
-    return {name: np.ones((3, dim), np.float32) for name, dim in DIMS.items()} | changes
+    return {name: np.ones((1, 3, dim), np.float32) for name, dim in DIMS.items()} | changes
 
 
 # --- the same as score ---
@@ -97,7 +97,7 @@ def test_every_value_equals_what_score_writes_for_the_row(config, training, corp
 
 
 def test_an_utterance_without_frames_abstains(model):
-    found = predict(model, {name: np.zeros((0, dim)) for name, dim in DIMS.items()})
+    found = predict(model, {name: np.zeros((1, 0, dim)) for name, dim in DIMS.items()})
     assert found.abstained
     assert not any(found.effective.values())
     assert sum(found.probabilities.values()) == pytest.approx(1)
@@ -122,7 +122,7 @@ def test_of_equal_probabilities_the_first_class_is_predicted(training):
         lambda x: x.tolist(),
         lambda x: x.astype(np.float64),
         lambda x: x.astype(">f4"),
-        lambda x: x[::-1].copy()[::-1],
+        lambda x: x[:, ::-1].copy()[:, ::-1],
         lambda x: torch.from_numpy(x).double().requires_grad_(),
         lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
     ],
@@ -136,7 +136,17 @@ def test_whatever_holds_the_numbers_the_scores_are_the_same(convert, corpus, mod
 
 def test_a_vector_is_one_frame_and_integers_are_numbers(model):
     vectors = {name: np.arange(dim) for name, dim in DIMS.items()}
-    assert predict(model, vectors) == predict(model, {name: x[None].astype(float) for name, x in vectors.items()})
+    assert predict(model, vectors) == predict(model, {name: x[None, None].astype(float) for name, x in vectors.items()})
+    assert predict(model, vectors) == predict(model, {name: x[None] for name, x in vectors.items()})
+
+
+def test_what_predict_takes_the_model_reads_alike(model, corpus):
+    given = utterance(corpus, int(np.flatnonzero(corpus.available.all(axis=1))[-1]))
+    frame = {name: x[:, 0] for name, x in given.items()}  # (1, d)
+    for features in (given, frame):
+        wanted = model.predict_proba(features)
+        assert wanted.shape == (1, 3)
+        np.testing.assert_array_equal([*predict(model, features).probabilities.values()], wanted[0].tolist())
 
 
 def test_missing_and_none_are_the_same(model):
@@ -163,25 +173,32 @@ def test_each_module_keeps_its_mode_and_features_are_left_alone(training):
     [
         ([1, 2], "features must map modality names to arrays, got list"),
         (
-            frames(smell=np.ones((3, 2))),
+            frames(smell=np.ones((1, 3, 2))),
             "features: unknown modality 'smell'; this model knows ['text', 'audio', 'face']",
         ),
         ({}, "features: none of the modalities ['text', 'audio', 'face'] was given"),
         ({"text": None}, "features: none of the modalities ['text', 'audio', 'face'] was given"),
-        (frames(audio=np.ones((3, 7))), "features['audio'] has shape (3, 7), wanted (T, 5) or (5,)"),
-        (frames(audio=np.ones((1, 3, 5))), "features['audio'] has shape (1, 3, 5), wanted (T, 5) or (5,)"),
-        (frames(audio=3.0), "features['audio'] has shape (), wanted (T, 5) or (5,)"),
+        (frames(audio=np.ones((1, 3, 7))), "features['audio'] has shape (1, 3, 7), wanted (1, T, 5), or (5,) for a"),
+        (frames(audio=np.ones((2, 3, 5))), "features['audio'] has shape (2, 3, 5), wanted (1, T, 5), or (5,) for a"),
+        (frames(audio=np.ones((3, 7))), "features['audio'] has shape (3, 7), wanted (1, T, 5), or (5,) for a"),
+        (frames(audio=np.ones((1, 7))), "features['audio'] has shape (1, 7), wanted (1, T, 5), or (5,) for a"),
+        (frames(audio=np.ones(7)), "features['audio'] has shape (7,), wanted (1, T, 5), or (5,) for a single frame"),
         (
-            frames(face=np.ones((4, 4))),
+            frames(audio=np.ones((3, 5))),
+            "features['audio'] has shape (3, 5), which the model reads as 3 utterances of one frame; wanted (1, T, 5)",
+        ),
+        (frames(audio=3.0), "features['audio'] has shape (), wanted (1, T, 5), or (5,) for a single frame"),
+        (
+            frames(face=np.ones((1, 4, 4))),
             "features['face'] has 4 frames, but features['text'] has 3: wanted equally many",
         ),
         (frames(text="loud"), "features['text'] must hold real numbers, got <U4"),
         (frames(text=[[1, 2], [3]]), "features['text'] is not an array of numbers: "),
-        (frames(text=np.ones((3, 6)) * 1j), "features['text'] must hold real numbers, got complex128"),
-        (frames(text=torch.ones(3, 6, dtype=torch.bool)), "features['text'] must hold real numbers, got torch.bool"),
+        (frames(text=np.ones((1, 3, 6)) * 1j), "features['text'] must hold real numbers, got complex128"),
+        (frames(text=torch.ones(1, 3, 6, dtype=torch.bool)), "features['text'] must hold real numbers, got torch.bool"),
         (frames(text=[[None] * 6]), "features['text'] must hold real numbers, got object"),
         (
-            {"text": np.zeros((MOST_FRAMES + 1, 6), np.float32)},
+            {"text": np.zeros((1, MOST_FRAMES + 1, 6), np.float32)},
             f"features['text'] has {MOST_FRAMES + 1} frames, wanted at most {MOST_FRAMES}",
         ),
     ],
@@ -207,7 +224,7 @@ def test_no_arrow_is_needed():
         "from m3er_fast import M3ERConfig, M3ERFusion\n"
         "from m3er_fast.scoring import predict\n"
         "model = M3ERFusion({'text': 2, 'audio': 3}, 2, M3ERConfig(check=None))\n"
-        "print(predict(model, {'text': torch.ones(4, 2), 'audio': torch.ones(4, 3)}).abstained)"
+        "print(predict(model, {'text': torch.ones(1, 4, 2), 'audio': torch.ones(1, 4, 3)}).abstained)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "False", found.stderr
