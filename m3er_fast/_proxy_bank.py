@@ -65,6 +65,7 @@ class NeighbourBank:
     """
 
     needs_total = True
+    keeps_frames = True
     first_buffer = "bank_0"
 
     def __init__(self, config: ProxyConfig, dims: Sequence[int]) -> None:

@@ -64,6 +64,8 @@ class BasisBank(MapBank):
     (r, d_m).
     """
 
+    keeps_frames = True
+
     # --- Learning ---
 
     def empty(self) -> dict[str, Tensor]:

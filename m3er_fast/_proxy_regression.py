@@ -55,8 +55,10 @@ class RegressionBank(MapBank):
     """The kind of bank that holds one affine ridge regression for each ordered pair of modalities.
 
     Its learned buffers beside those of :class:`MapBank`: ``moments_i_j``, count, mean and scatter of a pair, from which
-    ``merge`` and ``partial_fit`` go on, and ``ridge`` (M, M), the λ of source i and target m. No frame is kept.
+    ``merge`` and ``partial_fit`` go on, and ``ridge`` (M, M), the λ of source i and target m.
     """
+
+    keeps_frames = False
 
     def __init__(self, config: ProxyConfig, dims: Sequence[int]) -> None:
         super().__init__(config, dims)

@@ -140,7 +140,7 @@ class ProxyConfig:
     """
 
     bank: Bank = setting(
-        "neighbours",
+        "regression",
         _one_of(Bank),
         '"regression", "neighbours" or "basis". A regression has ``ridge`` only; ``k``, ``max_bank``, ``engine`` and\n'
         "``bank_on_host`` are settings of neighbours, ``max_basis`` of a basis, ``affine`` of both.",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
-from m3er_fast.config import M3ERConfig
+from m3er_fast.config import Bank, M3ERConfig
 from m3er_fast.fitted_module import LastingModule
 from m3er_fast.proxy import ProxyGenerator
 from m3er_fast.standardize import Standardizer
@@ -121,9 +121,9 @@ _LIMITS = """\
   not belong together, as far as the training data make them recognisable. In utterances of one frame it knows only the
   level and the agreement with other modalities. A share of about α of clean utterances like the training data, or less,
   loses a modality; of another microphone, camera or language it may be more. Proxies are estimates from training
-  frames.
+  data.
 - Where no modality was effective, the output has `abstained` set: discard the prediction.
-- The proxy bank holds standardised feature frames of the training data. Sharing this model shares them.
+- {frames}
 - Do not use it for decisions about individuals, for example in hiring, policing, education, insurance or health, or to
   watch people who have not consented."""
 
@@ -166,8 +166,15 @@ probabilities = model.predict_proba({{{", ".join(f'"{name}": {_variable(name)}' 
 
 ## Limits
 
-{_LIMITS}
+{_LIMITS.format(frames=_describe_frames(model.proxy_generator))}
 """
+
+
+_KINDS: dict[Bank, str] = {
+    "regression": "ridge regressions of each modality on each other",
+    "neighbours": "a bank of neighbours",
+    "basis": "a bank of a basis",
+}
 
 
 def _describe_steps(model: HubModel) -> str:
@@ -180,8 +187,14 @@ def _describe_steps(model: HubModel) -> str:
         checked = "Its modality check is not fitted"
     if proxies is None:
         return f"{checked}; no proxies: an ineffectual modality becomes its training mean."
-    fitted = f"a bank of {proxies.config.bank}" if proxies.is_fitted else "not fitted"
+    fitted = _KINDS[proxies.config.bank] if proxies.is_fitted else "not fitted"
     return f"{checked}. Proxies: {fitted}."
+
+
+def _describe_frames(proxies: ProxyGenerator | None) -> str:
+    if proxies is None or not proxies.keeps_frames:
+        return "It holds no frame of the training data, but their means and covariances, and scores of its utterances."
+    return "The proxy bank holds standardised feature frames of the training data. Sharing this model shares them."
 
 
 def _cell(text: str) -> str:

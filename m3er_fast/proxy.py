@@ -53,6 +53,7 @@ class ProxyBank(Protocol):
     """
 
     needs_total: bool  # whether ``collect`` needs the number of all training frames
+    keeps_frames: bool  # whether training frames are among the learned buffers
     first_buffer: str  # name of a learned buffer that is a matrix as soon as the bank is fitted
 
     def __init__(self, config: ProxyConfig, dims: Sequence[int]) -> None: ...
@@ -146,6 +147,11 @@ class ProxyGenerator(FittedModule):
     def is_fitted(self) -> bool:
         """Whether ``fit`` was called, or a fitted state loaded."""
         return self._first_buffer.ndim == 2
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether what ``fit`` learns holds training frames, which a saved model then shares."""
+        return self._bank.keeps_frames
 
     @property
     def _first_buffer(self) -> Tensor:

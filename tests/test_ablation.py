@@ -28,7 +28,7 @@ TEST = CORPUS.subset("test")
 # Seeds from 5 on: counting them from 0 would show.
 CONFIG = M3ERConfig(
     check=CheckConfig(alpha=0.3),
-    proxy=ProxyConfig(ridge=1e-2),
+    proxy=ProxyConfig(bank="neighbours", ridge=1e-2),
     network=NETWORK,
     training=TrainingConfig(epochs=3, batch_size=16, learning_rate=0.02, seed=5),
 )

@@ -36,6 +36,24 @@ def test_sequences_become_tuples_of_floats():
     assert all(type(value) is float for value in UNUSUAL.loss.class_weight + UNUSUAL.loss.modality_weight)
 
 
+def test_a_ridge_that_was_not_given_is_a_number_but_for_a_regression():
+    assert ProxyConfig().ridge is None
+    assert [ProxyConfig(bank=bank).ridge for bank in ("regression", "neighbours", "basis")] == [None, 0.3, 0.3]
+    assert dataclasses.replace(ProxyConfig(), bank="neighbours") == ProxyConfig(bank="neighbours", ridge=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("k", 3), ("affine", True), ("max_bank", 9), ("max_basis", 9), ("engine", "torch"), ("bank_on_host", True)],
+)
+def test_settings_of_other_banks_are_refused_for_a_regression(name, value):
+    wanted = rf"{name} must be left at .* with bank='regression', got {value!r}: it is a setting of other banks"
+    with pytest.raises(ValueError, match=wanted):
+        ProxyConfig(**{name: value})
+    for bank in ("neighbours", "basis"):
+        assert getattr(ProxyConfig(bank=bank, **{name: value}), name) == value
+
+
 def test_missing_fields_get_their_defaults():
     assert M3ERConfig.from_dict({}) == M3ERConfig()
     assert M3ERConfig.from_dict({"network": {"hidden": 8}}) == M3ERConfig(network=NetworkConfig(hidden=8))

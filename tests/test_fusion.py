@@ -294,7 +294,7 @@ def test_a_sample_without_any_modality_abstains(model, how):
     torch.testing.assert_close(probability.sum(dim=1), torch.ones(4))
 
 
-@pytest.mark.parametrize("proxy", [None, ProxyConfig(), ProxyConfig(bank="basis")])
+@pytest.mark.parametrize("proxy", [None, ProxyConfig(), ProxyConfig(bank="neighbours"), ProxyConfig(bank="basis")])
 def test_one_row_of_training_data_is_enough_to_run(proxy):
     model = build(M3ERConfig(proxy=proxy))
     with pytest.warns(UserWarning, match="too few"):
@@ -308,7 +308,7 @@ def test_constant_and_duplicated_features_are_ordinary_input():
         audio[..., 1], audio[..., 2] = audio[..., 0], 3.0
         return {**features, "audio": audio, "face": torch.full_like(features["face"], -2.0)}
 
-    for bank in ("neighbours", "basis"):
+    for bank in ("regression", "neighbours", "basis"):
         model = build(M3ERConfig(proxy=ProxyConfig(bank=bank))).fit(deficient(sequences(300))).eval()
         assert_finite(model(deficient(sequences(20, seed=1))))
         assert_finite(model(sequences(20, seed=1)))
@@ -567,9 +567,8 @@ def test_a_few_steps_learn_to_tell_two_samples_apart():
 def test_the_same_seed_gives_the_same_model_to_the_last_bit():
     outputs = []
     for _ in range(2):
-        model = build(M3ERConfig(network=NetworkConfig(dropout=0.3), proxy=ProxyConfig(max_bank=50))).fit(
-            sequences(200)
-        )
+        proxy = ProxyConfig(bank="neighbours", max_bank=50)
+        model = build(M3ERConfig(network=NetworkConfig(dropout=0.3), proxy=proxy)).fit(sequences(200))
         model.train()
         model.loss(model(sequences(16)), torch.arange(16) % 3).backward()
         with torch.no_grad():
@@ -630,7 +629,12 @@ def test_two_processes_train_as_one_and_share_buffers(tmp_path):
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
         assert torch.equal(gradients[name], their_gradients[name])
-    assert {"proxy_generator.bank_0", "modality_check.energy_scores", "standardizer.count"} <= buffers.keys()
+    assert {
+        "proxy_generator.map_0_1",
+        "proxy_generator.moments_0_1",
+        "modality_check.energy_scores",
+        "standardizer.count",
+    } <= buffers.keys()
     for name, buffer in alone.named_buffers():
         assert torch.equal(buffers[name], buffer), name
         assert torch.equal(their_buffers[name], buffer), name
@@ -721,11 +725,12 @@ def no_network(monkeypatch):
         None,
         M3ERConfig(check=None),
         M3ERConfig(proxy=None),
+        M3ERConfig(proxy=ProxyConfig(bank="neighbours")),
         M3ERConfig(proxy=ProxyConfig(bank="basis")),
         M3ERConfig(check=CheckConfig(threshold=(0.1, 0.2, 0.3), statistic="correlation")),
         M3ERConfig.paper(),
     ],
-    ids=["default", "no check", "no proxy", "basis", "threshold per pair", "paper"],
+    ids=["default", "no check", "no proxy", "neighbours", "basis", "threshold per pair", "paper"],
 )
 def test_a_saved_model_comes_back_the_same_without_pickle_or_network(config, tmp_path):
     names = ("calm", "angry", "glad")
@@ -758,7 +763,44 @@ def test_the_card_states_data_metrics_and_limits(tmp_path):
     assert "α = 0.05" in parts["Data"]
     assert parts["Metrics"].strip() == "F1 0.5."
     assert "perceived" in parts["Limits"]
-    assert "Sharing this model shares them" in parts["Limits"]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("bank", "holds"), [("regression", False), ("neighbours", True), ("basis", True), (None, False)]
+)
+def test_the_card_says_whether_the_model_holds_frames(bank, holds, tmp_path):
+    proxy = None if bank is None else ProxyConfig(bank=bank)
+    build(M3ERConfig(proxy=proxy)).fit(sequences(200)).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("Sharing this model shares them" in text) == holds
+    assert ("holds no frame of the training data" in text) != holds
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("bank", ["neighbours", "basis"])
+def test_a_model_that_was_saved_before_there_were_regressions_comes_back_with_its_own_bank(bank, tmp_path):
+    model = build(M3ERConfig(proxy=ProxyConfig(bank=bank))).fit(sequences(200)).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    description = json.loads(path.read_text())
+    description["config"]["proxy"] = {
+        "bank": bank,
+        "k": 16,
+        "ridge": 0.3,
+        "affine": False,
+        "max_bank": None,
+        "max_basis": None,
+        "engine": "auto",
+        "memory_budget": 268435456,
+        "bank_on_host": False,
+    }
+    path.write_text(json.dumps(description))
+    loaded = M3ERFusion.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    features = sequences(20, seed=1)
+    features["audio"][:5] *= 60.0
+    assert_same(loaded(features), model(features), tolerance=0)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -790,7 +832,7 @@ def test_an_unfitted_model_comes_back_unfitted(tmp_path):
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_a_bank_of_any_size_loads(tmp_path, rows):
-    model = build(M3ERConfig(proxy=ProxyConfig(max_bank=rows))).fit(sequences(200)).eval()
+    model = build(M3ERConfig(proxy=ProxyConfig(bank="neighbours", max_bank=rows))).fit(sequences(200)).eval()
     model.save_pretrained(tmp_path)
     assert M3ERFusion.from_pretrained(tmp_path).proxy_generator.bank_0.shape == (rows, 8)
 
@@ -811,7 +853,8 @@ def test_settings_may_be_replaced_at_loading(model, tmp_path):
     "key",
     [
         "network.lstms.0.weight_ih",
-        "proxy_generator.bank_1",
+        "proxy_generator.map_1_0",
+        "proxy_generator.moments_1_2",
         "modality_check.energy_scores",
         "standardizer.mean_0",
         "standardizer._extra_state",
