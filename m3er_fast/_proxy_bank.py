@@ -64,6 +64,7 @@ class NeighbourBank:
     ``recall`` (M,), and ``frames_seen``, the number of training frames that the bank was chosen from.
     """
 
+    is_traceable = False
     needs_total = True
     keeps_frames = True
     first_buffer = "bank_0"

@@ -25,6 +25,7 @@ class MapBank:
     ``bias_i_m`` (d_m,), both without rows if no training frame held both modalities.
     """
 
+    is_traceable = True
     needs_total = False
     first_buffer = "map_0_1"
     host_buffers: Sequence[str] = ()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3er_fast._proxy_bank import BankSample, NeighbourBank, PairedFrames
 from m3er_fast._proxy_basis import BasisBank, BasisSample
+from m3er_fast._proxy_operator import numbered, replace_lost
 from m3er_fast._proxy_regression import RegressionBank, RegressionSample
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import not_fitted
@@ -52,6 +53,7 @@ class ProxyBank(Protocol):
     What it learns is kept in the buffers of the generator that it is part of; a bank itself holds settings and caches.
     """
 
+    is_traceable: bool  # whether torch can trace ``replace_lost``: no shape depends on values
     needs_total: bool  # whether ``collect`` needs the number of all training frames
     keeps_frames: bool  # whether training frames are among the learned buffers
     first_buffer: str  # name of a learned buffer that is a matrix as soon as the bank is fitted
@@ -142,6 +144,11 @@ class ProxyGenerator(FittedModule):
         self.config = ProxyConfig(*settings, **named_settings)
         self._bank = _BANKS[self.config.bank](self.config, list(self.input_dims.values()))
         self.register_learned(**self._bank.empty())
+        self._number = numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = numbered(self)  # a copy's own
 
     @property
     def is_fitted(self) -> bool:
@@ -281,7 +288,18 @@ class ProxyGenerator(FittedModule):
         self._check_fitted()
         abstained = ~effective.any(dim=1)
         lost = ~effective & ~abstained[:, None]
-        return ReplacedBatch(self._bank.replace_lost(self, batch, effective, lost), abstained)
+        if torch.compiler.is_compiling() and not self._bank.is_traceable:
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    f"proxies of bank={self.config.bank!r} cannot be exported, because their search depends on values: "
+                    "wanted bank='regression' or 'basis', or a model without proxies: model.ablated(proxy=False)"
+                )
+            return ReplacedBatch(replace_lost(*batch, effective, lost, self._number), abstained)
+        return ReplacedBatch(self.replace_lost(batch, effective, lost), abstained)
+
+    def replace_lost(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:
+        """Return M tensors (B, T, d_m): the batch's features, with proxies where ``lost`` (B, M)."""
+        return self._bank.replace_lost(self, batch, effective, lost)
 
     def _check_fitted(self) -> None:
         if not self.is_fitted:

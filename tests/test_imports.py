@@ -28,7 +28,7 @@ LAYERS = (
     "hub",
     "check proxy network loss cuda_graphs",
     "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms "
-    "_proxy_bank _proxy_basis _proxy_maps _proxy_regression",
+    "_proxy_bank _proxy_basis _proxy_maps _proxy_operator _proxy_regression",
     "_canonical cca moments inputs config",
     "functional",
     "cpu kernels neighbors",
