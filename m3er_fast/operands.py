@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_WIDE = (torch.float32, torch.float64)
+
 Variant = Literal["original", "m3er", "m3er_cross"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["none", "mean", "sum"]
@@ -21,7 +23,7 @@ Reduction = Literal["none", "mean", "sum"]
 
 def upcast(x: Tensor) -> Tensor:
     """``x`` in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in _WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def modality_pairs(modalities: int) -> list[tuple[int, int]]:

@@ -289,6 +289,95 @@ def test_half_precision_equals_float32_of_the_rounded_logits(dtype, activation):
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
 
+# --- the fast path beside the reference -------------------------------------------------------------------------------
+
+
+def loss_and_gradients(compute, logits, target, **options):
+    """The loss, and the first and second derivatives of the logits along fixed directions."""
+    x = logits.detach().requires_grad_()  # strides and all
+    loss = compute(x, target, **options)
+    direction = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    (first,) = torch.autograd.grad(loss, x, direction, create_graph=True)
+    turn = torch.linspace(-1.0, 1.0, x.numel(), dtype=torch.float64).reshape(x.shape).to(x.dtype)
+    (second,) = torch.autograd.grad((first * turn).sum(), x, allow_unused=True)
+    (plain,) = torch.autograd.grad(compute(x, target, **options), x, direction)
+    return loss, plain, first, second
+
+
+@pytest.mark.parametrize("scale", [2.0, 25.0, 60.0, 300.0])
+@pytest.mark.parametrize("detach_weight", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_labels_on_the_cpu_equal_the_reference(variant, detach_weight, scale):
+    """Near, beyond and far beyond logits whose exponentials are taken as they are; all that a batch may leave out."""
+    for seed, (modalities, classes) in enumerate([(1, 3), (2, 2), (3, 4), (3, 6), (8, 3), (3, 40)]):
+        for weighted, masked, ignoring in [(False, False, False), (True, False, True), (True, True, True)]:
+            logits, target, factors = problem(
+                seed, modalities, 9, classes, "softmax", "hard",
+                weighted=weighted, masked=masked, ignoring=ignoring, scale=scale,
+            )  # fmt: skip
+            for dtype, reduction in itertools.product((torch.float32, torch.float64), REDUCTIONS):
+                options = {"variant": variant, "detach_weight": detach_weight, "reduction": reduction, "beta": 1.3}
+                x = logits.to(dtype)
+                ours = loss_and_gradients(fusion_loss, x, target, **options, **factors)
+                wanted = loss_and_gradients(reference.fusion_loss, x, target, **options, **factors)
+                # The exponential of a logarithm of some hundreds has lost as many units in the last place.
+                # autograd takes 1 - p of the reference as a difference.
+                eps = torch.finfo(dtype).eps
+                torch.testing.assert_close(ours, wanted, rtol=eps * (50 + 4 * scale), atol=eps * 40)
+
+
+ODD_LOGITS = {
+    "NaN": lambda x: x.index_fill(1, torch.tensor([2]), math.nan),
+    "inf": lambda x: x.index_fill(2, torch.tensor([1]), math.inf),
+    "-inf": lambda x: x.index_fill(2, torch.tensor([1]), -math.inf),
+    "1e30": lambda x: x * 1e30,
+    "all beyond the bound": lambda x: torch.full_like(x, 2e37),
+    "some beyond the bound": lambda x: x.index_fill(2, torch.tensor([0]), 3e38),
+    "a common offset": lambda x: x + 1e4,
+    "a certain answer": lambda x: x.index_fill(2, torch.tensor([1]), 95.0),
+    "one sample": lambda x: x[:, :1],
+    "two classes": lambda x: x[:, :, :2],
+    "no contiguous classes": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "the same of every modality": lambda x: x[:1].expand(3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LOGITS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_odd_logits_on_the_cpu_equal_the_reference(variant, odd):
+    x = ODD_LOGITS[odd](torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0)))
+    target = torch.tensor([0, 1, 1, 0, 1, 0, 1])[: x.shape[1]]
+    for detach_weight, beta, reduction in itertools.product((True, False), (0.0, 1.0), ("none", "mean")):
+        options = {"variant": variant, "detach_weight": detach_weight, "beta": beta, "reduction": reduction}
+        ours, wanted = (
+            loss_and_gradients(compute, x, target, **options)[:3] for compute in (fusion_loss, reference.fusion_loss)
+        )
+        torch.testing.assert_close(ours, wanted, rtol=3e-6, atol=1e-7, equal_nan=True)
+
+
+def test_a_repeated_backward_pass_gives_the_gradient_again():
+    logits, target, _ = problem(0, 3, 7, 4, "softmax", "hard", weighted=False, masked=False)
+    loss = 2.0 * fusion_loss(logits.requires_grad_(), target)
+    first = torch.autograd.grad(loss, logits, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert torch.equal(first, second)
+    many = torch.autograd.grad(loss, logits, torch.tensor([1.0, -3.0]).double(), is_grads_batched=True)[0]
+    torch.testing.assert_close(many, torch.stack([first, -3.0 * first]), rtol=1e-12, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_a_gradient_is_the_callers_own():
+    """What a caller does to one gradient changes no later one."""
+    logits, target, _ = problem(0, 3, 7, 4, "softmax", "hard", weighted=False, masked=False)
+    x = logits.requires_grad_()
+    gradients = [torch.autograd.grad(fusion_loss(x, target), x)[0] for _ in range(2)]
+    wanted = gradients[1].clone()
+    gradients[0].fill_(math.nan)
+    assert torch.equal(gradients[1], wanted)
+    assert torch.equal(torch.autograd.grad(fusion_loss(x, target), x)[0], wanted)
+
+
 # --- agreement with torch ---------------------------------------------------------------------------------------------
 
 

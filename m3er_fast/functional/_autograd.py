@@ -22,8 +22,8 @@ class OnePassLoss(Protocol):
 
     def loss_and_gradient(
         self, logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions, *, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradient of the logits, which is empty if not wanted."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """The loss, and the gradient of the logits, which is empty if not wanted; None if they are too extreme."""
 
     def scale_(self, gradient: Tensor, incoming: Tensor) -> Tensor:
         """Multiply the gradient by a number (), in place."""
@@ -33,50 +33,53 @@ def fusion_loss(
     implementation: OnePassLoss, logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions
 ) -> Tensor:
     """The loss, differentiable in the logits."""
-    if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = _FusionLoss.apply(implementation, options, logits, target, *factors)[0]  # type: ignore[no-untyped-call]
-        return loss
-    return implementation.loss_and_gradient(logits, target, factors, options, with_gradient=False)[0]
+    trains = torch.is_grad_enabled() and logits.requires_grad
+    found = implementation.loss_and_gradient(logits.detach(), target, factors, options, with_gradient=trains)
+    if found is None:
+        return reference.fusion_loss_of(logits, target, factors, options)
+    if not trains:
+        return found[0]
+    loss: Tensor = _FusionLoss.apply(logits, found, (implementation, target, factors, options))  # type: ignore[no-untyped-call]
+    return loss
+
+
+# Functions take their context in ``forward``: binding the arguments of a ``setup_context`` takes longer than a small
+# loss. Transforms of torch.func, which need one, are refused by the implementations.
 
 
 class _FusionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        implementation: OnePassLoss, options: LossOptions, logits: Tensor, target: Tensor, *factors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return implementation.loss_and_gradient(logits, target, LossFactors(*factors), options, with_gradient=True)
+    def forward(ctx: Any, logits: Tensor, found: tuple[Tensor, Tensor], call: tuple[Any, ...]) -> Tensor:
+        loss, gradient = found
+        ctx.save_for_backward(gradient, logits)
+        ctx.call = call
+        return loss
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.implementation, ctx.options, *tensors = inputs
-        _, gradient = output
-        ctx.save_for_backward(gradient, *tensors)
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        gradient, logits, target, *factors = ctx.saved_tensors
-        of_logits = None if incoming is None else _loss_gradient(ctx, incoming, gradient, logits, target, factors)
-        return None, None, of_logits, None, *[None] * len(factors)
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
+        gradient, logits = ctx.saved_tensors
+        return _loss_gradient(incoming, gradient, logits, *ctx.call), None, None
 
 
 def _loss_gradient(
-    ctx: Any, incoming: Tensor, gradient: Tensor, logits: Tensor, target: Tensor, factors: Sequence[Any]
+    incoming: Tensor,
+    gradient: Tensor,
+    logits: Tensor,
+    implementation: OnePassLoss,
+    target: Tensor,
+    factors: LossFactors,
+    options: LossOptions,
 ) -> Tensor:
     if torch.is_grad_enabled():  # the gradient itself may be differentiated
-        _, pull_back, *_ = torch.func.vjp(
-            lambda x: reference.fusion_loss_of(x, target, LossFactors(*factors), ctx.options), logits
-        )
+        _, pull_back, *_ = torch.func.vjp(lambda x: reference.fusion_loss_of(x, target, factors, options), logits)
         of_logits: Tensor = pull_back(incoming)[0]
         return of_logits
     # A backward pass may run again, and the caller owns what the last one returned. Only when neither can happen may
     # the gradient be scaled where it lies.
     if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat() or _is_batched(incoming):
         scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
-    else:
-        scaled = ctx.implementation.scale_(gradient, incoming)
-    return scaled.to(logits.dtype)
+        return scaled.to(logits.dtype)
+    return implementation.scale_(gradient, incoming)
 
 
 def _is_batched(x: Tensor) -> bool:

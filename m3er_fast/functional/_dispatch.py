@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -136,7 +136,11 @@ def _untraceable(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def _differentiable(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # a generator would take longer than the loop
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _no_kernel(tensor: Tensor, modalities: int = 1) -> str | None:
@@ -166,6 +170,8 @@ def _no_loss_kernel(logits: Tensor, target: Tensor | None, factors: LossFactors,
 def _no_cpu_loss(logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions) -> str | None:
     if options.margin is not None or options.activation != "softmax" or target.ndim != 1:
         return "it computes labels under softmax, without a margin"
+    if not logits.shape[1] or logits.shape[2] == 1:
+        return "it computes one sample or more, of two classes or more"
     return _no_one_pass_loss(logits, target, factors)
 
 
@@ -299,6 +305,7 @@ def _load_loss_kernel() -> Callable[..., Any]:
     return loss.fusion_loss if torch.compiler.is_compiling() else partial(_autograd.fusion_loss, loss)
 
 
+@cache
 def _load_cpu_loss() -> Callable[..., Any]:
     from m3er_fast.cpu import loss
 
@@ -317,6 +324,7 @@ def _load_check_kernel() -> Callable[..., Any]:
     return check_statistics.check_statistics
 
 
+@cache
 def _load_cpu_check() -> Callable[..., Any]:
     from m3er_fast.cpu import check_statistics
 
@@ -329,6 +337,7 @@ def _load_sequence_kernel() -> Callable[..., Any]:
     return sequence_statistics.sequence_statistics
 
 
+@cache
 def _load_cpu_sequence() -> Callable[..., Any]:
     from m3er_fast.cpu import sequence_statistics
 
@@ -347,6 +356,7 @@ def _load_cupy() -> Callable[..., Any]:
     return local_lstsq_cupy.local_least_squares
 
 
+@cache
 def _load_cpu_lstsq() -> Callable[..., Any]:
     from m3er_fast.cpu import local_lstsq
 
@@ -359,12 +369,14 @@ def _load_scan_kernel() -> Callable[..., Any]:
     return memory_scan.memory_scan
 
 
+@cache
 def _load_cpu_scan() -> Callable[..., Any]:
     from m3er_fast.cpu import memory_scan
 
     return partial(_autograd.memory_scan, memory_scan)
 
 
+@cache
 def _load_short_cpu_scan() -> Callable[..., Any]:
     from m3er_fast.cpu import memory_scan_short
 

@@ -143,10 +143,12 @@ def _check_options(options: LossOptions) -> None:
 
 
 def _check_factors(logits: Tensor, factors: LossFactors) -> None:
+    class_weight, modality_weight, available = factors
+    if class_weight is modality_weight is available is None:
+        return
     modalities, batch, classes = logits.shape
-    check_vector("class_weight", factors.class_weight, classes)
-    check_vector("modality_weight", factors.modality_weight, modalities)
-    available = factors.available
+    check_vector("class_weight", class_weight, classes)
+    check_vector("modality_weight", modality_weight, modalities)
     if available is not None and (available.shape != (batch, modalities) or available.dtype != torch.bool):
         raise ValueError(
             f"available must be bool of shape ({batch}, {modalities}), "
@@ -167,13 +169,16 @@ def _checked_target(target: Tensor, logits: Tensor, activation: str, ignore_inde
         raise ValueError(f"target of shape ({batch},) must hold integer labels, got {target.dtype}")
     if not by_label and integral and activation == "softmax":
         raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
-    if integral:
+    if integral and target.dtype != torch.int64:
         target = target.long()
     if torch.compiler.is_compiling() or in_transform() or not target.numel():
         return target
     if target.device.type != "cpu" and os.environ.get("M3ER_DEBUG", "0") in ("", "0"):
         return target  # looking would wait for the device
     highest = classes - 1 if by_label else 1
+    least, most = target.aminmax()
+    if least.item() >= 0 and most.item() <= highest:
+        return target
     values = target[target != ignore_index] if integral else target
     if values.numel() and not bool(((values >= 0) & (values <= highest)).all()):
         ignored = f" or {ignore_index}" if integral else ""
