@@ -21,6 +21,9 @@ from m3er_fast._canonical import canonical_directions
 from m3er_fast._validation import check_number, check_positive_int
 from m3er_fast.moments import Moments
 
+# What float32 products may change in the variance of any direction. Correlations lost at most a third of it.
+_TOLERANCE = 2e-6
+
 # Rows converted to float64 at a time in transform, for an array and for a tensor on a GPU.
 _TRANSFORM_ROWS, _GPU_ROWS = 2**12, 2**16
 
@@ -37,8 +40,12 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
 
     Views are NumPy arrays, anything that scikit-learn accepts as an array, or torch tensors on any device. Covariances
     and variates of tensors that share a GPU are computed on it. Other tensors are copied to the CPU, and so are the
-    small matrices to be decomposed. The covariance is the unbiased one, over n - 1. The ridge acts on the views as they
-    are: standardise features of unlike scales first.
+    small matrices to be decomposed.
+
+    Sums are float64. So are products, except where more than 2048 rows of float32 or less come at a time: those are
+    multiplied in float32, chunk by chunk about a centre, unless that would cost a correlation more than about 1e-6, as
+    where columns of a view are nearly collinear. The covariance is the unbiased one, over n - 1. The ridge acts on the
+    views as they are: standardise features of unlike scales first.
 
     Args:
         n_components: upper bound of the components. ``n_components_`` = min(n_components, rank of X, rank of Y).
@@ -84,7 +91,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         """
         self._check_parameters()
         x, y = self._validate(X, Y, reset=True, min_rows=2)
-        return self._solve(Moments(x.shape[1] + y.shape[1]).update(x, y))
+        return self._solve(Moments(x.shape[1] + y.shape[1]).update(x, y, tolerance=_TOLERANCE))
 
     def partial_fit(self, X: Any, Y: Any) -> Self:
         """Learn from further rows; any split of the rows gives the result of ``fit`` for all of them.
@@ -98,7 +105,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         first = not hasattr(self, "_moments")
         x, y = self._validate(X, Y, reset=first, min_rows=1)
         moments = Moments(x.shape[1] + y.shape[1]) if first else self._moments
-        return self._solve(moments.update(x, y))
+        return self._solve(moments.update(x, y, tolerance=_TOLERANCE))
 
     def merge(self, other: CCA) -> Self:
         """Add the rows that ``other`` was fitted to, and solve anew with this estimator's parameters.

@@ -145,6 +145,157 @@ def test_rotations_whiten_the_shrunk_views_and_diagonalise_their_cross_covarianc
     np.testing.assert_allclose(between, np.diag(cca.correlations_), atol=1e-9)
 
 
+def float32_views_of(case, n=6000):
+    X, Y = correlated_views(n=n, d_x=9, d_y=6)
+    order = np.arange(n)[:, None]
+    if case == "offset by 1000":
+        X, Y = X + 1000, Y - 1000
+    elif case == "tiny and huge":
+        X, Y = X * 1e-20, Y * 1e15
+    elif case == "columns of unlike scales":
+        X, Y = X * np.logspace(-2, 2, 9), Y * np.logspace(2, -2, 6)
+    elif case == "drifting":
+        X, Y = X + order / 100, Y - order / 100
+    elif case == "scales that grow after the first rows":
+        X = np.where(order < 3000, X, 1e30 * X)
+    elif case == "collinear columns":
+        X = np.hstack([X, X[:, :2]])
+    elif case == "collinear but for the first rows":
+        X[2500:] = X[2500:, :1] * 1e5 + X[2500:]
+    elif case == "a constant column":
+        X[:, 3] = 0.1
+    elif case == "a column that varies later":
+        X[:2500, 3] = 0.1
+    elif case == "a constant view":
+        Y[:] = 0.1
+    elif case == "nearly collinear columns":
+        X += 30 * X[:, :1]
+    elif case == "an outlier":
+        X[5000] *= 1e4
+    elif case == "zeros and ones":
+        X, Y = X > 2, Y > 2
+    return X.astype(np.float32), Y.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    {
+        "plain": (9, 6),
+        "offset by 1000": (9, 6),
+        "tiny and huge": (9, 6),
+        "columns of unlike scales": (9, 6),
+        "drifting": (9, 6),
+        "scales that grow after the first rows": None,
+        "collinear columns": (9, 6),
+        "collinear but for the first rows": (9, 6),
+        "a constant column": (8, 6),
+        "a column that varies later": (9, 6),
+        "a constant view": (9, 0),
+        "nearly collinear columns": (9, 6),
+        "an outlier": None,
+        "zeros and ones": (9, 6),
+    }.items(),
+)
+def test_many_rows_of_float32_lose_at_most_a_millionth(case, ranks):
+    X, Y = float32_views_of(case)
+    cca, exact = (CCA(ridge=0.0).fit(*views) for views in ((X, Y), (X.astype(np.float64), Y.astype(np.float64))))
+    assert (cca.x_rank_, cca.y_rank_) == (exact.x_rank_, exact.y_rank_)
+    np.testing.assert_allclose(cca.correlations_, exact.correlations_, rtol=0, atol=1e-6)
+    if ranks is not None:  # the oracle's rank has a cutoff of its own
+        assert (cca.x_rank_, cca.y_rank_) == ranks
+        expected = oracle_correlations(X, Y, 0.0)[: cca.n_components_]
+        np.testing.assert_allclose(cca.correlations_, expected, rtol=0, atol=1e-6)
+    for found, wanted in ((cca.x_mean_, X), (cca.y_mean_, Y)):
+        wanted = wanted.astype(np.float64)
+        tolerance = 1e-9 * wanted.std(axis=0) + 1e-15 * np.abs(wanted).mean(axis=0)
+        assert np.all(np.abs(found - wanted.mean(axis=0)) <= tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_rows_of_a_tensor_lose_at_most_a_millionth(dtype):
+    X, Y = (torch.from_numpy(view).to(dtype) for view in float32_views_of("plain"))
+    expected = oracle_correlations(X.double().numpy(), Y.double().numpy(), 0.0)
+    np.testing.assert_allclose(CCA(ridge=0.0).fit(X, Y).correlations_, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "offset by 1000", "drifting", "nearly collinear columns"])
+@pytest.mark.parametrize("sizes", [[3000, 3000], [1, 5999], [2500, 10, 3490], [2048, 2049, 1903]], ids=str)
+def test_streamed_float32_equals_fit_in_any_order(sizes, case):
+    X, Y = float32_views_of(case)
+    whole = CCA().fit(X.astype(np.float64), Y.astype(np.float64))
+    cuts = np.cumsum(sizes)[:-1]
+    parts = list(zip(np.split(X, cuts), np.split(Y, cuts), strict=True))
+    streamed = CCA()
+    for part in parts:
+        streamed.partial_fit(*part)
+    merged = CCA().partial_fit(*parts[-1])
+    for part in parts[:-1]:
+        merged.merge(CCA().partial_fit(*part))
+    for cca in (streamed, merged):
+        assert cca.n_samples_seen_ == len(X)
+        np.testing.assert_allclose(cca.correlations_, whole.correlations_, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(cca.x_mean_, whole.x_mean_, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_late_row_that_is_not_finite_leaves_float32_moments_unchanged(value):
+    rows = correlated_views(n=5000)[0].astype(np.float32)
+    moments = Moments(7).update(rows, tolerance=1e-6)
+    before = moments.scatter.copy()
+    with pytest.raises(ValueError, match="not finite"):
+        moments.update(np.where(np.arange(5000)[:, None] == 4000, value, rows).astype(np.float32), tolerance=1e-6)
+    assert moments.count == 5000
+    np.testing.assert_array_equal(moments.scatter, before)
+
+
+def test_a_tolerance_changes_float32_rows_of_ordinary_condition_only():
+    X, _ = float32_views_of("plain")
+    Z, _ = float32_views_of("collinear columns")
+
+    def scatters(rows):
+        return [Moments(rows.shape[1]).update(rows, tolerance=tolerance).scatter for tolerance in (0.0, 2e-6)]
+
+    for unchanged in (X.astype(np.float64), X[:2048], Z, (100 * X).astype(np.int32)):
+        np.testing.assert_array_equal(*scatters(unchanged))
+    exact, coarse = scatters(X)
+    scale = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert np.abs(coarse - exact).max() > 0
+    np.testing.assert_array_less(np.abs(coarse - exact), 3e-7 * scale)
+    np.testing.assert_allclose(coarse.diagonal(), exact.diagonal(), rtol=1e-7)  # not float32's sums, but its centring
+    constant = np.full((5000, 3), 0.1, np.float32)
+    assert not Moments(3).update(constant, tolerance=2e-6).scatter.any()
+
+
+@pytest.mark.parametrize("strength", [2.0, 0.0])
+def test_large_views_equal_the_oracle(strength):
+    """Where the largest correlations are found by themselves, and where these are too small for that."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(900, 341))
+    basis = np.linalg.qr(draws - draws.mean(axis=0))[0]
+    X, Y = basis[:, :170], basis[:, 170:]
+    Y = Y + strength * X[:, :1] * np.ones(171)
+    X, Y = X @ rng.normal(size=(170, 170)), Y @ rng.normal(size=(171, 171))
+    for x, y in ((X, Y), (Y, X)):
+        cca = CCA(n_components=1, ridge=0.0).fit(x, y)
+        np.testing.assert_allclose(cca.correlations_, oracle_correlations(x, y, 0.0)[:1], rtol=0, atol=1e-9)
+        u, v = cca.transform(x, y)
+        assert np.corrcoef(u[:, 0], v[:, 0])[0, 1] == pytest.approx(cca.correlations_[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-7, 1e-11, 1e-15])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_whiten_by_a_factor_and_by_eigenvectors(smallest, ridge):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(150, 150)))[0]
+    eigenvalues = np.append(np.linspace(1.0, 2.0, 149), smallest)
+    covariance = (basis * eigenvalues) @ basis.T
+    W = whiten((covariance + covariance.T) / 2, ridge)
+    assert W.shape == (150, 150 if smallest > 1e-13 else 149)
+    expected = np.eye(W.shape[1])
+    shrunk = covariance + ridge * np.trace(covariance) / 150 * np.eye(150)
+    np.testing.assert_allclose(W.T @ shrunk @ W, expected, atol=1e-4 if smallest < 1e-9 else 1e-8)
+
+
 def test_two_features_give_the_correlation_computed_by_hand():
     # x = (0, 1, 2), y = (0, 2, 1): variances 1 and 1, covariance 1/2.
     cca = CCA(ridge=0.0).fit([[0.0], [1.0], [2.0]], [0.0, 2.0, 1.0])
