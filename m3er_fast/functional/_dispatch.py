@@ -296,6 +296,14 @@ def _no_long_scan(
     return _no_cpu_scan(first, features, weights, tensors, trains)
 
 
+def _no_scan_operator(
+    first: Tensor, features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], trains: bool
+) -> str | None:
+    if trains or torch.compiler.is_exporting():
+        return "it has no gradient, and an exported program consists of torch's own operations"
+    return _no_cpu_scan(first, features, weights, tensors, trains)
+
+
 # --- Loaders: an optional dependency is imported only where its implementation is chosen ---
 
 
@@ -383,6 +391,41 @@ def _load_short_cpu_scan() -> Callable[..., Any]:
     return partial(_autograd.tracked_memory_scan, memory_scan_short.memory_scan)
 
 
+def _load_scan_operator() -> Callable[..., Any]:
+    def scan(
+        features: Sequence[Tensor], lengths: Tensor, weights: MemoryScanWeights, *, dropout: float, trains: bool
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _cpu_memory_scan(features, lengths, weights.tensors(), dropout)
+        return result
+
+    return scan
+
+
+@torch.library.custom_op("m3er_fast::cpu_memory_scan", mutates_args=())
+def _cpu_memory_scan(
+    features: Sequence[Tensor], lengths: Tensor, weights: Sequence[Tensor | None], dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The scan without gradients as one node of a compiled graph, for any number of samples and steps.
+
+    Its implementation is chosen when it runs, as it is without a compiler.
+    """
+    each = MemoryScanWeights.of(len(features), weights)
+    tensors = [x for x in (*features, *weights) if x is not None]
+    scan = choose("memory_scan", "auto", features[0], features, each, tensors, False).load()
+    hidden, memory = scan(features, lengths, each, dropout=dropout, trains=False)
+    return hidden.contiguous(), memory.contiguous()
+
+
+@_cpu_memory_scan.register_fake
+def _(
+    features: Sequence[Tensor], lengths: Tensor, weights: Sequence[Tensor | None], dropout: float
+) -> tuple[Tensor, Tensor]:
+    each, batch = MemoryScanWeights.of(len(features), weights), features[0].shape[0]
+    modalities, _, size = each.recurrent.shape
+    memory = each.candidate.second.shape[0]
+    return each.recurrent.new_empty((modalities, batch, size)), each.recurrent.new_empty((batch, memory))
+
+
 def _load_reference_scan() -> Callable[..., Any]:
     def scan(*arguments: Any, dropout: float, trains: bool) -> tuple[Tensor, Tensor]:
         return reference.memory_scan(*arguments, dropout=dropout)
@@ -420,6 +463,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "cuda", _no_scan_kernel, _load_scan_kernel),
         Implementation("cpu", "cpu", _no_long_scan, _load_cpu_scan, is_backend=False),
         Implementation("cpu, few steps", "cpu", _no_cpu_scan, _load_short_cpu_scan, is_backend=False),
+        Implementation("operator", "compiler", _no_scan_operator, _load_scan_operator, is_backend=False),
         Implementation("torch", "any", _never, _load_reference_scan),
     ),
 }
