@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Return ", did you mean …?" with the names that ``name`` may stand for, or nothing if it resembles none.
+
+    A name resembles another by its letters, by its beginning, or by the first letters of its words.
+    """
+    wanted = name.strip("-_").casefold()
+
+    def resembles(other: str) -> bool:
+        plain = other.strip("-_").casefold()
+        initials = "".join(word[:1] for word in plain.replace("_", "-").split("-"))
+        begins = min(len(plain), len(wanted)) > 1 and (plain.startswith(wanted) or wanted.startswith(plain))
+        return begins or (len(wanted) > 1 and wanted == initials)
+
+    known = list(names)
+    found = [other for other in known if resembles(other)]
+    close = difflib.get_close_matches(wanted, [other.strip("-_").casefold() for other in known], n=3, cutoff=0.6)
+    found += [other for other in known if other.strip("-_").casefold() in close and other not in found]
+    return f", did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def is_positive_int(value: Any) -> bool:

@@ -15,7 +15,12 @@ from m3er_fast.cli.scoring_commands import score
 from m3er_fast.cli.training_commands import ablate, demo, fit_stats, train
 
 # Plain help: rich's boxes break option names over lines on a narrow terminal.
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -36,7 +41,7 @@ def _options(
     """Multimodal emotion recognition that survives a lost modality (M3ER).
 
     Exit codes: 0 complete; 1 internal error; 2 usage or configuration; 3 finished, with something quarantined; 4 the
-    run to resume does not match; 5 disk full; 130 interrupted.
+    run to resume does not match; 5 disk full; 130 interrupted; 141 nobody reads the output any more.
     """
 
 

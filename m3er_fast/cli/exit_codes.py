@@ -11,6 +11,7 @@ QUARANTINED = 3  # finished, with something quarantined
 MISMATCH = 4  # the run to resume was made by something else
 DISK_FULL = 5
 INTERRUPTED = 130
+OUTPUT_CLOSED = 141  # as a shell reports a program that a closed pipe has ended
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
