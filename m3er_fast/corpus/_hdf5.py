@@ -8,6 +8,7 @@ A damaged file makes h5py raise nearly anything, anywhere: every function here r
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from m3er_fast.corpus.files import decoding
 # The highest compression ratio of Deflate, the strongest filter that HDF5 ships with.
 _MAX_COMPRESSION = 1032
 _UNREADABLE = "not readable as HDF5"
+# A global heap, in which HDF5 keeps strings: its signature and version, then its size, then its objects.
+_HEAP, _HEAP_HEADER, _OBJECT_HEADER = b"GCOL\x01\0\0\0", 16, 16
+_LARGE_FILE = 2**30  # a larger one is not searched for heaps, which would take longer than reading it
 
 
 @contextmanager
@@ -38,12 +42,39 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     with decoding(path, _UNREADABLE):
+        _check_heaps(path)
         file = h5py.File(path, "r")
     try:
         yield file
     finally:
         with decoding(path, _UNREADABLE):
             file.close()
+
+
+def _check_heaps(path: Path) -> None:
+    """Refuse a file with a damaged heap of strings: HDF5 allocates what it claims, or never finishes reading it.
+
+    HDF5 2.0 loops for ever where a heap has free space of size 0, and takes gigabytes where a heap claims them.
+    """
+    size = path.stat().st_size
+    if not 0 < size <= _LARGE_FILE:
+        return
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(_HEAP)
+        while start >= 0:
+            place = start + _HEAP_HEADER
+            end = start + int.from_bytes(content[start + 8 : place], "little")
+            if not place <= end <= size:
+                raise CorpusError(f"{path}: {_UNREADABLE}: a heap of strings claims {end - start} bytes")
+            while place + _OBJECT_HEADER <= end:
+                number = int.from_bytes(content[place : place + 2], "little")
+                claimed = int.from_bytes(content[place + 8 : place + 16], "little")
+                # Free space has number 0, and its size counts its header.
+                step = claimed if number == 0 else _OBJECT_HEADER + -(-claimed // 8) * 8
+                if step < _OBJECT_HEADER or place + step > end:
+                    raise CorpusError(f"{path}: {_UNREADABLE}: a heap of strings holds one of {claimed} bytes")
+                place += step
+            start = content.find(_HEAP, start + 1)
 
 
 def names_in(group: Any, path: Path) -> list[str]:
@@ -107,6 +138,8 @@ def read_array(group: Any, name: str, path: Path) -> np.ndarray:
         if dataset.shape is None:
             return np.zeros(0, np.float32)
         _check_size(dataset, path)
+        if h5py.check_string_dtype(dataset.dtype) is not None and dataset.dtype.kind == "O":
+            _check_lengths(dataset, path)
         return np.asarray(dataset[()])
 
 
@@ -122,3 +155,16 @@ def _check_size(dataset: Any, path: Path) -> None:
     ):
         if elements * dataset.id.get_type().get_size() > most * ratio:
             raise CorpusError(f"{path}: {dataset.name} declares {what}, more than the {most} bytes it stores can hold")
+
+
+def _check_lengths(dataset: Any, path: Path) -> None:
+    """Refuse strings that claim to be longer than the file: HDF5 allocates what they claim, up to 4 GiB each."""
+    offset = dataset.id.get_offset()  # None unless all elements are in one place
+    if offset is None or not dataset.size:
+        return
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        stored = stream.read(16 * dataset.size)  # of each: length (4 bytes), address of a heap, number in it
+    lengths = np.frombuffer(stored[: len(stored) // 16 * 16], "<u4")[::4]
+    if lengths.max(initial=0) > path.stat().st_size:
+        raise CorpusError(f"{path}: {dataset.name} holds a string that claims {lengths.max()} bytes")

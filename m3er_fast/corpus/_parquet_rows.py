@@ -405,7 +405,7 @@ def _binary_blocks(column: pa.ChunkedArray, name: str, dtype: str) -> tuple[int,
             blocks.append(np.zeros(len(chunk) * (width // kind.itemsize), np.float32))
             continue
         raw = np.frombuffer(values, np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             blocks.append(raw.view(kind).astype(np.float32, copy=False))
     return width // kind.itemsize, blocks or [np.zeros(0, np.float32)]
 
@@ -444,7 +444,7 @@ def _list_items(
         raise CorpusError(f"column {name!r} holds {column.type}, wanted lists of floats")
     if pa.types.is_decimal(flat.type):
         flat = flat.cast(pa.float64())
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     return items, values if kept is None else values[kept], inner
 

@@ -30,7 +30,7 @@ def as_float32(value: Any, where: str) -> np.ndarray:
             array = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: lists nested too deep
         raise CorpusError(f"{where}: not a rectangular array of numbers") from error
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN
         return np.ascontiguousarray(array, dtype=np.float32)
 
 
