@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.report import figures, goals, merge, panels
 from benchmarks.report import page as report
 from benchmarks.speed import harness, operations, scaling
+from benchmarks.speed.workloads import BATCHES
 
 QUARTILES = {"q1": 0.99, "median": 1.0, "q3": 1.01}
 GROUP = "fusion loss and gradient, 65536 samples, 6 classes, m3er"
@@ -58,17 +59,21 @@ def a_run(seconds, group=GROUP, kind="cpu", error=1e-7, threads=2, samples=65536
     } | more
 
 
+def empty_part(name):
+    return f"{report.marker(name, 'begin')}\nold\n{report.marker(name, 'end')}"
+
+
 @pytest.fixture
 def page(tmp_path):
     file = tmp_path / "performance.md"
-    file.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\n# After\n")
+    file.write_text(f"# Before\n\n{empty_part('conclusions')}\n\n# Between\n\n{empty_part('results')}\n\n# After\n")
     return file
 
 
 @pytest.fixture
 def measurements(tmp_path):
     file = tmp_path / "measurements.md"
-    file.write_text(f"# All\n\n{report.BEGIN}\n{report.END}\n")
+    file.write_text(f"# All\n\n{empty_part('results')}\n")
     return file
 
 
@@ -87,11 +92,13 @@ def command(tmp_path, page, measurements):
     return run
 
 
-def test_only_the_part_between_the_markers_is_replaced(command, page):
+def test_only_the_parts_between_the_markers_are_replaced(command, page):
     assert command(a_run({"ours": 0.01, "textbook": 0.04})) == 0
     text = page.read_text()
-    assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
-    assert text.endswith(f"{report.END}\n\n# After\n")
+    assert text.startswith(f"# Before\n\n{report.marker('conclusions', 'begin')}\n")
+    between = f"{report.marker('conclusions', 'end')}\n\n# Between\n\n{report.marker('results', 'begin')}\n"
+    assert between in text
+    assert text.endswith(f"{report.marker('results', 'end')}\n\n# After\n")
     assert "old" not in text
 
 
@@ -123,7 +130,7 @@ def test_a_group_is_a_line_per_run_with_the_ratios_to_ours_and_their_quartiles(c
 
 def test_groups_in_which_the_textbook_is_faster_are_listed(command, page):
     command(a_run({"ours": 0.01, "textbook": 0.008, "textbook, compiled": 0.02}))
-    section = page.read_text().partition("### Slower than the textbook")[2].partition("###")[0]
+    section = page.read_text().partition("## When it is slower")[2].partition("-->")[0]
     assert f"| {GROUP} | 2 threads | textbook | 0.80 (0.79 to 0.81) |" in section
     assert "compiled |" not in section
     command(a_run({"ours": 0.01, "textbook": 0.02, "reference": 0.005}))
@@ -156,6 +163,19 @@ def test_the_figures_of_several_runs_on_one_device_show_each_run_by_itself(comma
         assert [point.seconds for point in drawn[f"roofline-cpu-{threads}"]] == [0.01, slowest]
 
 
+def test_the_conclusions_give_the_range_over_the_batch_and_where_it_is_lowest():
+    curves = [figures.RatioCurve(f"{n} threads", [1, 8], [0, 0], [float(n), 0.5 * n], [9, 9]) for n in (1, 2)]
+    sentence = panels.PANELS[0].sentence([*curves, figures.RatioCurve("3 threads", [], [], [], [])])
+    assert sentence == (
+        "**Loss and gradient, C = 6**, B = 1 to 8: times as fast as the textbook "
+        "0.50 (B = 8) to 1.00 with 1 threads, 1.00 (B = 8) to 2.00 with 2 threads."
+    )
+    assert panels.PANELS[-1].sentence(curves) == (
+        "**Inference, a third of the utterances lacking a modality**, B = 1 to 8: times as long as clean "
+        "1.00 to 2.00 (B = 8) with 1 threads, 0.50 to 1.00 (B = 8) with 2 threads."
+    )
+
+
 def test_the_figure_over_the_batch_has_one_curve_per_run_and_only_the_textbooks_ratios(command, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "over_batch", lambda shown, path: drawn.append(shown))
@@ -170,7 +190,7 @@ def test_the_figure_over_the_batch_has_one_curve_per_run_and_only_the_textbooks_
 
     assert command(sizes(1, 2.0), sizes(2, 3.0)) == 0
     [[(title, least, curves), *others]] = drawn
-    assert title == "loss and gradient, C = 6"
+    assert title == "Loss and gradient, C = 6"
     assert least == 1.0
     assert [(curve.label, curve.sizes, curve.median) for curve in curves] == [
         ("1 thread", [1, 64], [2.0, 128.0]),
@@ -184,13 +204,6 @@ def test_a_third_lost_is_drawn_as_the_time_of_the_clean_batch_relative_to_its_ow
     row = {"contestant": "ours, a third lost", "group": "inference with check and proxies, CMU-MOSEI, B=8, T=20"}
     row |= {"samples": 8, "time_to_ours": {"q1": 2.0, "median": 4.0, "q3": 5.0}}
     assert panel.curve("1 thread", [row]) == ("1 thread", [8], [0.2], [0.25], [0.5])
-
-
-def test_every_panel_finds_benchmarks_that_there_are():
-    from benchmarks.speed.workloads import CHECK, LOSS, MEMORY_SCAN, MODELS
-
-    for workloads in (CHECK, LOSS, MEMORY_SCAN, MODELS):
-        assert {1, 512} <= {sizes.batch for sizes in workloads["cpu"].values()}
 
 
 def test_points_below_the_line_are_drawn_as_such(tmp_path):
@@ -429,7 +442,26 @@ def test_the_list_of_operations_gives_the_gpu_run_its_shares():
     assert "reading" not in printed.stdout  # measured on the CPU alone
 
 
-@pytest.mark.parametrize("name", ["one-call.json", "one-call-intel-xeon.json", "memory-scan-large.json"])
+@pytest.mark.parametrize(
+    ("operation", "former", "current"),
+    [
+        ("fusion_loss", "eager", "reference"),
+        ("fusion_loss", "eager, graphed", "reference, graphed"),
+        ("memory_scan", "compiled", "reference, compiled"),
+        ("memory_scan", "eager, 128 at a time", "reference, 128 at a time"),
+        ("check_statistics", "eager", "textbook"),  # it computed the definition, formula by formula
+        ("check_statistics", "eager, folded, graphed", "reference, graphed"),
+        ("cca", "torch covariance + SVD, float64", "textbook, float64"),
+        *((operation, name, name) for operation in ("cca", "fusion_loss") for name in ("ours", "textbook, compiled")),
+    ],
+)
+def test_a_contestant_from_before_the_textbook_has_the_name_of_today(operation, former, current):
+    row = {"operation": operation, "contestant": "ours", "ratios": {former: 2.0}}
+    assert operations.current_row(row)["ratios"] == {current: 2.0}
+    assert operations.current_row(row | {"contestant": former})["contestant"] == current
+
+
+@pytest.mark.parametrize("name", ["one-call.json", "one-call-intel-xeon.json"])
 def test_a_committed_run_is_read_with_the_names_of_today(name):
     run = report.Run.read(report.ROOT / "benchmarks" / "results" / "cpu-2-cores" / name)
     assert {row["operation"] for row in run.rows} | set(run.left_out) <= set(operations.TITLES)
@@ -437,13 +469,31 @@ def test_a_committed_run_is_read_with_the_names_of_today(name):
     assert {other for row in run.rows for other in row["ratios"]} <= {row["contestant"] for row in run.rows}
 
 
-def test_the_generated_part_of_the_performance_page_is_that_of_its_committed_runs():
-    text = (report.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    written = text.split(report.BEGIN)[1].split(report.END)[0]
-    results = report.ROOT / "benchmarks" / "results" / "cpu-2-cores"
-    runs = [report.Run.read(results / name) for name in ("one-call.json", "memory-scan-large.json")]
-    figures = [line for line in written.splitlines() if line.startswith("![")]
-    assert written.strip().splitlines() == report.report(runs, figures)
+COMMITTED = ("one-thread.json",)  # the runs of the pages
+
+
+@pytest.fixture(scope="module")
+def committed_runs():
+    return [report.Run.read(report.ROOT / "benchmarks" / "results" / "cpu-2-cores" / name) for name in COMMITTED]
+
+
+def test_the_generated_parts_of_the_pages_are_those_of_their_committed_runs(committed_runs):
+    docs = report.ROOT / "docs"
+    texts = {name: (docs / name).read_text(encoding="utf-8") for name in ("performance.md", "measurements.md")}
+
+    def lines(name, part):
+        return report.generated(texts[name], part, docs / name).strip().splitlines()
+
+    assert lines("performance.md", "conclusions") == report.conclusions(committed_runs)
+    assert lines("performance.md", "results") == report.results(committed_runs)
+    links = [line for line in lines("measurements.md", "results") if line.startswith("![")]
+    assert lines("measurements.md", "results") == report.all_results(committed_runs, links)
+
+
+def test_every_panel_has_a_point_at_every_batch_that_people_use(committed_runs):
+    for panel in panels.PANELS:
+        for run in committed_runs:
+            assert set(BATCHES) <= set(panel.curve("", run.rows).sizes), panel.title
 
 
 # --- Parts of a run ---

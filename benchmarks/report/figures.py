@@ -202,7 +202,7 @@ def over_batch(panels: Sequence[tuple[str, float, Sequence[RatioCurve]]], path: 
             axes.grid()
             sizes = sorted({size for curve in curves for size in curve.sizes})
             # Every size has a point, but not each a label: they would overlap.
-            shown = [size for size in sizes if size == sizes[0] or math.log2(size) % 3 == 0] or sizes
+            shown = [size for size in sizes if size in (sizes[0], sizes[-1]) or math.log2(size) % 3 == 0]
             axes.set_xticks(shown, [f"{size:,}" for size in shown])
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(matplotlib.ticker.NullLocator())

@@ -2,9 +2,9 @@
 
     python -m benchmarks.report RUN.json...
 
-The report replaces everything between the two markers of each page: conclusions on the first, every result on the
-second. The same runs give the same bytes. A run is a file of ``pytest benchmarks --benchmark-only --benchmark-json
-RUN.json``; it may hold only some of the benchmarks. Runs are kept apart, whether by device, by threads or by file.
+The report replaces everything between the markers of each part: conclusions and results on the first page, every result
+in full on the second. The same runs give the same bytes. A run is a file of ``pytest benchmarks --benchmark-only
+--benchmark-json RUN.json``; it may hold only some of the benchmarks. Runs are kept apart: by device, threads or file.
 
 Exit codes: 0 written; 2 a run or a page cannot be used.
 """
@@ -19,15 +19,14 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.report import goals
 from benchmarks.speed.harness import COMPILED, OURS, TEXTBOOK, markdown, shown_rate, shown_seconds
 from benchmarks.speed.operations import TITLES, current_operation, current_row
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN = "<!-- Written by python -m benchmarks.report: begin -->"
-END = "<!-- Written by python -m benchmarks.report: end -->"
+FIGURE_OVER_BATCH = "textbook-cpu.png"
 
 _RESULT_FIELDS = {"operation", "group", "contestant", "median", "ratios"}
 _RUN_FIELDS = {
@@ -98,43 +97,78 @@ def labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def write_report(runs: Sequence[Run], page: Path, measurements: Path, figures: Path) -> None:
-    """Write the figures and the part of each page between its markers.
+def marker(part: str, edge: Literal["begin", "end"]) -> str:
+    """Return the line before or after a generated part of a page."""
+    return f"<!-- Written by python -m benchmarks.report: {part}, {edge} -->"
+
+
+def generated(text: str, part: str, path: Path) -> str:
+    """Return a generated part of the text of a page.
 
     Raises:
-        ValueError: a page lacks a marker or repeats one, the markers are in the wrong order, or no run has a result.
+        ValueError: the page lacks a marker of this part or repeats one, or they are in the wrong order.
     """
-    parts = {path: _around_the_markers(path) for path in (page, measurements)}
+    begin, end = marker(part, "begin"), marker(part, "end")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path}: wanted one line {begin!r} and one line {end!r} below it")
+    return text.split(begin)[1].split(end)[0]
+
+
+def write_report(runs: Sequence[Run], page: Path, measurements: Path, figures: Path) -> None:
+    """Write the figures and the generated parts of both pages.
+
+    Raises:
+        ValueError: a page lacks a marker or repeats one, they are in the wrong order, or no run has a result.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in (page, measurements)}
+    wanted = [(page, "conclusions"), (page, "results"), (measurements, "results")]
+    for path, part in wanted:
+        generated(texts[path], part, path)
     if not any(run.rows for run in runs):
         raise ValueError("no run has a result")
     drawn = draw(runs, figures)
-    for path, lines in ((page, report(runs)), (measurements, all_results(runs, drawn, measurements.parent))):
-        before, after = parts[path]
-        path.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"]), encoding="utf-8")
+    links = figure_links(drawn, measurements.parent)
+    for (path, part), lines in zip(wanted, [conclusions(runs), results(runs), all_results(runs, links)], strict=True):
+        new = "\n".join([marker(part, "begin"), "", *lines, "", marker(part, "end")])
+        old = marker(part, "begin") + generated(texts[path], part, path) + marker(part, "end")
+        texts[path] = texts[path].replace(old, new)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
 
 
-def _around_the_markers(page: Path) -> tuple[str, str]:
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page}: wanted one line {BEGIN!r} and one line {END!r} below it")
-    return text.split(BEGIN)[0], text.split(END)[1]
+def conclusions(runs: Sequence[Run]) -> list[str]:
+    """Return the first page's conclusions: a line for each panel of the figure over B, and where ours is slower."""
+    from benchmarks.report.panels import PANELS
+
+    curves = [[panel.curve(label, run.rows) for run, label in _on_cpu(runs)] for panel in PANELS]
+    lines = [
+        f"- {panel.sentence(found)}" for panel, found in zip(PANELS, curves, strict=True) if any(c.sizes for c in found)
+    ]
+    return [*lines, "", "## When it is slower", "", *_slower(runs)]
 
 
-def report(runs: Sequence[Run]) -> list[str]:
-    """Return the generated part of the first page as lines of Markdown: runs, goals, and ratios by operation."""
+def results(runs: Sequence[Run]) -> list[str]:
+    """Return the first page's results as lines of Markdown: runs, goals, and ratios by operation."""
     lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs)]
     lines += ["", "On a GPU:", "", *_table_of_gpu_goals(runs)]
-    lines += ["", "### Slower than the textbook", "", *_slower(runs)]
     for operation in _operations(runs):
         lines += ["", f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
     return lines
 
 
-def all_results(runs: Sequence[Run], drawn: Sequence[tuple[str, Path]], folder: Path) -> list[str]:
-    """Return the generated part of the second page, which lies in ``folder``: the figures, and a table per group."""
-    lines = []
-    for title, path in drawn:
-        lines += [f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})", ""]
+def figure_links(drawn: Sequence[tuple[str, Path]], folder: Path) -> list[str]:
+    """Return the figures as Markdown for a page in ``folder``."""
+    return [f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})" for title, path in drawn]
+
+
+def _on_cpu(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Return the runs on a CPU, each with its label."""
+    return [(run, label) for run, label in zip(runs, labels(runs), strict=True) if run.about["kind"] == "cpu"]
+
+
+def all_results(runs: Sequence[Run], links: Sequence[str]) -> list[str]:
+    """Return the generated part of the second page: the figures, and a table per group."""
+    lines = [line for link in links for line in (link, "")]
     for operation in _operations(runs):
         lines += [f"### {TITLES.get(operation, operation)}"]
         for run, label in zip(runs, labels(runs), strict=True):
@@ -163,7 +197,7 @@ def _table_of_runs(runs: Sequence[Run]) -> list[str]:
 
 def _table_of_goals(runs: Sequence[Run]) -> list[str]:
     """Return the goals on a CPU, with those that they replace and the worst value of each run."""
-    chosen = [(run, label) for run, label in zip(runs, labels(runs), strict=True) if run.about["kind"] == "cpu"]
+    chosen = _on_cpu(runs)
     columns = [label for _, label in chosen]
     lines = [f"| {' | '.join(['', 'Goal before', 'Goal', *columns, ''])} |", "|---" * (4 + len(columns)) + "|"]
     for goal in goals.CPU:
@@ -265,17 +299,15 @@ def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    named = list(zip(runs, labels(runs), strict=True))
-    on_cpu = [(run, label) for run, label in named if run.about["kind"] == "cpu"]
     panels = [
-        (panel.title, panel.least, [curve for run, label in on_cpu if (curve := panel.curve(label, run.rows)).sizes])
+        (panel.title, panel.least, [c for run, label in _on_cpu(runs) if (c := panel.curve(label, run.rows)).sizes])
         for panel in PANELS
     ]
     if any(curves for _, _, curves in panels):
-        path = folder / "textbook-cpu.png"
+        path = folder / FIGURE_OVER_BATCH
         figures.over_batch(panels, path)
         drawn.append(("Time of the textbook divided by our time, over the samples of a batch", path))
-    for run, label in named:
+    for run, label in zip(runs, labels(runs), strict=True):
         name = f"{run.about['kind']}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
         bars = [
             (row["group"], *best)

@@ -6,7 +6,7 @@ Dimension legend: B samples of a batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.report.figures import RatioCurve
@@ -21,6 +21,7 @@ class Panel(NamedTuple):
     contestant: str = TEXTBOOK
     inverse: bool = False  # ours divided by the contestant
     least: float = 1.0  # a point below it is one that the reader must see
+    subject: str = ""  # in a sentence, if it is not the title
 
     def curve(self, label: str, rows: Iterable[Mapping[str, Any]]) -> RatioCurve:
         """Return the medians and quartiles in the results of one run, by B."""
@@ -32,16 +33,30 @@ class Panel(NamedTuple):
         sizes = sorted(points)
         return RatioCurve(label, sizes, *([points[size][at] for size in sizes] for at in range(3)))
 
+    def sentence(self, curves: Sequence[RatioCurve]) -> str:
+        """Return the range of each curve over B in words, with the batch where it is worst."""
+        ranges = []
+        for curve in curves:
+            if curve.sizes:
+                worst = min(range(len(curve.sizes)), key=curve.median.__getitem__)
+                low, high = curve.median[worst], max(curve.median)
+                at = f"(B = {curve.sizes[worst]:,})"
+                shown = f"{1 / high:.2f} to {1 / low:.2f} {at}" if self.inverse else f"{low:.2f} {at} to {high:.2f}"
+                ranges.append(f"{shown} with {curve.label}")
+        sizes = [size for curve in curves for size in curve.sizes]
+        what = "times as long as clean" if self.inverse else "times as fast as the textbook"
+        return f"**{self.subject or self.title}**, B = {min(sizes):,} to {max(sizes):,}: {what} {', '.join(ranges)}."
+
 
 _DIMS = "d=300/74/3[56]"
 PANELS = (
-    Panel("loss and gradient, C = 6", r"^fusion loss and gradient, \d+ samples?, 6 classes, m3er$"),
-    Panel("statistics of the check", rf"^check, \d+ samples?, {_DIMS}, k=30, float32$"),
-    Panel("memory scan, forward, T = 20", rf"^memory scan, forward, B=\d+, T=20, {_DIMS}, M=3, h=32, u=128$"),
-    Panel("training step with Adam, T = 20", r"^training step with Adam, CMU-MOSEI, "),
-    Panel("inference, clean, T = 20", r"^inference, CMU-MOSEI, "),
+    Panel("Loss and gradient, C = 6", r"^fusion loss and gradient, \d+ samples?, 6 classes, m3er$"),
+    Panel("Statistics of the check", rf"^check, \d+ samples?, {_DIMS}, k=30, float32$"),
+    Panel("Memory scan, forward, T = 20", rf"^memory scan, forward, B=\d+, T=20, {_DIMS}, M=3, h=32, u=128$"),
+    Panel("Training step with Adam, T = 20", r"^training step with Adam, CMU-MOSEI, "),
+    Panel("Inference, T = 20", r"^inference, CMU-MOSEI, "),
     Panel(
-        "inference, clean : a third lost",
-        *(r"^inference with check and proxies, CMU-MOSEI, ", "ours, a third lost", True, 0.5),
+        *("Ours, clean : with a third lost", r"^inference with check and proxies, CMU-MOSEI, "),
+        *("ours, a third lost", True, 0.5, "Inference, a third of the utterances lacking a modality"),
     ),
 )

@@ -429,8 +429,8 @@ def shown_rate(row: dict[str, Any]) -> str:
     """Format the samples per second of a row with three digits; empty where it has no samples."""
     if "samples" not in row:
         return ""
-    rate = row["samples"] / row["median"]
-    return f"{round(rate, 2 - math.floor(math.log10(rate))):,.3g}" if rate < 100 else f"{float(f'{rate:.3g}'):,.0f}"
+    rate = float(f"{row['samples'] / row['median']:.3g}")
+    return f"{rate:,.12g}"
 
 
 def shown_bytes(number: float | None) -> str:

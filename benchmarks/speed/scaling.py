@@ -1,4 +1,4 @@
-"""Time and peak memory over sizes: batch, steps, classes, rows of a bank, neighbours, each beside its baseline.
+"""Time and peak memory over sizes: batch, steps, classes, rows of a bank, neighbours, each beside the textbook.
 
     python -m benchmarks.speed.scaling --out benchmarks/results/cpu-2-cores/scaling.json \\
         --plot docs/results/scaling.png --workers benchmarks/results/scoring-workers-cpu-2-cores.json
@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed import harness
+from benchmarks.speed import harness, textbook
+from benchmarks.speed.harness import OURS, TEXTBOOK
+from benchmarks.speed.operations import current_contestant
+from benchmarks.speed.textbook_weights import textbook_check, textbook_network
 from benchmarks.speed.workloads import MOSEI_DIMS, PAPER_DIMS, Views
-from m3er_fast import CCA, MemoryFusionNetwork, ModalityCheck, functional, reference
+from m3er_fast import CCA, MemoryFusionNetwork, ModalityCheck, functional
 from m3er_fast.functional import unchecked
 
 CPU = torch.device("cpu")
@@ -56,40 +59,38 @@ def loss(batch: int, classes: int) -> dict[str, Step]:
 
         return step
 
-    return {"ours": by(functional.fusion_loss), "eager": by(reference.fusion_loss)}
+    return {OURS: by(functional.fusion_loss), TEXTBOOK: by(textbook.fusion_loss)}
 
 
 @functools.cache
-def fitted_check() -> ModalityCheck:
+def fitted_checks() -> tuple[ModalityCheck, textbook.CheckStatistics]:
     shared = harness.draw(4096, 30, seed=0)
     features = {
         name: shared @ harness.draw(30, d, seed=d) + harness.draw(4096, d, seed=1000 + d)
         for name, d in MOSEI_DIMS.items()
     }
-    return ModalityCheck(MOSEI_DIMS, n_components=30).fit(features)
+    check = ModalityCheck(MOSEI_DIMS, n_components=30).fit(features)
+    return check, textbook_check(features, 30, torch.float32)
 
 
 def check(batch: int) -> dict[str, Step]:
-    projections = fitted_check().projections_
+    fitted, definition = fitted_checks()
+    projections = fitted.projections_
 
     def make(seed):
         return [harness.draw(batch, d, seed=seed) for d in MOSEI_DIMS.values()]
 
     inputs = harness.Rotation(make, 4 * batch * sum(MOSEI_DIMS.values()), CPU)
     return {
-        "ours": lambda: functional.check_statistics(inputs(), projections),
-        "eager, folded": lambda: reference.check_statistics(inputs(), projections),
+        OURS: lambda: functional.check_statistics(inputs(), projections),
+        TEXTBOOK: lambda: definition(inputs()),
     }
 
 
 def search(rows: int) -> dict[str, Step]:
     bank, query = harness.draw(rows, 300, seed=0), harness.draw(256, 300, seed=1)
     index = unchecked.neighbor_index(bank, "torch")
-
-    def plain():
-        return torch.addmm(bank.square().sum(dim=1), query, bank.mT, alpha=-2.0).topk(16, dim=1, largest=False)
-
-    return {"ours": lambda: index.search(query, 16), "addmm + topk": plain}
+    return {OURS: lambda: index.search(query, 16), TEXTBOOK: lambda: textbook.nearest(query, bank, 16)}
 
 
 def weights(k: int) -> dict[str, Step]:
@@ -100,8 +101,8 @@ def weights(k: int) -> dict[str, Step]:
     )
     near = torch.randint(0, 10_000, (500, k), generator=torch.Generator().manual_seed(3))
     return {
-        name: functools.partial(functional.local_least_squares, query, bank, partners, near, backend=backend)
-        for name, backend in (("ours", "auto"), ("eager", "torch"))
+        name: functools.partial(module.local_least_squares, query, bank, partners, near, ridge=1e-3)
+        for name, module in ((OURS, functional), (TEXTBOOK, textbook))
     }
 
 
@@ -109,6 +110,7 @@ def scan(batch: int, steps: int) -> dict[str, Step]:
     views = Views(PAPER_DIMS, batch, steps)
     torch.manual_seed(0)
     network = MemoryFusionNetwork(PAPER_DIMS, 6)
+    written = textbook_network(network)
     lengths = torch.full((batch,), steps)
 
     def make(seed):
@@ -116,26 +118,15 @@ def scan(batch: int, steps: int) -> dict[str, Step]:
 
     inputs = harness.Rotation(make, views.bytes, CPU)
 
-    def by(function):
-        def step():
-            with torch.no_grad():
-                return function(inputs(), lengths, network.scan_weights())
-
-        return step
-
-    return {"ours": by(functional.memory_scan), "eager": by(reference.memory_scan)}
+    return {
+        OURS: torch.no_grad()(lambda: functional.memory_scan(inputs(), lengths, network.scan_weights())),
+        TEXTBOOK: torch.no_grad()(lambda: written.scan(inputs())),
+    }
 
 
 def fit(rows: int) -> dict[str, Step]:
     x, y = harness.draw(rows, 300, seed=0), harness.draw(rows, 74, seed=1)
-
-    def svd():
-        a, b = x - x.mean(dim=0), y - y.mean(dim=0)
-        values = [torch.linalg.eigh(part.mT @ part / (rows - 1)) for part in (a, b)]
-        left, right = (vectors / spread.clamp(min=1e-6).sqrt() for spread, vectors in values)
-        return torch.linalg.svd(left.mT @ (a.mT @ b / (rows - 1)) @ right, full_matrices=False)
-
-    return {"ours": lambda: CCA(n_components=30).fit(x, y), "torch covariance + SVD": svd}
+    return {OURS: lambda: CCA(n_components=30).fit(x, y), TEXTBOOK: lambda: textbook.cca(x, y, 30)}
 
 
 def powers(first: int, last: int, step: int = 1) -> list[int]:
@@ -242,6 +233,8 @@ def over_workers(scored: dict[str, Any]) -> dict[str, Any]:
 def read_sweeps(path: Path) -> dict[str, Any]:
     """Return the sweeps of an earlier run, by today's names."""
     sweeps = json.loads(path.read_text())["sweeps"]
+    for sweep in sweeps.values():
+        sweep["contestants"] = {current_contestant(name): curve for name, curve in sweep["contestants"].items()}
     return {_FORMER_SWEEPS.get(name, name): sweep for name, sweep in sweeps.items()}
 
 
