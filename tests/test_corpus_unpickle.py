@@ -137,6 +137,7 @@ def crafted(state, dtype=b"f8"):
     [
         (crafted(b"(K\x01K\x02\x85DTYPE\x89U\x08" + bytes(8) + b"t"), "bytes do not fill its shape"),
         (crafted(b"(K\x01K\x01\x85DTYPE\x89U\x08" + bytes(8) + b"t", b"O8"), "an object array without its list"),
+        (crafted(b"(K\x01J\xff\xff\xff\x7fK\x00\x86DTYPE\x89U\x00t"), r"an array without a byte, of shape \(21"),
         (crafted(b"(K\x01J\xff\xff\xff\xff\x85DTYPE\x89U\x00t"), r"an array of shape \(-1,\)"),
         (crafted(b"(K\x01K\x01\x85N\x89U\x08" + bytes(8) + b"t"), "an array without a dtype"),
         (b"\x80\x02cnumpy\nndarray\n(K\x02tR.", "TypeError"),

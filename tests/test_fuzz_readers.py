@@ -3,13 +3,18 @@
 import collections
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from fuzz_readers import FORMATS, NUMBERS
+
+from m3er_fast.corpus import CorpusError
+from m3er_fast.corpus import FORMATS as corpus_formats
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
@@ -70,6 +75,55 @@ def test_a_damaged_file_is_read_or_refused_by_one_line(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files_are_read_or_refused_by_one_line(name):
     check(name, 600)
+
+
+def ragged():
+    array = np.empty(2, dtype=object)
+    array[0], array[1] = np.arange(3), "x"
+    return array
+
+
+ODD = [
+    None, 3, -1.5, "x", b"x", [], {}, (), [None], [[]], [[1], [2, 3]], {"a": 1}, {1: {2: 3}}, {3}, 10**400, [10**400] * 4,
+    np.zeros(()), np.zeros((0, 3, 2)), np.zeros((4, 0, 2)), np.zeros((4, 3, 2, 1)), np.zeros((10**9, 0)), ragged(),
+    np.array(["x"] * 4), np.array([1 + 2j] * 4), np.full((4, 3, 2), np.nan), [[[1, None]] * 3] * 4, True, [{}] * 4,
+]  # fmt: skip
+
+
+def with_odd_parts(value):
+    """Yield copies of nested dicts, lists and tuples in which one part is odd."""
+    yield from ODD
+    if isinstance(value, dict):
+        for key in value:
+            for part in with_odd_parts(value[key]):
+                yield {**value, key: part}
+            yield {name: part for name, part in value.items() if name != key}
+            yield {(key, 1) if name == key else name: part for name, part in value.items()}
+    elif isinstance(value, tuple) or (isinstance(value, list) and len(value) < 5 and not isinstance(value[0], str)):
+        for index in range(len(value)):
+            for part in with_odd_parts(value[index]):
+                yield type(value)((*value[:index], part, *value[index + 1 :]))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("pkl")])
+def test_a_pickle_with_an_odd_part_is_read_or_refused_by_one_line(name, tmp_path):
+    FORMATS[name][0](tmp_path)
+    value = pickle.loads((tmp_path / "4.pkl").read_bytes())
+    if isinstance(value, dict):
+        value = {"train": value["train"], "test": value["test"]}
+    path, refused, count = tmp_path / "odd.pkl", 0, 0
+    for odd in with_odd_parts(value):
+        path.write_bytes(pickle.dumps(odd, 4))
+        count += 1
+        try:
+            corpus_formats[name](path)
+        except CorpusError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert str(path) in str(error)
+            assert len(str(error)) < 1000
+    assert count > 300
+    assert refused > count / 2
 
 
 def test_the_mutations_write_the_lengths_that_once_took_gigabytes():

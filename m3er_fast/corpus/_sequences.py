@@ -26,8 +26,12 @@ def as_float32(value: Any, where: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
+        if array.dtype.kind == "c":
+            raise CorpusError(f"{where}: holds complex numbers, wanted real ones")
         if array.dtype.kind not in "biuf":
             array = array.astype(np.float64)
+    except CorpusError:
+        raise
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: lists nested too deep
         raise CorpusError(f"{where}: not a rectangular array of numbers") from error
     with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN

@@ -31,6 +31,7 @@ _NAMES = frozenset(("bool", "dict", "float", "int", "list", "str", "tuple"))
 # One object may stand in several places, but arrays of a file's data are hardly larger than the file.
 _MOST_SHARING, _SMALL_BYTES = 16, 2**26
 _LONG_READ = 2**16
+_MOST_EMPTY_ROWS = 2**20  # of an array of shape (n, 0), which takes no byte however large n is
 
 
 class _RefusedError(Exception):
@@ -211,6 +212,8 @@ def _checked(shape: Any, dtype: Any, data: Any) -> tuple[tuple[int, ...], np.dty
         data = data.encode("latin1")
     if not isinstance(data, bytes) or len(data) != count * dtype.dtype.itemsize:
         raise _RefusedError("an array whose bytes do not fill its shape")
+    if not data and max(shape, default=0) > _MOST_EMPTY_ROWS:
+        raise _RefusedError(f"an array without a byte, of shape {shape}")
     dtype.count_copy(len(data))
     return shape, dtype.dtype, data
 

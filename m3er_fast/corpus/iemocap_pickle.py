@@ -14,6 +14,7 @@ import numpy as np
 from m3er_fast.corpus._sequences import as_float32
 from m3er_fast.corpus._unpickle import load_pickle
 from m3er_fast.corpus.base import Corpus, CorpusError, naming
+from m3er_fast.corpus.files import decoding
 
 CLASSES = ("happy", "sad", "neutral", "angry", "excited", "frustrated")
 
@@ -39,6 +40,11 @@ def read(path: Path, *, encoding: str = "latin1") -> Corpus:
         CorpusError: naming the file and the part that is refused, missing or contradictory.
     """
     data = load_pickle(path, encoding=encoding)
+    with decoding(path, "its parts are not of the wanted kinds"):
+        return _read(data, path)
+
+
+def _read(data: Any, path: Path) -> Corpus:
     if not isinstance(data, tuple | list) or len(data) not in _LAYOUTS:
         found = f"{len(data)} members" if isinstance(data, tuple | list) else f"a {type(data).__name__}"
         raise CorpusError(f"{path}: wanted a tuple of {', '.join(map(str, _LAYOUTS))} members, got {found}")

@@ -25,6 +25,7 @@ from m3er_fast.corpus._labels import (
 from m3er_fast.corpus._sequences import as_float32
 from m3er_fast.corpus._unpickle import load_pickle
 from m3er_fast.corpus.base import NO_LABEL, Corpus, CorpusError, concatenate, naming
+from m3er_fast.corpus.files import decoding
 
 
 def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> Corpus:
@@ -44,7 +45,13 @@ def read(path: Path, *, steps: int | None = None, encoding: str = "latin1") -> C
     Raises:
         CorpusError: naming the file and the part that is refused, missing or contradictory.
     """
-    folds = read_folds(load_pickle(path, encoding=encoding), path)
+    data = load_pickle(path, encoding=encoding)
+    with decoding(path, "its parts are not of the wanted kinds"):
+        return _read(data, path, steps)
+
+
+def _read(data: Any, path: Path, steps: int | None) -> Corpus:
+    folds = read_folds(data, path)
     targets, classes = _targets(folds, path)
     with naming(path):
         parts = []
