@@ -144,9 +144,10 @@ def make_table(rows=12):
         pa.array([f"group-{row // 4}" for row in range(rows)]),
     ]
     fields = [pa.field("id", pa.string()), text]
-    fields += [pa.field(name, column.type) for name, column in zip(
-        ("audio", "length", "label", "split", "group"), columns[2:], strict=True
-    )]
+    fields += [
+        pa.field(name, column.type)
+        for name, column in zip(("audio", "length", "label", "split", "group"), columns[2:], strict=True)
+    ]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
@@ -157,7 +158,11 @@ def make_parquet(folder):
     parquet.write_table(table, folder / "plain.parquet", compression="none", use_dictionary=False, row_group_size=5)
     parquet.write_table(table, folder / "default.parquet")
     parquet.write_table(
-        table, folder / "pages.parquet", compression="zstd", write_page_checksum=False, data_page_version="2.0",
+        table,
+        folder / "pages.parquet",
+        compression="zstd",
+        write_page_checksum=False,
+        data_page_version="2.0",
         data_page_size=64,
     )
 

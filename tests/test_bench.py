@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed.operations import TITLES
-from m3er_fast.cli import main
+from m3er_fast.cli import bench, main
 from m3er_fast.cli.bench import COLUMNS, BenchmarkResult, benchmark_files
 from m3er_fast.cli.bench_display import BenchmarkDisplay
 
@@ -137,6 +137,18 @@ def test_the_benchmarks_of_this_checkout_go_by_their_operation():
     files = benchmark_files()
     assert set(files) == set(TITLES)
     assert all(path.is_file() for path in files.values())
+
+
+def test_the_benchmarks_of_the_current_checkout_are_found_from_a_package_that_is_installed_elsewhere(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "m3er_fast" / "cli" / "bench.py"))
+    for place in (ROOT, ROOT / "docs"):
+        monkeypatch.chdir(place)
+        assert set(benchmark_files()) == set(TITLES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"site-packages/benchmarks and .*/benchmarks: no benchmarks here"):
+        benchmark_files()
 
 
 def a_result(group, contestant, time):

@@ -469,7 +469,10 @@ IDS, LENGTHS = pa.array(["a", "b", "c"]), pa.array([2, 1, 0], pa.int32())
             "column 'length' is null for 'b'",
         ),
         ({"id": IDS, "m": LAYOUTS["list"], "length": pa.array([2.0, 1, 0])}, "column 'length' holds double"),
-        ({"id": IDS, "m": LAYOUTS["list"], "split": pa.array(["train", "dew", "test"])}, "column 'split': 'dew' is not a"),
+        (
+            {"id": IDS, "m": LAYOUTS["list"], "split": pa.array(["train", "dew", "test"])},
+            "column 'split': 'dew' is not a",
+        ),
     ],
 )
 def test_wrong_schemas_give_one_line_that_names_file_and_column(tmp_path, columns, message):

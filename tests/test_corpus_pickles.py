@@ -103,7 +103,9 @@ def test_ids_in_bytes_are_texts_and_a_missing_one_is_named(tmp_path):
         read_mmsa(tmp_path, mmsa_fold(id=["a", None]))
 
 
-@pytest.mark.parametrize("names", [("train", "dev", "eval"), ("TRAIN", "Validation", "TEST"), ("training", "val", "test")])
+@pytest.mark.parametrize(
+    "names", [("train", "dev", "eval"), ("TRAIN", "Validation", "TEST"), ("training", "val", "test")]
+)
 @pytest.mark.parametrize("reader", [mmsa_pickle, mult_pickle])
 def test_the_usual_names_of_splits_are_keys(tmp_path, reader, names):
     folds = [mmsa_fold(seed=seed) if reader is mmsa_pickle else mult_fold(PAIRS, seed=seed) for seed in range(3)]

@@ -231,7 +231,11 @@ def doubled(start, times=60):
         (b"\x80\x02](" + b"K\x01" * 1000 + b"eq\x00" + b"cbuiltins\nset\nh\x00\x85R" * 1000 + b".", "more copies"),
         # One byte string of 10 kB, encoded 1000 times.
         (
-            b"\x80\x02X\x10\x27\0\0" + b"x" * 10000 + b"q\0X\6\0\0\0latin1q\1" + b"c_codecs\nencode\nh\0h\1\x86R" * 1000 + b".",
+            b"\x80\x02X\x10\x27\0\0"
+            + b"x" * 10000
+            + b"q\0X\6\0\0\0latin1q\1"
+            + b"c_codecs\nencode\nh\0h\1\x86R" * 1000
+            + b".",
             "more copies",
         ),
         (b"\x80\x02cbuiltins\nstr\n](K\1e\x85R.", "TypeError"),  # classes may be named but not called
@@ -258,7 +262,10 @@ def test_an_array_that_stands_in_two_places_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer.*git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "it is a Git LFS pointer.*git lfs pull",
+        ),
         (b"/annex/objects/SHA256E-s9--0.pkl\n", "it is a git-annex pointer.*git annex get"),
         (b"\n<!DOCTYPE html><html></html>", r"it is a web page \(HTML\), not the data"),
         (b"<HTML><body>404</body>", r"it is a web page \(HTML\), not the data"),

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from fuzz_readers import FORMATS, NUMBERS
 
-from m3er_fast.corpus import CorpusError
 from m3er_fast.corpus import FORMATS as corpus_formats
+from m3er_fast.corpus import CorpusError
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
@@ -35,7 +35,12 @@ class Found(NamedTuple):
 def fuzz(name, count):
     """Read the mutations of a format; after one that ends the process, go on with the next."""
     outcomes, foreign, crashes, seconds, kib, number = collections.Counter(), {}, [], 0.0, 0, 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     while number < count:
         command = [sys.executable, str(HERE / "fuzz_readers.py"), name, str(number), str(count - number)]
@@ -84,7 +89,8 @@ def ragged():
 
 
 ODD = [
-    None, 3, -1.5, "x", b"x", [], {}, (), [None], [[]], [[1], [2, 3]], {"a": 1}, {1: {2: 3}}, {3}, 10**400, [10**400] * 4,
+    None, 3, -1.5, "x", b"x", [], {}, (), [None], [[]], [[1], [2, 3]], {"a": 1}, {1: {2: 3}}, {3},
+    10**400, [10**400] * 4,
     np.zeros(()), np.zeros((0, 3, 2)), np.zeros((4, 0, 2)), np.zeros((4, 3, 2, 1)), np.zeros((10**9, 0)), ragged(),
     np.array(["x"] * 4), np.array([1 + 2j] * 4), np.full((4, 3, 2), np.nan), [[[1, None]] * 3] * 4, True, [{}] * 4,
 ]  # fmt: skip
@@ -105,6 +111,15 @@ def with_odd_parts(value):
                 yield type(value)((*value[:index], part, *value[index + 1 :]))
 
 
+def refusal(read, path):
+    """Return the message of the library's own error, or None if the file is read."""
+    try:
+        read(path)
+    except CorpusError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("pkl")])
 def test_a_pickle_with_an_odd_part_is_read_or_refused_by_one_line(name, tmp_path):
     FORMATS[name][0](tmp_path)
@@ -115,13 +130,12 @@ def test_a_pickle_with_an_odd_part_is_read_or_refused_by_one_line(name, tmp_path
     for odd in with_odd_parts(value):
         path.write_bytes(pickle.dumps(odd, 4))
         count += 1
-        try:
-            corpus_formats[name](path)
-        except CorpusError as error:
+        problem = refusal(corpus_formats[name], path)
+        if problem is not None:
             refused += 1
-            assert "\n" not in str(error)
-            assert str(path) in str(error)
-            assert len(str(error)) < 1000
+            assert "\n" not in problem
+            assert str(path) in problem
+            assert len(problem) < 1000
     assert count > 300
     assert refused > count / 2
 

@@ -50,9 +50,16 @@ def not_utf_8(rows, bad):
 def test_the_training_split_under_any_of_its_names_gives_the_same_statistics(folder, name):
     wanted = fit_statistics(folder)
     for path in folder.iterdir():
-        edit_shard(path, lambda table: with_column(table, "split", pa.array([
-            {"train": name, "valid": "DEV", "test": "eval"}[split] for split in table["split"].to_pylist()
-        ])))
+        edit_shard(
+            path,
+            lambda table: with_column(
+                table,
+                "split",
+                pa.array(
+                    [{"train": name, "valid": "DEV", "test": "eval"}[split] for split in table["split"].to_pylist()]
+                ),
+            ),
+        )
     found = fit_statistics(folder)
     assert found.rows == wanted.rows == int((CORPUS.split == "train").sum())
     assert found.digest == wanted.digest
@@ -101,7 +108,7 @@ def test_a_column_name_that_is_not_utf_8_costs_its_shard(folder, model, tmp_path
 # --- layouts ---
 
 
-def as_lists(table, kind=pa.float64()):
+def as_lists(table, kind):
     """The table with nested lists of float64, as pandas and pyarrow infer them."""
     corpus = CORPUS.select(np.isin(CORPUS.ids, table["id"].to_pylist()))
     for name, value in corpus.features.items():
@@ -174,9 +181,12 @@ def test_an_empty_shard_may_have_columns_of_any_type(folder, model, tmp_path, ki
 def test_columns_that_are_no_features_are_left_alone(folder, model):
     wanted = scores(folder, model)
     for path in folder.iterdir():
-        edit_shard(path, lambda table: table.append_column("tags", pa.array([["a", "b"]] * len(table))).append_column(
-            "about", pa.array([{"a": [1.0]}] * len(table))
-        ))
+        edit_shard(
+            path,
+            lambda table: table.append_column("tags", pa.array([["a", "b"]] * len(table))).append_column(
+                "about", pa.array([{"a": [1.0]}] * len(table))
+            ),
+        )
     assert scores(folder, model).equals(wanted)
     assert fit_statistics(folder).quarantined == ()
 

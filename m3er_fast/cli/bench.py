@@ -32,17 +32,21 @@ def benchmark_files(folder: Path | None = None) -> dict[str, Path]:
     """Return the benchmarks of a checkout by name, such as "fusion_loss".
 
     Args:
-        folder: the folder ``benchmarks`` of a checkout; None means the one beside this package.
+        folder: the folder ``benchmarks`` of a checkout; None means the one beside this package or, if it is installed
+            elsewhere, the one in the current folder or a folder above it.
 
     Raises:
         ValueError: if the folder holds no benchmarks.
     """
-    found = Path(__file__).resolve().parents[2] / "benchmarks" if folder is None else folder
-    files = {path.stem.removeprefix("test_"): path for path in sorted(found.glob("speed/test_*.py"))}
-    if not files or not (found / "speed" / "harness.py").is_file():
-        wanted = "the benchmarks are in a checkout of the project, not in the wheel: --benchmarks CHECKOUT/benchmarks"
-        raise ValueError(f"{found}: no benchmarks here; {wanted}")
-    return files
+    checkouts = (Path(__file__).resolve().parents[2], Path.cwd(), *Path.cwd().parents)
+    folders = [checkout / "benchmarks" for checkout in checkouts] if folder is None else [folder]
+    for found in folders:
+        files = {path.stem.removeprefix("test_"): path for path in sorted(found.glob("speed/test_*.py"))}
+        if files and (found / "speed" / "harness.py").is_file():
+            return files
+    places = folders[0] if folder is not None else f"{folders[0]} and {folders[1]}"
+    wanted = "the benchmarks are in a checkout of the project, not in the wheel: --benchmarks CHECKOUT/benchmarks"
+    raise ValueError(f"{places}: no benchmarks here; {wanted}")
 
 
 def run_benchmarks(

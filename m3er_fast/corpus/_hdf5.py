@@ -117,7 +117,7 @@ def group_at(parent: Any, name: str, path: Path) -> Any:
 
 
 def read_array(group: Any, name: str, path: Path) -> np.ndarray:
-    """Read the dataset ``name`` of a group; see `child`. A dataset without any element, or with none declared, is empty.
+    """Read the dataset ``name`` of a group; see `child`. One that declares no shape is an empty array.
 
     Raises:
         CorpusError: if it is not a dataset of numbers or strings, is virtual, is stored in another file, or declares a

@@ -110,7 +110,9 @@ def _lists(column: Any, ids: np.ndarray, classes: tuple[str, ...], task: str, se
         raise CorpusError(f"column 'label' holds {column.type}, wanted an integer, a name or list<float>")
     given = column.to_pylist()
     if several:  # numbers of the classes that are present
-        rows = [None if row is None else _answers(row, len(classes), name) for row, name in zip(given, ids, strict=True)]
+        rows = [
+            None if row is None else _answers(row, len(classes), name) for row, name in zip(given, ids, strict=True)
+        ]
         task = "multi"
     else:
         rows = [None if row is None else np.array(row, np.float32) for row in given]

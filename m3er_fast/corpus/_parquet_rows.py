@@ -134,9 +134,7 @@ def modality_columns(schema: pa.Schema) -> list[str]:
 
     Columns of anything else, such as texts or lists of texts, are no modality, unless their metadata say ``features``.
     """
-    return [
-        field.name for field in schema if field.name not in RESERVED_COLUMNS and _may_hold_frames(field)
-    ]
+    return [field.name for field in schema if field.name not in RESERVED_COLUMNS and _may_hold_frames(field)]
 
 
 def _countable(table: pa.Table) -> list[str]:
@@ -186,7 +184,9 @@ def with_hive_columns(table: pa.Table, values: Mapping[str, str | None]) -> pa.T
     for name, value in values.items():
         if name in RESERVED_COLUMNS and name not in table.column_names:
             number = value is not None and value.isascii() and value.isdigit()
-            item = pa.scalar(int(value or 0), pa.int64()) if name == "label" and number else pa.scalar(value, pa.string())
+            item = (
+                pa.scalar(int(value or 0), pa.int64()) if name == "label" and number else pa.scalar(value, pa.string())
+            )
             table = table.append_column(name, pa.repeat(item, table.num_rows))
     return table
 
@@ -317,9 +317,9 @@ def is_list(kind: Any) -> bool:
 
 
 def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column that holds no value, whatever its type, as lists of floats: the type inferred for it says nothing.
+    """Return a column that holds no value as lists of floats: the type inferred for it says nothing.
 
-    pyarrow writes nulls or lists of nulls, pandas float64.
+    pyarrow makes it nulls or lists of nulls, pandas float64.
     """
     import pyarrow as pa
 

@@ -26,14 +26,12 @@ def as_float32(value: Any, where: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
-        if array.dtype.kind == "c":
-            raise CorpusError(f"{where}: holds complex numbers, wanted real ones")
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biufc":
             array = array.astype(np.float64)
-    except CorpusError:
-        raise
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: lists nested too deep
         raise CorpusError(f"{where}: not a rectangular array of numbers") from error
+    if array.dtype.kind == "c":
+        raise CorpusError(f"{where}: holds complex numbers, wanted real ones")
     with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN
         return np.ascontiguousarray(array, dtype=np.float32)
 

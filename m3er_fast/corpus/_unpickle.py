@@ -17,7 +17,7 @@ import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -75,11 +75,9 @@ class _Unpickler(pickle._Unpickler):
     of 0.1 s, one of MMSA with few large arrays as long.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
-    def __init__(
-        self, read: Callable[[int], bytes], readline: Callable[[], bytes], size: int, encoding: str
-    ) -> None:
+    def __init__(self, read: Callable[[int], bytes], readline: Callable[[], bytes], size: int, encoding: str) -> None:
         super().__init__(_Stream(read, readline), encoding=encoding)
         self._copied, self._size = 0, size
 

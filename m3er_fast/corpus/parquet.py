@@ -46,7 +46,7 @@ from m3er_fast.corpus._parquet_rows import (
     with_hive_columns,
     with_ids,
 )
-from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, concatenate, naming, split_name
+from m3er_fast.corpus.base import NO_LABEL, Corpus, CorpusError, concatenate, naming, split_name
 from m3er_fast.corpus.files import corpus_files, decoding, hive_values, visible_files
 
 if TYPE_CHECKING:
@@ -188,7 +188,10 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     file = Path(path)
     if not file.is_file():
         raise CorpusError(f"{file}: no such file")
-    with decoding(file, "not readable as Parquet"), parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+    with (
+        decoding(file, "not readable as Parquet"),
+        parquet.ParquetFile(file, page_checksum_verification=True) as opened,
+    ):
         present = opened.schema_arrow.names
         return opened.read(None if columns is None else [name for name in columns if name in present])
 

@@ -27,7 +27,6 @@ from m3er_fast.corpus.base import (
 )
 from m3er_fast.corpus.files import decoding, foreign_content, visible_files
 
-
 _SPELLINGS = "|".join(name for names in SPLIT_NAMES.values() for name in names)
 
 

@@ -127,8 +127,7 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     with ThreadPoolExecutor(_THREADS) as pool:
         checksums = pool.map(lambda file: _checksum(corpus.filesystem, file[1].path, file[1].size, checksum), files)
         shards = tuple(
-            Shard(name, file.path, file.size, checksum)
-            for (name, file), checksum in zip(files, checksums, strict=True)
+            Shard(name, file.path, file.size, checksum) for (name, file), checksum in zip(files, checksums, strict=True)
         )
     _check_names(shards)
     return Plan(corpus, shards)

@@ -338,14 +338,17 @@ def read_groups(
     """
     import pyarrow as pa
 
-    with naming(shard.name), decoding(shard.name, "column 'group' is not readable"):
-        with corpus.filesystem.open_input_file(shard.path) as file:
-            is_ipc = file.read(6) == b"ARROW1"
-            columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, shard, file, verify)
-            for column in columns:
-                coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-                names = [None if name is None else str(name) for name in coded.dictionary.to_pylist()]
-                yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    with (
+        naming(shard.name),
+        decoding(shard.name, "column 'group' is not readable"),
+        corpus.filesystem.open_input_file(shard.path) as file,
+    ):
+        is_ipc = file.read(6) == b"ARROW1"
+        columns = _ipc_groups(corpus, shard) if is_ipc else _parquet_groups(corpus, shard, file, verify)
+        for column in columns:
+            coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+            names = [None if name is None else str(name) for name in coded.dictionary.to_pylist()]
+            yield names, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _parquet_groups(corpus: Location, shard: Shard, source: Any, verify: bool) -> Iterator[Any]:
