@@ -173,6 +173,7 @@ def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     """Return a tensor, array or sequence of numbers as a tensor, which shares its memory if torch can."""
+    refuse_sparse(name, value)
     got = type(value).__name__
     if isinstance(value, np.ndarray):
         got = f"an array of {value.dtype}"
@@ -182,6 +183,17 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a tensor or a numeric array, got {got}") from error
+
+
+def refuse_sparse(name: str, value: Any) -> None:
+    """Raise a ValueError for a sparse or nested tensor of torch, or a sparse array of SciPy, which says what to do."""
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            raise ValueError(f"{name} is a nested tensor, wanted a padded one and lengths: value.to_padded_tensor(0.0)")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name} is sparse ({value.layout}), wanted a dense tensor: value.to_dense()")
+    elif hasattr(value, "toarray"):
+        raise ValueError(f"{name} is sparse (a {type(value).__name__}), wanted a dense array: value.toarray()")
 
 
 def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:

@@ -5,9 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch.utils.data import DataLoader
 
+from m3er_fast import M3ERFusion
 from m3er_fast.inputs import check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.scoring import predict
 
 DIMS = {"text": 3, "audio": 2}
 
@@ -238,3 +241,20 @@ def test_batches_may_be_mappings_tuples_lists_or_come_from_a_data_loader():
     rows = [({name: x[b] for name, x in given.items()}, int(lengths[b]), available[b]) for b in range(4)]
     loaded = list(iterate_batches(DataLoader(rows, batch_size=2), input_dims=DIMS))
     assert [batch.lengths.tolist() for batch in loaded] == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.eye(3).to_sparse(), r"is sparse \(torch.sparse_coo\), wanted a dense tensor: value.to_dense"),
+        (torch.eye(3).to_sparse_csr(), r"is sparse \(torch.sparse_csr\)"),
+        (sparse.csr_matrix(np.eye(3)), r"is sparse \(a csr_matrix\), wanted a dense array: value.toarray"),
+        (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), "is a nested tensor, wanted a padded one"),
+    ],
+)
+def test_sparse_and_nested_features_say_what_to_do(value, words):
+    with pytest.raises(ValueError, match=rf"features\['text'\] {words}"):
+        prepare_batch({"text": value}, input_dims={"text": 3})
+    model = M3ERFusion({"text": 3, "audio": 2}, 2)
+    with pytest.raises(ValueError, match=rf"features\['text'\] {words}"):
+        predict(model.ablated(check=False, proxy=False), {"text": value})

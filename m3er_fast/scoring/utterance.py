@@ -16,6 +16,7 @@ from torch import Tensor
 from m3er_fast.check import ModalityCheck
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.inputs import refuse_sparse
 from m3er_fast.scoring.scorer import MOST_FRAMES
 
 
@@ -99,6 +100,7 @@ def _frames(input_dims: Mapping[str, int], features: Mapping[str, Any]) -> dict[
 
 
 def _as_frames(name: str, value: Any, dim: int) -> Tensor:
+    refuse_sparse(f"features[{name!r}]", value)
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"features[{name!r}] must hold real numbers, got {value.dtype}")
