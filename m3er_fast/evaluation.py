@@ -89,9 +89,9 @@ def evaluate(
     whole["modality_probabilities"] = whole["modality_probabilities"].swapaxes(0, 1)
     report = None
     if corpus.target is not None and labelled(corpus).any():
-        rows = labelled(corpus)
+        known = labelled(corpus)
         report = classification_report(
-            whole["probabilities"][rows], corpus.target[rows], corpus.classes, task=corpus.task
+            whole["probabilities"][known], corpus.target[known], corpus.classes, task=corpus.task
         )
     return Prediction(**whole, report=report)
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from fuzz_readers import FORMATS, NUMBERS
 
-from m3er_fast.corpus import FORMATS as corpus_formats
-from m3er_fast.corpus import CorpusError
+from m3er_fast import corpus
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
@@ -115,7 +114,7 @@ def refusal(read, path):
     """Return the message of the library's own error, or None if the file is read."""
     try:
         read(path)
-    except CorpusError as error:
+    except corpus.CorpusError as error:
         return str(error)
     return None
 
@@ -130,7 +129,7 @@ def test_a_pickle_with_an_odd_part_is_read_or_refused_by_one_line(name, tmp_path
     for odd in with_odd_parts(value):
         path.write_bytes(pickle.dumps(odd, 4))
         count += 1
-        problem = refusal(corpus_formats[name], path)
+        problem = refusal(corpus.FORMATS[name], path)
         if problem is not None:
             refused += 1
             assert "\n" not in problem

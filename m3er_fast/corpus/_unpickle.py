@@ -75,7 +75,7 @@ class _Unpickler(pickle._Unpickler):
     of 0.1 s, one of MMSA with few large arrays as long.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[Any] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, read: Callable[[int], bytes], readline: Callable[[], bytes], size: int, encoding: str) -> None:
         super().__init__(_Stream(read, readline), encoding=encoding)
