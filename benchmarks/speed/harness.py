@@ -39,10 +39,10 @@ _MOST_COPIES = 64
 GRAPHED_CALLS = 16
 """How many calls one graph holds, each with its own inputs."""
 # A round takes about this long, so that waiting for the device once per round is negligible.
-_ROUND_SECONDS = {"cpu": 0.03, "cuda": 0.02}
+_ROUND_SECONDS = {"cpu": 0.025, "cuda": 0.02}
 _ROUNDS = {"cpu": 15, "cuda": 20}
 # A slow step has fewer rounds, but at least five, so that there are quartiles.
-_SECONDS = 2.5
+_SECONDS = 2.0
 _LEAST_ROUNDS = 5
 _MOST_CALLS = 2000  # in one round
 

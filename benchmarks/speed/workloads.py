@@ -140,9 +140,9 @@ LOSS["cuda"] = {
 CHECK: dict[Device, dict[str, Vectors]] = {
     "cpu": {
         **{f"CMU-MOSEI, B={batch}": Vectors(MOSEI_DIMS, batch, 30, torch.float32) for batch in BATCHES},
+        "8192 samples": Vectors(MOSEI_DIMS, 8192, 30, torch.float32),
         "CMU-MOSI, B=32": Vectors(MOSI_DIMS, 32, 30, torch.float32),
         "IEMOCAP, B=32": Vectors(IEMOCAP_DIMS, 32, 30, torch.float32),
-        "8192 samples": Vectors(MOSEI_DIMS, 8192, 30, torch.float32),
         "2048 samples of embeddings": Vectors(EMBEDDING_DIMS, 2048, 30, torch.float32),
     }
 }
