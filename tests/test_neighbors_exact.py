@@ -243,3 +243,77 @@ print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64 * 2**20
+
+
+def assert_index_exact(query, bank, k, allowed=None):
+    """As :func:`assert_exact`, for two searches of an index, which may learn from the first."""
+    index = exact.ExactIndex(bank, allowed, exact.MEMORY_BUDGET)
+    for _ in range(2):
+        distances, rows = index.search(query, k)
+        wanted = oracle(query, bank, k, allowed)
+        np.testing.assert_allclose(distances.numpy(), wanted, rtol=2e-6, atol=1e-30)
+        own = ((bank[rows].double() - query[:, None].double()) ** 2).sum(dim=2)
+        np.testing.assert_allclose(own.numpy(), wanted, rtol=2e-6, atol=1e-30)
+        assert all(len(set(row)) == k for row in rows.tolist())
+
+
+@pytest.mark.parametrize(
+    ("queries", "rows", "features", "k"),
+    [
+        (1, 1, 1, 1),
+        (3, 2, 5, 2),
+        (7, 33, 3, 33),
+        (32, 4097, 17, 5),
+        (9, 9000, 2, 16),
+        (5, 5000, 64, 300),
+        (4, 20, 3, 16),
+    ],
+)
+def test_an_index_of_a_small_bank_is_brute_force(queries, rows, features, k):
+    assert_index_exact(draw(queries, features, seed=1), draw(rows, features), k)
+
+
+@pytest.mark.parametrize("case", ["repeated", "nearly repeated", "far", "tiny", "huge", "an outlier", "a far query"])
+def test_a_small_bank_that_one_product_does_not_tell_apart_is_searched_exactly(case):
+    query, bank = draw(9, 12, seed=1), draw(2000, 12)
+    if case == "repeated":
+        bank = bank[:40].repeat(50, 1)
+    elif case == "nearly repeated":
+        bank = bank[:40].repeat(50, 1) + 1e-5 * bank
+    elif case == "far":
+        query, bank = query + 1000, bank + 1000
+    elif case == "tiny":
+        query, bank = query * 1e-25, bank * 1e-25
+        query[0] *= 1e20
+    elif case == "huge":
+        query, bank = query * 1e17, bank * 1e17
+    elif case == "an outlier":
+        bank[7] *= 1e15
+    elif case == "a far query":
+        query[3] *= 1e15
+    assert_index_exact(query, bank, 16)
+
+
+def test_a_small_bank_has_rows_that_are_not_allowed():
+    query, bank = draw(9, 12, seed=1), draw(2000, 12)
+    allowed = torch.zeros(2000, dtype=torch.bool)
+    allowed[::100] = True  # 20 rows, fewer than are measured
+    assert_index_exact(query, bank, 16, allowed)
+    rows = exact.ExactIndex(bank, allowed, exact.MEMORY_BUDGET).search(query, 20)[1]
+    assert bool(allowed[rows].all())
+
+
+def test_queries_of_a_small_bank_that_are_not_finite_have_no_neighbours():
+    query, bank = draw(4, 12, seed=1), draw(2000, 12)
+    query[1, 3], query[2] = torch.nan, torch.inf
+    distances, rows = exact.ExactIndex(bank, None, exact.MEMORY_BUDGET).search(query, 5)
+    np.testing.assert_allclose(distances[::3].numpy(), oracle(query[::3], bank, 5), rtol=2e-6)
+    assert bool((distances[1:3] == torch.inf).all())
+    assert rows[1:3].tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_distances_of_a_small_bank_have_gradients():
+    query, bank = draw(4, 12, seed=1).requires_grad_(), draw(2000, 12)
+    distances, rows = exact.ExactIndex(bank, None, exact.MEMORY_BUDGET).search(query, 5)
+    distances.sum().backward()
+    np.testing.assert_allclose(query.grad, 2 * (query.detach()[:, None] - bank[rows]).sum(dim=1), rtol=1e-5)

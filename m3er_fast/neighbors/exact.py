@@ -11,6 +11,9 @@ as in float32, and all but some two or three times k rows are excluded. Where a 
 precision. In float64, the last one, rows are excluded that are not better than k others to its last digits: the choice
 among repeated rows does not matter.
 
+A few queries of a small bank need fewer steps: the best rows of one product, and some to spare, are measured. The last
+of them, less E, bounds all other rows. Queries for which it is not beyond the k-th nearest are searched again.
+
 Dimension legend: Q queries, n bank rows, d features, k neighbours; W rows of a tile, in S sets of G rows; P pairs.
 """
 
@@ -38,25 +41,37 @@ _CENTER_ROWS = 16
 _SMALL_BANK = 2**14
 # With this few queries, it saves less time than rounding the bank takes.
 _FEW_QUERIES = 256
+# A small bank and this few queries are searched by one product: with more, measuring rows to spare takes longer.
+_FEWEST_QUERIES = 32
 # Half squared norms of a tile, and norms of a query, between which float32 neither overflows nor underflows.
 _SAFE_HALF = (1e-25, 1e34)
 _SAFE_NORM = 1e17
 # Bytes of differences that a CPU measures at a time: more would leave the cache, and the system would have to clear
 # more memory.
 _MEASURED_BYTES = 2**21
-# Candidates beyond k where there are no bounds: rounding of the products may reorder near ties.
+# Candidates beyond k where the best of a product are measured: its rounding may reorder near ties.
 _SPARE_CANDIDATES = 8
 
 
 class ExactIndex:
-    """An index that is the bank itself, searched by :func:`search_exact`."""
+    """An index that is the bank itself, searched by :func:`search_exact`, or by one product where that is faster."""
 
     def __init__(self, bank: Tensor, allowed: Tensor | None, memory_budget: int) -> None:
         self._bank, self._allowed, self._memory_budget = bank, allowed, memory_budget
+        self._is_spread = True  # until one product does not tell the nearest rows apart: they repeat, or lie far off
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return squared distances (Q, k), ascending, and the numbers of their rows (Q, k)."""
-        return search_exact(query, self._bank, k, allowed=self._allowed, memory_budget=self._memory_budget)
+        if not (self._is_spread and _is_small(query, self._bank, k, self._memory_budget)):
+            return search_exact(query, self._bank, k, allowed=self._allowed, memory_budget=self._memory_budget)
+        distances, rows, is_proven = _search_at_once(query, self._bank, k, self._allowed)
+        if not is_proven.all():
+            rest = (~is_proven).nonzero()[:, 0]
+            self._is_spread = 2 * len(rest) < len(query)
+            distances[rest], rows[rest] = search_exact(
+                query[rest], self._bank, k, allowed=self._allowed, memory_budget=self._memory_budget
+            )
+        return distances, rows
 
 
 def search_exact(
@@ -120,6 +135,45 @@ def _search_exact(
         distances[part], rows[part] = _measure(candidates, query[part], bank, k, memory_budget)
     first = torch.arange(k, device=query.device) if allowed is None else allowed.nonzero()[:k, 0].to(query.device)
     return distances.where(finite[:, None], torch.inf), rows.where(finite[:, None], first)
+
+
+def _is_small(query: Tensor, bank: Tensor, k: int, memory_budget: int) -> bool:
+    """Whether :func:`_search_at_once` is made for this problem, and takes no more memory than it may."""
+    taken = 4 * (query.shape[0] * bank.shape[0] + 2 * query.numel() * (k + _SPARE_CANDIDATES))
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or bank.requires_grad)
+    return (
+        query.dtype == bank.dtype == torch.float32
+        and query.device.type == bank.device.type == "cpu"
+        and 0 < query.shape[0] <= _FEWEST_QUERIES
+        and bank.shape[0] <= _SMALL_BANK
+        and taken <= memory_budget
+        and not needs_gradient
+    )
+
+
+def _search_at_once(query: Tensor, bank: Tensor, k: int, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return squared distances (Q, k), rows (Q, k), and for which queries (Q,) no other row can be nearer.
+
+    The product is about zero: of a bank far from it, the bounds prove nothing; nor of a query that is not finite.
+    """
+    norm, query_norm = torch.linalg.vector_norm(bank, dim=1), torch.linalg.vector_norm(query, dim=1)
+    value = torch.addmm(norm.square().mul_(0.5), query, bank.mT, alpha=-1.0)
+    if allowed is not None:
+        value.masked_fill_(~allowed, torch.inf)
+    candidates = min(k + _SPARE_CANDIDATES, bank.shape[0])
+    best = value.topk(candidates, dim=1, largest=False, sorted=True)
+    difference = bank.index_select(0, best.indices.flatten()).view(len(query), candidates, -1)
+    squares = difference.sub_(query[:, None]).square_().sum(dim=2)
+    if allowed is not None:
+        squares.masked_fill_(best.values == torch.inf, torch.inf)
+    nearest = squares.topk(k, dim=1, largest=False, sorted=True)
+    rows = best.indices.gather(1, nearest.indices)
+    # Twice the bound of a float32 sum of products, for the rounding of the distances that it is compared with as well.
+    reach = (query_norm + norm.amax()).square_()
+    error = 2 * (query.shape[1] + 16) * torch.finfo(torch.float32).eps * reach
+    beyond = best.values[:, -1] + 0.5 * query_norm.square() - error
+    is_proven = (beyond >= 0.5 * nearest.values[:, -1]) | (candidates == bank.shape[0])
+    return nearest.values, rows, is_proven & (reach > _SAFE_HALF[0]) & (reach < _SAFE_HALF[1])
 
 
 class _Candidates(NamedTuple):
