@@ -150,7 +150,6 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
 def results(runs: Sequence[Run]) -> list[str]:
     """Return the first page's results as lines of Markdown: runs, goals, and ratios by operation."""
     lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs)]
-    lines += ["", "On a GPU:", "", *_table_of_gpu_goals(runs)]
     for operation in _operations(runs):
         lines += ["", f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
     return lines
@@ -167,14 +166,15 @@ def _on_cpu(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def all_results(runs: Sequence[Run], links: Sequence[str]) -> list[str]:
-    """Return the generated part of the second page: the figures, and a table per group."""
+    """Return the generated part of the second page: the figures, a table per group, and the goals on a GPU."""
     lines = [line for link in links for line in (link, "")]
     for operation in _operations(runs):
         lines += [f"### {TITLES.get(operation, operation)}"]
         for run, label in zip(runs, labels(runs), strict=True):
             lines += markdown([row for row in run.rows if row["operation"] == operation], f", {label}")
         lines += [""]
-    return [*lines[:-1], *_table_of_device_use([row for run in runs for row in run.rows]), *_left_out(runs)]
+    lines += ["### Goals on a GPU", "", *_table_of_gpu_goals(runs)]
+    return [*lines, *_table_of_device_use([row for run in runs for row in run.rows]), *_left_out(runs)]
 
 
 def _operations(runs: Sequence[Run]) -> list[str]:
