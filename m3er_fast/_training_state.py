@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ class TrainingState:
         fingerprint: identifies the run; see `run_fingerprint`.
     """
 
-    def __init__(self, model: M3ERFusion, fingerprint: str) -> None:
+    def __init__(self, model: M3ERFusion, fingerprint: dict[str, Any]) -> None:
         settings = model.config.training
         self.model = model
         self.fingerprint = fingerprint
@@ -108,26 +107,64 @@ class TrainingState:
             self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
 
 
-def run_fingerprint(corpus: Corpus, config: M3ERConfig, statistics: ModelStatistics | None) -> str:
-    """Return a digest of everything that decides the result of a training run."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([config.to_dict(), corpus.input_dims, corpus.classes, corpus.task]).encode())
-    digest.update("\n".join(corpus.ids).encode())
-    digest.update("\n".join([] if corpus.split is None else corpus.split).encode())
-    for values in (*corpus.features.values(), corpus.lengths, corpus.available, labels_of(corpus)):
-        digest.update(np.ascontiguousarray(values).data)
-    if statistics is not None:
-        digest.update(statistics.digest.encode())
-    return digest.hexdigest()
+def run_fingerprint(corpus: Corpus, config: M3ERConfig, statistics: ModelStatistics | None) -> dict[str, Any]:
+    """Return everything that decides the result of a training run, by name: settings as they are, data as digests."""
+    features = {f"features of {name}": _digest(np.ascontiguousarray(x).data) for name, x in corpus.features.items()}
+    return {
+        **_flat(config.to_dict()),
+        "modalities": [f"{name} ({dim})" for name, dim in corpus.input_dims.items()],
+        "classes": list(corpus.classes),
+        "task": corpus.task,
+        "utterances": _digest("\n".join(corpus.ids).encode()),
+        "splits": _digest("\n".join([] if corpus.split is None else corpus.split).encode()),
+        **features,
+        "lengths": _digest(np.ascontiguousarray(corpus.lengths).data),
+        "availability": _digest(np.ascontiguousarray(corpus.available).data),
+        "labels": _digest(np.ascontiguousarray(labels_of(corpus)).data),
+        "statistics": None if statistics is None else statistics.digest,
+    }
 
 
-def check_fingerprint(found: str, wanted: str, out: Path) -> None:
-    """Raise a ResumeMismatchError unless the run in ``out`` is the one that was asked for."""
-    if found != wanted:
-        raise ResumeMismatchError(
-            f"{out} holds a training with another corpus or configuration, or other statistics: "
-            "give another folder, or begin anew"
-        )
+def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
+    """Raise a ResumeMismatchError that names the differences unless the run in ``out`` is the one asked for."""
+    if found == wanted:
+        return
+    if not isinstance(found, dict):
+        raise TypeError("a fingerprint is a dict")  # of an earlier version; resuming_from says so
+    differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    # A part that only one of them has differs as a whole.
+    differing = [name for name in differing if name.rpartition(".")[0] not in differing]
+    differences = [
+        f"other {name}" if _is_data(name) else f"{name} = {found.get(name)}, now {wanted.get(name)}"
+        for name in differing
+    ]
+    more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
+    raise ResumeMismatchError(
+        f"{out} holds a training that differs: {'; '.join(differences[:5])}{more}. Give another folder, or begin anew "
+        "(--no-resume)"
+    )
+
+
+def _is_data(name: str) -> bool:
+    """Whether a part of a fingerprint is a digest, which says nothing to a reader."""
+    return name.startswith("features of ") or name in {
+        *("utterances", "splits", "lengths", "availability", "labels", "statistics"),
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{prefix}{name}": "given", **_flat(value, f"{prefix}{name}.")}
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _digest(data: Any) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -139,7 +176,8 @@ def resuming_from(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the parsers of JSON and torch raise anything when a file is damaged
         raise ResumeMismatchError(
-            f"{path} is damaged, or no training wrote it ({type(error).__name__}): give another folder, or begin anew"
+            f"{path} is damaged, or no training of this version wrote it ({type(error).__name__}): "
+            "give another folder, or begin anew (--no-resume)"
         ) from error
 
 

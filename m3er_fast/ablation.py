@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from m3er_fast.corruption import Corruption, corrupt, named, takes_groups
 from m3er_fast.evaluation import Prediction, evaluate, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, mean_std
-from m3er_fast.training import default_config, train
+from m3er_fast.training import HISTORY_FILE, default_config, train
 
 __all__ = [
     "FULL",
@@ -37,6 +38,7 @@ __all__ = [
     "NO_PROXY",
     "ORACLE",
     "ORIGINAL",
+    "UNFINISHED",
     "AblationResult",
     "AblationRow",
     "CheckQuality",
@@ -48,6 +50,8 @@ __all__ = [
     "run_ablation",
 ]
 
+UNFINISHED = "unfinished"
+"""The folder of the trainings of an ablation that has not written its results."""
 ORIGINAL = "Original multiplicative fusion (Liu et al. 2018)"
 FULL = "M3ER"
 NO_PROXY = "M3ER – proxy feature vector"
@@ -89,7 +93,9 @@ def run_ablation(
     seeds: int = 5,
     out: str | Path | None = None,
     corruption: str = PAPER_CORRUPTION,
+    resume: bool = True,
     progress: Callable[[str], None] | None = None,
+    resumed: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Train with both losses and test with and without each step, on clean and on corrupted utterances.
 
@@ -103,12 +109,16 @@ def run_ablation(
         corpus: with labels and the splits train and test; a validation split is taken from train if there is none.
         config: settings of the full model; None takes the defaults for the corpus.
         seeds: trainings of each model, with seeds from ``config.training.seed`` on.
-        out: a folder for table.md, table.json and, if matplotlib is installed, the figures.
+        out: a folder for table.md, table.json and, if matplotlib is installed, the figures. Until they are written it
+            holds the trainings in ``unfinished``: after an interruption the same call goes on, to the same results.
         corruption: the kind of corruption, by its name in ``corruption.KINDS``, such as ``"freeze"``, or by name and
             severity, such as ``"gain:mild"``.
+        resume: go on with the trainings in ``out``; False begins anew.
         progress: called with a line of text at every stage.
+        resumed: called once, with a line of text, if an earlier call has begun the trainings.
 
     Raises:
+        ResumeMismatchError: if those trainings are of another corpus or configuration, naming what differs.
         ValueError: if the corpus lacks labels, a split, or the groups that the corruption needs; if the configuration
             lacks the check or the proxies; or if there is no such corruption.
     """
@@ -126,6 +136,7 @@ def run_ablation(
     if out is not None:  # a folder that cannot be written to is an error now, not after hours
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
+        _begin(out / UNFINISHED, 2 * seeds, resume, resumed)
     report_progress = progress or (lambda line: None)
     reports: dict[_Experiment, list[ClassificationReport]] = {}
     outcomes: dict[str, list[_CheckOutcome]] = {}
@@ -134,7 +145,8 @@ def run_ablation(
     for number in range(seeds):
         seed = config.training.seed + number
         settings = config.replace(training=replace(config.training, seed=seed))
-        run = _train_and_predict(corpus, settings, corruption, report_progress, f"seed {number + 1} of {seeds}")
+        folder = None if out is None else out / UNFINISHED / f"seed-{seed}"
+        run = _train_and_predict(corpus, settings, corruption, report_progress, f"seed {number + 1} of {seeds}", folder)
         for experiment, prediction in run.predictions.items():
             assert prediction.report is not None
             reports.setdefault(experiment, []).append(prediction.report)
@@ -162,7 +174,20 @@ def run_ablation(
             partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         chosen = examples(first.model, first.noisy, first.truth, first.predictions[_Experiment(True, FULL)])
         draw_ablation(result, frames, chosen, out)
+        done = (out / UNFINISHED).rename(out / f".{UNFINISHED}.done")  # at once, where removing takes several steps
+        shutil.rmtree(done)
     return result
+
+
+def _begin(folder: Path, trainings: int, resume: bool, resumed: Callable[[str], None] | None) -> None:
+    """Make the folder of trainings, or say how many of them are finished."""
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    begun = list(folder.glob("seed-*/*"))
+    if begun and resumed is not None:
+        finished = sum((path / HISTORY_FILE).exists() for path in begun)
+        resumed(f"{finished} of {trainings} trainings are finished")
+    folder.mkdir(exist_ok=True)
 
 
 def corrupt_corpus(
@@ -212,15 +237,21 @@ def _find_corruption(corpus: Corpus, corruption: str | Corruption) -> Corruption
 
 
 def _train_and_predict(
-    corpus: Corpus, config: M3ERConfig, corruption: str, report_progress: Callable[[str], None], which: str
+    corpus: Corpus,
+    config: M3ERConfig,
+    corruption: str,
+    report_progress: Callable[[str], None],
+    which: str,
+    folder: Path | None,
 ) -> _Run:
-    """Train with both losses, and predict every row of Table 2."""
+    """Train with both losses, each in a part of ``folder``, and predict every row of Table 2."""
     assert config.check is not None
     test = corpus.subset("test")
     report_progress(f"{which}: training with the original loss")
-    original = train(corpus, config.replace(loss=replace(config.loss, variant="original"))).model
+    with_original_loss = config.replace(loss=replace(config.loss, variant="original"))
+    original = train(corpus, with_original_loss, out=folder and folder / "original").model
     report_progress(f"{which}: training M3ER")
-    model = train(corpus, config).model
+    model = train(corpus, config, out=folder and folder / "m3er").model
     noisy, truth = corrupt_corpus(model, test, config.training.seed, corruption=corruption)
     with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
     other = _OTHER_CHECK[_other_statistic(config.check)]

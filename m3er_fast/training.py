@@ -100,6 +100,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = True,
     progress: Callable[[EpochRecord], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Fit and train a model on the train split, stopping early on the loss of the validation split.
 
@@ -117,12 +118,13 @@ def train(
             if matplotlib is installed, history.png.
         resume: continue the run in ``out``; False begins anew.
         progress: called after every epoch.
+        resumed: called once with the number of epochs that an earlier run has done, if it has done any.
 
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
             the configuration's activation; or ``statistics`` are of other modalities or settings.
-        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, or its files
-            are damaged.
+        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, naming what
+            differs, or its files are damaged.
         TrainingError: if the loss is no longer finite.
     """
     config = default_config(corpus, statistics) if config is None else config
@@ -140,7 +142,10 @@ def train(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         if resume and (out / HISTORY_FILE).exists() and not (out / CHECKPOINT_FILE).exists():
-            return _finished(out, fingerprint)
+            result = _finished(out, fingerprint)
+            if resumed is not None:
+                resumed(len(result.history["train_loss"]))
+            return result
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
         model = M3ERFusion(corpus.input_dims, len(corpus.classes), config, classes=corpus.classes)
@@ -153,6 +158,8 @@ def train(
         state = TrainingState(model, fingerprint)
         if out is not None and resume and (out / CHECKPOINT_FILE).exists():
             state.load(out / CHECKPOINT_FILE)
+            if resumed is not None:
+                resumed(state.epoch)
         _run_epochs(state, training, validation, out, progress)
     model.network.load_state_dict(state.best)
     model.eval()
@@ -254,7 +261,7 @@ def _check_task(corpus: Corpus, config: M3ERConfig) -> None:
         )
 
 
-def _finished(out: Path, fingerprint: str) -> TrainingResult:
+def _finished(out: Path, fingerprint: dict[str, Any]) -> TrainingResult:
     """Load the result of a finished run."""
     with resuming_from(out / HISTORY_FILE):
         history = json.loads((out / HISTORY_FILE).read_text())

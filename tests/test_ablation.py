@@ -19,7 +19,7 @@ from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.corruption import compose, paper_protocol
 from m3er_fast.metrics import classification_report
-from m3er_fast.training import Prediction, evaluate, train
+from m3er_fast.training import Prediction, ResumeMismatchError, evaluate, train
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 NETWORK = NetworkConfig(hidden=8, memory=8, attention=(8, 8, 8), fusion=8, head=8)
@@ -176,6 +176,87 @@ def test_the_result_is_written_as_json_and_markdown(ablated):
     assert M3ERConfig.from_dict(written["settings"]["config"]) == CONFIG
     for name in FIGURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- interrupted and resumed ---
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def stopping(line):
+    """A progress that stops at this line."""
+    seen = []
+
+    def progress(text):
+        seen.append(text)
+        if len(seen) == line:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("line", "done"), [(1, None), (2, "1 of 4 trainings are finished"), (5, "3 of 4 trainings are finished")]
+)
+def test_an_ablation_interrupted_between_trainings_and_resumed_is_the_same_to_the_byte(ablated, tmp_path, line, done):
+    said = []
+    with pytest.raises(Stop):
+        ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path, progress=stopping(line), resumed=said.append)
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished"}
+    ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path, resumed=said.append)
+    assert bytes_of(tmp_path) == bytes_of(ablated[1])
+    assert said == ([] if done is None else [done])
+
+
+def test_an_ablation_interrupted_in_a_training_and_resumed_is_the_same_to_the_byte(ablated, tmp_path, monkeypatch):
+    from m3er_fast import _training_state
+
+    save, saved = _training_state.TrainingState.save, []
+
+    def save_and_stop(self, path):
+        save(self, path)
+        saved.append(path)
+        if len(saved) == CONFIG.training.epochs + 1:  # in the second training
+            raise Stop
+
+    monkeypatch.setattr(_training_state.TrainingState, "save", save_and_stop)
+    with pytest.raises(Stop):
+        ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)
+    ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)
+    assert len(saved) == 4 * CONFIG.training.epochs  # no epoch was trained twice
+    assert bytes_of(tmp_path) == bytes_of(ablated[1])
+
+
+def test_an_ablation_interrupted_while_it_draws_and_resumed_is_the_same_to_the_byte(ablated, tmp_path, monkeypatch):
+    def stop(*_arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "draw_ablation", stop)
+        with pytest.raises(Stop):
+            ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)
+    ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(ablated[1])
+
+
+def test_another_ablation_is_not_resumed_but_can_be_begun_anew(tmp_path):
+    with pytest.raises(Stop):
+        ablation.run_ablation(CORPUS, CONFIG, seeds=1, out=tmp_path, progress=stopping(2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = with_seed(5, loss=replace(CONFIG.loss, beta=2.0))
+    with pytest.raises(ResumeMismatchError, match=r"differs: loss\.beta = 1\.0, now 2\.0\. Give another folder"):
+        ablation.run_ablation(CORPUS, other, seeds=1, out=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    said = []
+    ablation.run_ablation(CORPUS, other, seeds=1, out=tmp_path, resume=False, resumed=said.append)
+    assert said == []
+    assert not (tmp_path / "unfinished").exists()
 
 
 def cells_of(table):
@@ -683,6 +764,36 @@ def test_the_demo_writes_corpus_model_scores_tables_and_figures(tmp_path, monkey
     assert list((out / "corpus").glob("*.parquet"))
     assert list((out / "scores").glob("*.parquet"))
     assert lines[0].startswith("generating")
+
+
+@pytest.mark.parametrize("line", [2, 3, 4])
+def test_a_demo_interrupted_and_resumed_is_the_same_to_the_byte(tmp_path, monkeypatch, line):
+    def small(*args, **options):
+        return make_synthetic(*args, **options) if args else CORPUS
+
+    def one_seed(corpus, config, **options):
+        return ablation.run_ablation(corpus, config.replace(network=NETWORK), seeds=1, **options)
+
+    monkeypatch.setattr(demo, "make_synthetic", small)
+    monkeypatch.setattr(demo, "run_ablation", one_seed)
+    demo.run_demo(tmp_path / "once")
+    with pytest.raises(Stop):
+        demo.run_demo(tmp_path / "twice", progress=stopping(line))
+    demo.run_demo(tmp_path / "twice")
+    files = {path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "twice") for path in (tmp_path / "twice").rglob("*") if path.is_file()}
+    for file in files:
+        if "summary" not in file.name:  # the scores' summaries say how long scoring took
+            assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file
+
+
+def test_the_demo_leaves_an_interrupted_ablation_and_what_is_beside_it_alone(tmp_path):
+    with pytest.raises(Stop):
+        ablation.run_ablation(CORPUS, CONFIG, seeds=1, out=tmp_path, progress=stopping(1))
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(ValueError, match="is not empty"):
+        demo.run_demo(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished", "corpus"}
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])

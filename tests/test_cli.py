@@ -436,7 +436,7 @@ def test_train_writes_a_model_that_scores_and_resuming_it_changes_nothing(corpus
     assert run("score", corpus_dir, "--model", tmp_path / "run", "--out", tmp_path / "scores")[0] == 0
     code, _, error = run(*arguments, "--seed", "1")
     assert code == 4
-    assert_one_line(error, str(tmp_path / "run"))
+    assert_one_line(error, str(tmp_path / "run"), "training.seed = 0, now 1", "--no-resume")
     assert run(*arguments, "--seed", "1", "--no-resume")[0] == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
 
@@ -527,7 +527,8 @@ class FakeResult:
 def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir, tmp_path, run):
     calls = []
 
-    def run_ablation(data, config, *, seeds, out, corruption, progress):
+    def run_ablation(data, config, *, seeds, out, corruption, resume, progress, resumed):
+        assert resume
         calls.append((len(data), config.training.epochs, seeds, out, corruption))
         return FakeResult()
 
@@ -544,7 +545,7 @@ def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir,
 def test_demo_goes_to_runs_demo_and_prints_the_table(monkeypatch, run):
     calls = []
 
-    def run_demo(out, *, progress):
+    def run_demo(out, *, progress, resumed):
         calls.append(out)
         return FakeResult()
 

@@ -1,5 +1,6 @@
 """The command line at terminals that lack characters, in closed pipes, and for words that it does not know."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from m3er_fast._validation import near_names
-from m3er_fast.cli import COMPLETE, OUTPUT_CLOSED, USAGE, main
+from m3er_fast.cli import COMPLETE, INTERRUPTED, OUTPUT_CLOSED, USAGE, main
 
 ROOT = Path(__file__).parents[1]
 # What an ablation prints, without the ablation.
@@ -107,6 +108,51 @@ def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(m3er_fast.corpus, "convert", lost)
     assert main(["convert", str(tmp_path), "--format", "csd", "--out", str(tmp_path / "out")]) == 1
     assert "BrokenPipeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments", "way_on"),
+    [
+        ("training", "train", ["train", "CORPUS", "--out", "OUT"], "the same command goes on"),
+        (
+            "training",
+            "train",
+            ["train", "CORPUS", "--out", "OUT", "--no-resume"],
+            "the same command without --no-resume goes on",
+        ),
+        ("ablation", "run_ablation", ["ablate", "CORPUS", "--out", "OUT"], "the same command goes on"),
+        ("demo", "run_demo", ["demo", "--out", "OUT"], "the same command goes on"),
+        ("scoring", "score", ["score", "CORPUS", "--model", "MODEL", "--out", "OUT"], "the same command with --resume"),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(module, function, arguments, way_on, corpus_dir, tmp_path, monkeypatch, capsys):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"m3er_fast.{module}"), function, stop)
+    monkeypatch.setattr(importlib.import_module("m3er_fast.scoring"), "load_model", lambda path: None)
+    places = {"CORPUS": corpus_dir, "OUT": tmp_path / "out", "MODEL": tmp_path}
+    assert main([str(places.get(word, word)) for word in arguments]) == INTERRUPTED
+    assert capsys.readouterr().err.startswith(f"m3er-fast: error: interrupted: {way_on}")
+
+
+def test_a_resumed_training_says_from_where(corpus_dir, tmp_path, monkeypatch, capsys):
+    import m3er_fast.training
+
+    state = importlib.import_module("m3er_fast._training_state").TrainingState
+    save = state.save
+
+    def save_and_stop(self, path):
+        save(self, path)
+        raise KeyboardInterrupt
+
+    arguments = ["train", str(corpus_dir), "--out", str(tmp_path / "run"), "--epochs", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(m3er_fast.training.TrainingState, "save", save_and_stop)
+        assert main(arguments) == INTERRUPTED
+    capsys.readouterr()
+    assert main(arguments) == COMPLETE
+    assert f"train: {tmp_path / 'run'} goes on after epoch 1\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["-h"], ["train", "-h"], ["score", "-h"]])

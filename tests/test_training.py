@@ -252,14 +252,17 @@ def changed_features(corpus):
     return replace(corpus, features={**corpus.features, "text": text})
 
 
-OTHERS = {
-    "features": lambda corpus, config: (changed_features(corpus), config),
-    "availability": lambda corpus, config: (replace(corpus, available=np.zeros_like(corpus.available)), config),
-    "labels": lambda corpus, config: (replace(corpus, target=np.roll(corpus.target, 1)), config),
-    "splits": lambda corpus, config: (replace(corpus, split=np.roll(corpus.split, 1)), config),
-    "class names": lambda corpus, config: (replace(corpus, classes=corpus.classes[::-1]), config),
-    "learning rate": lambda corpus, config: (corpus, settings(epochs=2, learning_rate=0.01)),
-    "seed": lambda corpus, config: (corpus, settings(epochs=2, seed=1)),
+OTHERS = {  # what differs, as the error names it
+    "other features of text": lambda corpus, config: (changed_features(corpus), config),
+    "other availability": lambda corpus, config: (replace(corpus, available=np.zeros_like(corpus.available)), config),
+    "other labels": lambda corpus, config: (replace(corpus, target=np.roll(corpus.target, 1)), config),
+    "other splits": lambda corpus, config: (replace(corpus, split=np.roll(corpus.split, 1)), config),
+    "classes = ['angry', 'happy', 'neutral'], now ['neutral', 'happy', 'angry']": lambda corpus, config: (
+        replace(corpus, classes=corpus.classes[::-1]),
+        config,
+    ),
+    "training.learning_rate = 0.02, now 0.01": lambda corpus, config: (corpus, settings(epochs=2, learning_rate=0.01)),
+    "training.seed = 0, now 1": lambda corpus, config: (corpus, settings(epochs=2, seed=1)),
 }
 
 
@@ -271,10 +274,29 @@ def test_a_run_begun_with_something_else_is_not_resumed(tmp_path, finished):
     else:
         interrupted(CORPUS, config, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for other in OTHERS.values():
-        with pytest.raises(ResumeMismatchError, match="another corpus or configuration"):
+    for difference, other in OTHERS.items():
+        with pytest.raises(ResumeMismatchError) as found:
             train(*other(CORPUS, config), out=tmp_path)
+        assert str(found.value) == (
+            f"{tmp_path} holds a training that differs: {difference}. Give another folder, or begin anew (--no-resume)"
+        )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_many_differences_are_cut_and_none_is_hidden(tmp_path):
+    interrupted(CORPUS, settings(epochs=2), tmp_path)
+    with pytest.raises(ResumeMismatchError, match=r", and 1 more\. Give another folder") as found:
+        train(changed_features(CORPUS), settings(full=True, epochs=3, seed=2, loss=LossConfig(beta=2.0)), out=tmp_path)
+    assert "check = None, now given; proxy = None, now given; loss.beta = 1.0, now 2.0;" in str(found.value)
+
+
+def test_a_resumed_training_says_how_many_epochs_were_done(tmp_path):
+    done = []
+    interrupted(CORPUS, settings(epochs=3), tmp_path, epoch=2)
+    train(CORPUS, settings(epochs=3), out=tmp_path, resumed=done.append)
+    train(CORPUS, settings(epochs=3), out=tmp_path, resumed=done.append)
+    train(CORPUS, settings(epochs=3), out=tmp_path, resume=False, resumed=done.append)
+    assert done == [2, 3]
 
 
 @pytest.mark.parametrize("content", [b"", b"half", b"PK\x03\x04half", b"{}", b"[]", b"{half"])

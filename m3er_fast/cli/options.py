@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,9 +44,19 @@ WorkersOption = Annotated[
     typer.Option("--workers", min=1, help="Number of Ray workers.  [default: as many as there is room for]"),
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Maximum number of epochs; overrides the settings.")]
+ResumeOption = Annotated[bool, typer.Option(help="Go on with an interrupted run, or begin anew.")]
 # One by default: at the model's own sizes a second thread gains little on an idle machine, and spins most of the time
 # on a busy one (an epoch on two cores, one of them taken: 0.8 s with one thread, 28 s with two).
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
+
+
+@contextmanager
+def interruptible(way_on: str) -> Iterator[None]:
+    """Let an interrupt of the block say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(way_on) from error
 
 
 def use_threads(number: int) -> None:

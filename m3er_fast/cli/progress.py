@@ -77,6 +77,13 @@ class ProgressDisplay:
         else:
             self._log(message)
 
+    def note(self, message: str) -> None:
+        """Show a line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self.label}: {message}", markup=False, highlight=False)
+        else:
+            print(f"{self.label}: {message}", file=sys.stderr, flush=True)
+
     def _log(self, message: str) -> None:
         now = time.monotonic()
         if now - self._last_line >= self.log_seconds:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3er_fast.cli.exit_codes import QUARANTINED
-from m3er_fast.cli.options import AddressOption, EngineOption, LargeCorpusArgument, WorkersOption, usable_devices
+from m3er_fast.cli.options import (
+    AddressOption,
+    EngineOption,
+    LargeCorpusArgument,
+    WorkersOption,
+    interruptible,
+    usable_devices,
+)
 from m3er_fast.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -55,7 +62,7 @@ def score(
     loaded, devices = load_model(model), usable_devices(device)
     if engine == "ray" and device is None:
         devices = devices[:1]  # each worker has a device of its own
-    with ProgressDisplay("score", "shards") as display:
+    with ProgressDisplay("score", "shards") as display, interruptible("the same command with --resume goes on"):
 
         def show(progress: ScoreProgress) -> None:
             note = f"{progress.rows} utterances, {progress.rate:.0f}/s"

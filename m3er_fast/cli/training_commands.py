@@ -17,9 +17,11 @@ from m3er_fast.cli.options import (
     EpochsOption,
     LargeCorpusArgument,
     PaperOption,
+    ResumeOption,
     ThreadsOption,
     WorkersOption,
     chosen_settings,
+    interruptible,
     read_for_training,
     training_settings,
     use_threads,
@@ -39,13 +41,13 @@ def demo(
     """Show the whole method on a generated corpus.
 
     Some of its modalities are ineffectual. Fits, trains and scores, then prints the ablation table and draws the
-    figures. It takes a few minutes on two cores.
+    figures. It takes a few minutes on two cores. After an interruption, give the same command again.
     """
     from m3er_fast.demo import run_demo
 
     use_threads(threads)
-    with ProgressDisplay("demo") as display:
-        result = run_demo(out, progress=display.say)
+    with ProgressDisplay("demo") as display, interruptible("the same command goes on"):
+        result = run_demo(out, progress=display.say, resumed=display.note)
     _print_ablation(result, out)
 
 
@@ -62,7 +64,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights, shuffling and dropout.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Utterances per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
-    resume: Annotated[bool, typer.Option(help="Resume the run in RUN, or begin anew.")] = True,
+    resume: ResumeOption = True,
     threads: ThreadsOption = 1,
 ) -> None:
     """Train a model, stopping early on the validation loss.
@@ -79,13 +81,22 @@ def train(
     settings = training_settings(
         data, config, paper, statistics, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
     )
-    with ProgressDisplay("train", "epochs") as display:
+    way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
+    with ProgressDisplay("train", "epochs") as display, interruptible(way_on):
 
         def show(record: EpochRecord) -> None:
             note = f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}"
             display.update(record.epoch, record.epochs, note)
 
-        result = train_model(data, settings, statistics=statistics, out=out, resume=resume, progress=show)
+        result = train_model(
+            data,
+            settings,
+            statistics=statistics,
+            out=out,
+            resume=resume,
+            progress=show,
+            resumed=lambda epochs: display.note(f"{out} goes on after epoch {epochs}"),
+        )
     losses = result.history["valid_loss"]
     best = result.best_epoch
     print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
@@ -154,11 +165,13 @@ def ablate(
             show_default=False,
         ),
     ] = "gaussian_noise",
+    resume: ResumeOption = True,
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure the contribution of each step of the method.
 
-    Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation.
+    Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation. After an
+    interruption, give the same command again.
     """
     from m3er_fast.ablation import run_ablation
     from m3er_fast.corruption import named
@@ -170,8 +183,18 @@ def ablate(
     use_threads(threads)
     data = read_for_training(corpus)
     settings = training_settings(data, config, paper, epochs=epochs)
-    with ProgressDisplay("ablate") as display:
-        result = run_ablation(data, settings, seeds=seeds, out=out, corruption=corruption, progress=display.say)
+    way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
+    with ProgressDisplay("ablate") as display, interruptible(way_on):
+        result = run_ablation(
+            data,
+            settings,
+            seeds=seeds,
+            out=out,
+            corruption=corruption,
+            resume=resume,
+            progress=display.say,
+            resumed=lambda done: display.note(f"{out} goes on: {done}"),
+        )
     _print_ablation(result, out)
 
 
