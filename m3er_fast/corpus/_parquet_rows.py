@@ -219,6 +219,8 @@ def string_column(table: pa.Table, name: str) -> Any:
         return column.cast(pa.large_string(), safe=False)
     if pa.types.is_binary(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind):
         return column.cast(pa.string(), safe=False)
+    if pa.types.is_floating(kind) and column.null_count == len(column):  # of pandas, for no values
+        return pa.chunked_array([pa.nulls(len(column), pa.string())])
     raise CorpusError(f"column {name!r} holds {kind}, wanted string")
 
 

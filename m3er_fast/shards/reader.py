@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ _WHOLE_COLUMN_BYTES = 2**24
 # Decoded at a time. Arrow returns larger buffers to the system, which clears every page again when they are next
 # allocated; this slowed reading by a tenth to a half (docs/scoring.md).
 _PIECE_BYTES = 8 * 2**20
+_IPC_END_BYTES = 10  # of an Arrow IPC file: the length of the footer before it, and "ARROW1"
 ROWS_PER_READ = 2**16
 """Rows of the column of groups that are read at a time."""
 
@@ -271,42 +272,67 @@ def _mapped(corpus: Location, shard: Shard) -> Iterator[tuple[Any, Any]]:
 
 
 def _refuse_compressed(source: Any) -> None:
-    """Refuse compressed batches: only their own data say what they unpack to."""
+    """Refuse compressed batches: only their own data say what they unpack to.
+
+    The batches are those that the footer lists, which are the ones that are read.
+    """
     from pyarrow import ipc
 
-    source.seek(8)
-    for message in ipc.MessageReader.open_stream(source):
-        if message.type in ("record batch", "dictionary") and _has_compression(message):
-            raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
+    size = source.size()
+    source.seek(max(0, size - _IPC_END_BYTES))
+    end = source.read(_IPC_END_BYTES)
+    length = struct.unpack("<i", end[:4])[0] if len(end) == _IPC_END_BYTES else -1
+    if not 0 < length <= size - _IPC_END_BYTES:
+        raise CorpusError("not readable: it is cut short, or its footer is damaged")
+    source.seek(size - _IPC_END_BYTES - length)
+    footer = _FlatBuffer(source.read(length))
+    for number in (2, 3):  # dictionaries and record batches, in Arrow's File.fbs
+        for place in footer.structs(number, 24):
+            source.seek(struct.unpack_from("<q", footer.content, place)[0])
+            message = ipc.read_message(source)
+            # The header of a message, and the data of a dictionary in it; the compression of a batch is field 3.
+            path = (2, 1, 3) if message.type == "dictionary" else (2, 3)
+            if message.type in ("record batch", "dictionary") and _FlatBuffer(bytes(message.metadata)).has(path):
+                raise CorpusError("it is compressed Arrow IPC: write it uncompressed, to be mapped, or as Parquet")
     source.seek(0)
 
 
-def _has_compression(message: Any) -> bool:
-    """Return whether the flatbuffer of a record or dictionary batch has a ``compression`` (Arrow's Message.fbs)."""
-    content = bytes(message.metadata)
+class _FlatBuffer(NamedTuple):
+    """The root table of a flatbuffer, read without Arrow; offsets out of range raise struct.error."""
 
-    def field(table: int, number: int) -> int:
-        """Return the position of a field of a table, or 0."""
-        vtable = table - struct.unpack_from("<i", content, table)[0]
-        if 4 + 2 * number >= struct.unpack_from("<H", content, vtable)[0]:
+    content: bytes
+
+    def has(self, path: Sequence[int]) -> bool:
+        """Return whether the last of these fields exists; each is one of the table that the one before it holds."""
+        table = self._target(0)
+        for number in path[:-1]:
+            place = self._field(table, number)
+            if not place:
+                return False
+            table = self._target(place)
+        return bool(self._field(table, path[-1]))
+
+    def structs(self, number: int, size: int) -> range:
+        """Return the places of the structs in a vector, a field of the root table; none without the field."""
+        place = self._field(self._target(0), number)
+        if not place:
+            return range(0)
+        start = self._target(place)
+        count = struct.unpack_from("<I", self.content, start)[0]
+        if start + 4 + count * size > len(self.content):
+            raise CorpusError("not readable: its footer is damaged")
+        return range(start + 4, start + 4 + count * size, size)
+
+    def _field(self, table: int, number: int) -> int:
+        """Return the place of a field of a table, or 0."""
+        vtable = table - struct.unpack_from("<i", self.content, table)[0]
+        if vtable < 0 or 4 + 2 * number >= struct.unpack_from("<H", self.content, vtable)[0]:
             return 0
-        offset = struct.unpack_from("<H", content, vtable + 4 + 2 * number)[0]
+        offset = struct.unpack_from("<H", self.content, vtable + 4 + 2 * number)[0]
         return table + offset if offset else 0
 
-    def target(position: int) -> int:
-        return int(position + struct.unpack_from("<I", content, position)[0])
-
-    try:
-        path = (2, 1) if message.type == "dictionary" else (2,)  # the message's header, and a dictionary's data in it
-        batch = target(0)
-        for number in path:
-            position = field(batch, number)
-            if not position:
-                return False
-            batch = target(position)
-        return bool(field(batch, 3))
-    except struct.error as error:
-        raise CorpusError("not readable: one of its messages is damaged") from error
+    def _target(self, place: int) -> int:
+        return int(place + struct.unpack_from("<I", self.content, place)[0])
 
 
 def read_schema(corpus: Location, shard: Shard) -> pa.Schema | None:
