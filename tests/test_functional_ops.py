@@ -1,5 +1,7 @@
 """The check's statistics, neighbours and local least squares against NumPy, scikit-learn and explicit solutions."""
 
+import copy
+import gc
 import importlib.util
 import math
 
@@ -74,9 +76,9 @@ def vectors(batch, seed=1, dtype=torch.float64):
 
 @pytest.fixture(params=["few samples", "many samples"])
 def samples(request, monkeypatch):
-    """Whether a batch counts as large: blocks (here of three), stacked matrices and bands (here of two rows)."""
+    """Whether a batch counts as large: blocks (here of three) and bands (here of two rows)."""
     if request.param == "many samples":
-        monkeypatch.setattr(cpu_check, "FEWEST_STACKED_SAMPLES", 0)
+        monkeypatch.setattr(cpu_check, "FEWEST_BANDED_SAMPLES", 0)
         monkeypatch.setattr(cpu_check, "BLOCK_SAMPLES", 3)
         monkeypatch.setattr(cpu_check, "BAND_ROWS", 2)
 
@@ -191,6 +193,40 @@ def test_likelihood_and_correlation_do_not_see_level():
     torch.testing.assert_close(scaled.correlation, plain.correlation, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scaled.likelihood, plain.likelihood, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scaled.energy, 64 * plain.energy, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("change", ["in place", "replaced", "copied", "converted", "in inference mode"])
+def test_changed_projections_are_read_anew(change):
+    """What the CPU computes from projections once holds as long as they do."""
+    projections, features = fold(*fitted_views()), vectors(4)
+    with torch.inference_mode(change == "in inference mode"):
+        if change == "in inference mode":
+            projections = fold(*fitted_views())
+        check_statistics(features, projections)
+        if change == "copied":
+            projections = copy.deepcopy(projections)
+        if change == "replaced":
+            matrices = [*projections.whitener[:1], 3.0 * projections.whitener[1], *projections.whitener[2:]]
+            projections = projections._replace(whitener=matrices)
+        elif change == "converted":
+            features = [x.float() for x in features]
+        else:
+            projections.whitener[1].mul_(3.0)
+            projections.center[0].add_(1.0)
+        found = check_statistics(features, projections)
+    wanted = check_statistics(features, projections, backend="torch")
+    tolerance = 2e-5 if change == "converted" else 1e-12
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_known_of_projections_goes_with_them():
+    projections = fold(*fitted_views())
+    check_statistics(vectors(4), projections)
+    known = len(cpu_check._known)
+    del projections
+    gc.collect()
+    assert len(cpu_check._known) < known
 
 
 def test_gate_statistics_are_the_first_two():

@@ -7,29 +7,46 @@ components of pair p, K the largest k_p, r_m whitened directions of modality m.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
 # A block's coordinates fit the cache. docs/performance.md has the times of other sizes.
 BLOCK_SAMPLES = 512
-# Fewer samples are multiplied by each matrix by itself: stacking the matrices must take less than it saves.
-FEWEST_STACKED_SAMPLES = 128
+# Fewer samples are multiplied by whole whiteners: leaving out zeros must take less than it saves.
+FEWEST_BANDED_SAMPLES = 128
 # The squares of lengths between these, and the product of two such lengths, are far from the ends of float32.
 _SAFE_LENGTHS = (1e-15, 1e15)
 # Rows of a band of a triangular whitener: narrower bands skip more zeros, but multiply more slowly.
 BAND_ROWS = 100
 
 
+class _Factors(NamedTuple):
+    """What multiplies a modality's vectors: the matrices of its pairs, side by side, and its whitener.
+
+    A whitener is by far the largest matrix. Fitted ones are triangular, and with many samples most of their zeros are
+    left out.
+    """
+
+    center: Tensor  # (d_m,)
+    matrix: Tensor  # (d_m, Σ k_p)
+    bias: Tensor  # (Σ k_p,)
+    sizes: list[int]  # k_p of each pair of the modality
+    bands: list[tuple[int, Tensor]]  # (first column, (d_m - column, r)) of each band of the whitener
+
+
 class _Components(NamedTuple):
     """Constants of every pair's components, zeros where a pair has fewer than K."""
 
     number: Tensor  # (P, 1) k_p, at least 1
+    root: Tensor  # (P, 1) its square root
     exists: Tensor | None  # (P, 1, K), 1 where there is a component; None: everywhere
     weight: Tensor  # (P, 1, K)
     of_distance: Tensor  # (P, 1, K) -s² / 2(1 - s²)
@@ -37,72 +54,106 @@ class _Components(NamedTuple):
     constant: Tensor  # (P, 1) Σ -½ log(1 - s²)
 
 
+class _Constants(NamedTuple):
+    """All that follows from projections alone."""
+
+    factors: list[_Factors]  # of each modality
+    components: _Components | None  # None: no pair has any
+    ranks: Tensor  # (M, 1), the rows of each whitener, at least 1
+
+
 def check_statistics(features: Sequence[Tensor], projections: CheckProjections) -> CheckStatistics:
     """:func:`m3er_fast.functional.check_statistics` of checked arguments, none of which needs a gradient."""
     batch, dtype = features[0].shape[0], upcast(features[0][:0]).dtype
-    pairs = modality_pairs(len(features))
-    center = [c.to(dtype) for c in projections.center]
-    stacked = batch >= FEWEST_STACKED_SAMPLES
-    factors = [_Factors(projections, m, dtype, stacked=stacked) for m in range(len(features))]
-    components = _components(projections, dtype) if any(len(left) for left in projections.left) else None
-    correlation, likelihood = (torch.zeros((len(pairs), batch), dtype=dtype) for _ in range(2))
-    energy = torch.zeros((len(features), batch), dtype=dtype)
-    for start in range(0, batch, BLOCK_SAMPLES):
-        rows = slice(start, start + BLOCK_SAMPLES)
-        sides: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
-        for m, x in enumerate(features):
-            coordinates, whitened = factors[m].multiply(x[rows].to(dtype) - center[m])
-            for p, vectors in zip((p for p, pair in enumerate(pairs) if m in pair), coordinates, strict=True):
-                sides[p].append(vectors)
-            for part in whitened:
-                energy[m, rows] += torch.linalg.vector_norm(part, dim=1).square_()
-        if components is not None:
-            correlation[:, rows], likelihood[:, rows] = _compare(sides, components)
-    ranks = energy.new_tensor([max(whitener.shape[0], 1) for whitener in projections.whitener])
+    constants = _constants(projections, dtype, banded=batch >= FEWEST_BANDED_SAMPLES)
+    if batch <= BLOCK_SAMPLES:
+        correlation, energy, likelihood = _block([upcast(x) for x in features], constants)
+    else:
+        blocks = zip(*(x.split(BLOCK_SAMPLES) for x in features), strict=True)
+        found = [_block([upcast(x) for x in block], constants) for block in blocks]
+        correlation, energy, likelihood = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     largest = torch.finfo(dtype).max
     return CheckStatistics(
         correlation.clamp_(-1.0, 1.0).nan_to_num_(0.0).T.contiguous(),
-        energy.div_(ranks[:, None]).nan_to_num_(largest, largest).T.contiguous(),
+        energy.div_(constants.ranks).nan_to_num_(largest, largest).T.contiguous(),
         likelihood.nan_to_num_(-largest, -largest, -largest).T.contiguous(),
     )
 
 
-class _Factors:
-    """The matrices that multiply a modality's centred vectors: those of its pairs, and its whitener.
+def _block(features: Sequence[Tensor], constants: _Constants) -> tuple[Tensor, Tensor, Tensor]:
+    """ρ (P, n), squared lengths of the whitened vectors (M, n), and log likelihood ratios (P, n); NaN if undefined."""
+    pairs = modality_pairs(len(features))
+    sides: list[list[Tensor]] = [[] for _ in pairs]  # u, then v
+    energy = []
+    for m, (x, factors) in enumerate(zip(features, constants.factors, strict=True)):
+        x = x - factors.center
+        if constants.components is not None:
+            coordinates = torch.addmm(factors.bias, x, factors.matrix).split(factors.sizes, dim=1)
+            for p, vectors in zip((p for p, pair in enumerate(pairs) if m in pair), coordinates, strict=True):
+                sides[p].append(vectors)
+        whitened = (x[:, column:] @ band if column else x @ band for column, band in factors.bands)
+        first, *others = (torch.linalg.vector_norm(part, dim=1).square_() for part in whitened)
+        energy.append(sum(others, first))
+    if constants.components is None:
+        correlation, likelihood = (energy[0].new_zeros((len(pairs), len(energy[0]))) for _ in range(2))
+    else:
+        correlation, likelihood = _compare(sides, constants.components)
+    return correlation, torch.stack(energy), likelihood
 
-    A whitener is by far the largest. Fitted ones are triangular, and most of their zeros are left out. With many
-    samples the other matrices are stacked upon its first band: wide products are the fast ones.
-    """
 
-    def __init__(self, projections: CheckProjections, m: int, dtype: torch.dtype, *, stacked: bool) -> None:
-        self._matrices: list[Tensor] = []  # (columns, d_m)
-        self._biases: list[Tensor] = []
-        for p, (i, j) in enumerate(modality_pairs(len(projections.center))):
-            if m in (i, j):
-                left = m == i
-                self._matrices.append((projections.left if left else projections.right)[p].to(dtype))
-                self._biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
-        bands = _bands(projections.whitener[m].to(dtype), triangular=projections.triangular and stacked)
-        self._bands = [(column, band.T) for column, band in bands]
-        self._stack: tuple[Tensor, Tensor] | None = None
-        if stacked:
-            first = bands[0][1]
-            self._bands = self._bands[1:]
-            self._matrices.append(first)
-            bias = torch.cat([*self._biases, first.new_zeros(first.shape[0])])
-            self._stack = torch.cat(self._matrices).T, bias
+class _Known(NamedTuple):
+    """Constants, and the tensors that they were computed from as those were."""
 
-    def multiply(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the canonical coordinates (n, k_p) of the modality's pairs, and the parts of its whitened vectors."""
-        whitened = [x[:, column:] @ band for column, band in self._bands]
-        if self._stack is None:
-            pairs = zip(self._biases, self._matrices, strict=True)
-            return [torch.addmm(bias, x, matrix.T) for bias, matrix in pairs], whitened
-        matrix, bias = self._stack
-        *coordinates, first = torch.split(
-            torch.addmm(bias, x, matrix), [part.shape[0] for part in self._matrices], dim=1
-        )
-        return coordinates, [first, *whitened]
+    others: list[Tensor]  # all but the first center, which the entry must not keep alive
+    versions: list[int]
+    constants: dict[tuple[torch.dtype, bool], _Constants]
+
+
+# By the first center of the projections.
+_known = WeakIdKeyDictionary()
+
+
+def _constants(projections: CheckProjections, dtype: torch.dtype, *, banded: bool) -> _Constants:
+    """The constants of ``projections``, computed once unless a tensor is replaced or changed in place."""
+    first, *others = itertools.chain.from_iterable(projections[:-1])
+    banded = banded and projections.triangular
+    if first.is_inference() or any(map(torch.is_inference, others)):  # changes of these leave no trace
+        return _constants_of(projections, dtype, banded=banded)
+    versions = [first._version, *(tensor._version for tensor in others)]
+    known: _Known | None = _known.get(first)
+    if known is None or known.versions != versions or any(map(operator.is_not, known.others, others)):
+        known = _known[first] = _Known(others, versions, {})
+    if (dtype, banded) not in known.constants:
+        with torch.no_grad():
+            known.constants[dtype, banded] = _constants_of(projections, dtype, banded=banded)
+    return known.constants[dtype, banded]
+
+
+def _constants_of(projections: CheckProjections, dtype: torch.dtype, *, banded: bool) -> _Constants:
+    modalities = len(projections.center)
+    ranks = [[max(whitener.shape[0], 1)] for whitener in projections.whitener]
+    return _Constants(
+        [_factors(projections, m, dtype, banded=banded) for m in range(modalities)],
+        _components(projections, dtype) if any(len(left) for left in projections.left) else None,
+        torch.tensor(ranks, dtype=dtype, device="cpu"),
+    )
+
+
+def _factors(projections: CheckProjections, m: int, dtype: torch.dtype, *, banded: bool) -> _Factors:
+    matrices, biases = [], []
+    for p, pair in enumerate(modality_pairs(len(projections.center))):
+        if m in pair:
+            left = m == pair[0]
+            matrices.append((projections.left if left else projections.right)[p].to(dtype))
+            biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
+    center = projections.center[m].detach().to(dtype)  # not the very tensor, which would keep an entry for ever
+    return _Factors(
+        center,
+        torch.cat(matrices).T if matrices else center[:, None][:, :0],
+        torch.cat(biases) if biases else center[:0],
+        [len(matrix) for matrix in matrices],
+        [(column, band.T) for column, band in _bands(projections.whitener[m].to(dtype), triangular=banded)],
+    )
 
 
 def _bands(whitener: Tensor, *, triangular: bool) -> list[tuple[int, Tensor]]:
@@ -120,9 +171,11 @@ def _components(projections: CheckProjections, dtype: torch.dtype) -> _Component
     weight = _stack([w.to(dtype) for w in projections.weight], max(counts))[:, None]
     s = _stack([s.to(dtype) for s in projections.canonical], max(counts))[:, None]
     count = weight.new_tensor(counts)[:, None]
+    number = count.clamp(min=1.0)
     rest = (1.0 - s) * (1.0 + s)  # 1 - s², with all of its digits near s = 1
     return _Components(
-        number=count.clamp(min=1.0),
+        number=number,
+        root=number.sqrt(),
         exists=None if min(counts) == max(counts) else (torch.arange(max(counts)) < count[:, :, None]).to(dtype),
         weight=weight,
         of_distance=s.square().div_(rest).mul_(-0.5),
@@ -143,8 +196,7 @@ def _compare(sides: list[list[Tensor]], components: _Components) -> tuple[Tensor
     mean = weighted.sum(dim=3).div_(components.number)[..., None]
     weighted.sub_(mean if components.exists is None else mean * components.exists)
     unit, length = _safe(x)
-    unit = unit * (components.number.sqrt() / length)[..., None]
-    u, v = unit.unbind()
+    u, v = (unit * (components.root / length)[..., None]).unbind()
     product = (u * v).mul_(components.of_product)
     likelihood = (u - v).square_().mul_(components.of_distance).add_(product).sum(dim=2).add_(components.constant)
     weighted, length = _safe(weighted)
@@ -164,7 +216,7 @@ def _safe(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     length = torch.linalg.vector_norm(x, dim=-1)
     smallest, largest = length.aminmax()
-    if smallest > _SAFE_LENGTHS[0] and largest < _SAFE_LENGTHS[1]:
+    if smallest.item() > _SAFE_LENGTHS[0] and largest.item() < _SAFE_LENGTHS[1]:
         return x, length
     top = x.abs().amax(dim=-1, keepdim=True)
     power = top / (2.0 * torch.frexp(top).mantissa)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from m3er_fast.functional._dispatch import choose
+from m3er_fast.functional._dispatch import choose, without_autocast
 from m3er_fast.operands import CheckProjections, CheckStatistics
 
 
@@ -67,7 +66,7 @@ def compute_check_statistics(
     """:func:`check_statistics` of checked arguments."""
     first = features[0]
     compute = choose("check_statistics", backend, first, features, projections).load()
-    with torch.autocast(first.device.type, enabled=False):  # which would round the projections to 8 bits
+    with without_autocast(first.device):  # which would round the projections to 8 bits
         statistics: CheckStatistics = compute(features, projections)
     return statistics
 

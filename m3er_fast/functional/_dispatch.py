@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -39,8 +40,7 @@ _SMALLEST_KERNEL_RIDGE = 1e-4
 # times.
 FEWEST_TRAINED_STEPS = 4  # of the scan: reordering its weights costs three steps
 FEWEST_SCORED_STEPS = 5
-MOST_TRAINED_SAMPLES = 128  # unless there are
-MANY_TRAINED_FRAMES = 8192
+MANY_SAMPLES = 512  # whose products are large: for them two steps are enough
 
 
 class BackendUnavailableError(RuntimeError):
@@ -106,6 +106,13 @@ def choose_index(engine: str, bank: Tensor) -> Callable[..., NeighborIndex]:
     if bank.is_cuda and engine != "faiss-hnsw":
         return partial(faiss.FaissGpuIndex, engine=engine)
     return partial(faiss.FaissIndex, engine=engine)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast rounds nothing."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # which takes less time
+    return torch.autocast(device.type, enabled=False)
 
 
 # --- Refusals ---
@@ -187,7 +194,9 @@ def _no_check_kernel(first: Tensor, features: Sequence[Tensor], projections: Che
     return _no_fused_check(features) or _no_kernel(first, len(features))
 
 
-def _no_cpu_check(_first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
+def _no_cpu_check(first: Tensor, features: Sequence[Tensor], _projections: CheckProjections) -> str | None:
+    if not first.shape[0]:
+        return "it computes one sample or more"
     return _no_fused_check(features)
 
 
@@ -289,10 +298,9 @@ def _no_long_scan(
     first: Tensor, features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], trains: bool
 ) -> str | None:
     batch, steps = first.shape[:2]
-    if steps < (FEWEST_TRAINED_STEPS if trains else FEWEST_SCORED_STEPS):
+    fewest = FEWEST_TRAINED_STEPS if trains else FEWEST_SCORED_STEPS
+    if steps < (min(fewest, 2) if batch >= MANY_SAMPLES else fewest):
         return "the short scan is faster with few steps"
-    if trains and batch > MOST_TRAINED_SAMPLES and batch * steps < MANY_TRAINED_FRAMES:
-        return "the short scan is faster with many samples of few frames"
     return _no_cpu_scan(first, features, weights, tensors, trains)
 
 

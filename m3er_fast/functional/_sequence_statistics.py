@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m3er_fast._validation import check_device
-from m3er_fast.functional._dispatch import choose
+from m3er_fast.functional._dispatch import choose, without_autocast
 from m3er_fast.operands import SequenceStatistics
 
 
@@ -53,6 +53,6 @@ def sequence_statistics(x: Tensor, valid: Tensor, *, backend: str = "auto") -> S
 def compute_sequence_statistics(x: Tensor, valid: Tensor, *, backend: str = "auto") -> SequenceStatistics:
     """:func:`sequence_statistics` of checked arguments."""
     compute = choose("sequence_statistics", backend, x, valid).load()
-    with torch.autocast(x.device.type, enabled=False):  # which would round products of the frames to 8 bits
+    with without_autocast(x.device):  # which would round products of the frames to 8 bits
         statistics: SequenceStatistics = compute(x, valid)
     return statistics
