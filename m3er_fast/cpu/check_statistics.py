@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
     if batch <= BLOCK_SAMPLES:
         correlation, energy, likelihood = _block([upcast(x) for x in features], constants)
     else:
-        blocks = zip(*(x.split(BLOCK_SAMPLES) for x in features), strict=True)
+        blocks = zip(*(torch.split(x, BLOCK_SAMPLES) for x in features), strict=True)
         found = [_block([upcast(x) for x in block], constants) for block in blocks]
         correlation, energy, likelihood = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     largest = torch.finfo(dtype).max
@@ -88,7 +88,7 @@ def _block(features: Sequence[Tensor], constants: _Constants) -> tuple[Tensor, T
     for m, (x, factors) in enumerate(zip(features, constants.factors, strict=True)):
         x = x - factors.center
         if constants.components is not None:
-            coordinates = torch.addmm(factors.bias, x, factors.matrix).split(factors.sizes, dim=1)
+            coordinates = torch.split(torch.addmm(factors.bias, x, factors.matrix), factors.sizes, dim=1)
             for p, vectors in zip((p for p, pair in enumerate(pairs) if m in pair), coordinates, strict=True):
                 sides[p].append(vectors)
         whitened = (x[:, column:] @ band if column else x @ band for column, band in factors.bands)
@@ -110,7 +110,7 @@ class _Known(NamedTuple):
 
 
 # By the first center of the projections.
-_known = WeakIdKeyDictionary()
+_known: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
 
 
 def _constants(projections: CheckProjections, dtype: torch.dtype, *, banded: bool) -> _Constants:
@@ -120,7 +120,7 @@ def _constants(projections: CheckProjections, dtype: torch.dtype, *, banded: boo
     if first.is_inference() or any(map(torch.is_inference, others)):  # changes of these leave no trace
         return _constants_of(projections, dtype, banded=banded)
     versions = [first._version, *(tensor._version for tensor in others)]
-    known: _Known | None = _known.get(first)
+    known = _known.get(first)
     if known is None or known.versions != versions or any(map(operator.is_not, known.others, others)):
         known = _known[first] = _Known(others, versions, {})
     if (dtype, banded) not in known.constants:

@@ -23,14 +23,19 @@ BLOCK_NUMBERS = 2**17
 def sequence_statistics(x: Tensor, valid: Tensor) -> SequenceStatistics:
     """:func:`m3er_fast.functional.sequence_statistics` of checked arguments, none of which needs a gradient."""
     valid = valid.contiguous()  # as the weights then are, which multiply frames
-    pair = valid[:, 1:] & valid[:, :-1]
-    pairs = pair.sum(dim=1)
-    if x.shape[1] == 1:
-        return _single_frames(upcast(x[:, 0]), valid, pairs)
-    dtype = upcast(x[:0]).dtype
-    weight = valid.to(dtype)
-    weight.div_(weight.sum(dim=1, keepdim=True).clamp_(min=1.0))
-    pair_weight = pair.to(dtype).div_(pairs.clamp(min=1)[:, None] * 2)
+    steps, dtype = x.shape[1], upcast(x[:0]).dtype
+    if steps > 1 and bool(valid.all()):
+        pair, pairs = valid[:, 1:], torch.full_like(valid[:, 0], steps - 1, dtype=torch.int64)
+        weight = torch.full_like(valid, 1 / steps, dtype=dtype)
+        pair_weight = torch.full_like(pair, 0.5 / (steps - 1), dtype=dtype)
+    else:
+        pair = valid[:, 1:] & valid[:, :-1]
+        pairs = pair.sum(dim=1)
+        if steps == 1:
+            return _single_frames(upcast(x[:, 0]), valid, pairs)
+        weight = valid.to(dtype)
+        weight.div_(weight.sum(dim=1, keepdim=True).clamp_(min=1.0))
+        pair_weight = pair.to(dtype).div_(pairs.clamp(min=1)[:, None] * 2)
     found = _moments(x, valid, pair, weight, pair_weight)
     # The weights of invalid frames are zeros, which do not silence NaN and inf. Masks do, but take longer.
     if not math.isfinite(found[0].sum().item()):
