@@ -73,7 +73,8 @@ def _inverse_of_triangle(factor: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the inverse of a lower triangular matrix, by halves; NumPy has none for triangles."""
     size = len(factor)
     if size <= _SMALL_TRIANGLE:
-        return np.linalg.inv(factor)
+        small: NDArray[np.float64] = np.linalg.inv(factor).astype(np.float64, copy=False)
+        return small
     half = size // 2
     inverse = np.zeros_like(factor)
     inverse[:half, :half] = _inverse_of_triangle(factor[:half, :half])
