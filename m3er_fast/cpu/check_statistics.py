@@ -32,14 +32,14 @@ class _Factors(NamedTuple):
     """What multiplies a modality's vectors: the matrices of its pairs, side by side, and its whitener.
 
     A whitener is by far the largest matrix. Fitted ones are triangular, and with many samples most of their zeros are
-    left out.
+    left out; its first band then stands beside the other matrices, because wide products are the fast ones.
     """
 
     center: Tensor  # (d_m,)
-    matrix: Tensor  # (d_m, Σ k_p)
-    bias: Tensor  # (Σ k_p,)
-    sizes: list[int]  # k_p of each pair of the modality
-    bands: list[tuple[int, Tensor]]  # (first column, (d_m - column, r)) of each band of the whitener
+    matrix: Tensor  # (d_m, Σ k_p), or (d_m, Σ k_p + r)
+    bias: Tensor  # for each column of the matrix
+    sizes: list[int]  # k_p of each pair of the modality, and r
+    bands: list[tuple[int, Tensor]]  # (first column, (d_m - column, r)) of each other band of the whitener
 
 
 class _Components(NamedTuple):
@@ -87,11 +87,14 @@ def _block(features: Sequence[Tensor], constants: _Constants) -> tuple[Tensor, T
     energy = []
     for m, (x, factors) in enumerate(zip(features, constants.factors, strict=True)):
         x = x - factors.center
-        if constants.components is not None:
-            coordinates = torch.split(torch.addmm(factors.bias, x, factors.matrix), factors.sizes, dim=1)
-            for p, vectors in zip((p for p, pair in enumerate(pairs) if m in pair), coordinates, strict=True):
-                sides[p].append(vectors)
-        whitened = (x[:, column:] @ band if column else x @ band for column, band in factors.bands)
+        parts = torch.split(torch.addmm(factors.bias, x, factors.matrix), factors.sizes, dim=1)
+        own = [p for p, pair in enumerate(pairs) if m in pair]
+        for p, vectors in zip(own, parts, strict=False):
+            sides[p].append(vectors)
+        whitened = [
+            *parts[len(own) :],
+            *(x[:, column:] @ band if column else x @ band for column, band in factors.bands),
+        ]
         first, *others = (torch.linalg.vector_norm(part, dim=1).square_() for part in whitened)
         energy.append(sum(others, first))
     if constants.components is None:
@@ -146,13 +149,17 @@ def _factors(projections: CheckProjections, m: int, dtype: torch.dtype, *, bande
             left = m == pair[0]
             matrices.append((projections.left if left else projections.right)[p].to(dtype))
             biases.append((projections.left_bias if left else projections.right_bias)[p].to(dtype))
-    center = projections.center[m].detach().to(dtype)  # not the very tensor, which would keep an entry for ever
+    bands = _bands(projections.whitener[m].to(dtype), triangular=banded)
+    if banded or not matrices:
+        _, first = bands.pop(0)
+        matrices.append(first)
+        biases.append(first.new_zeros(len(first)))
     return _Factors(
-        center,
-        torch.cat(matrices).T if matrices else center[:, None][:, :0],
-        torch.cat(biases) if biases else center[:0],
+        projections.center[m].detach().to(dtype),  # not the very tensor, which would keep an entry for ever
+        torch.cat(matrices).T,
+        torch.cat(biases),
         [len(matrix) for matrix in matrices],
-        [(column, band.T) for column, band in _bands(projections.whitener[m].to(dtype), triangular=banded)],
+        [(column, band.T) for column, band in bands],
     )
 
 
