@@ -31,6 +31,17 @@ def near_names(name: str, names: Iterable[str]) -> str:
     return f", did you mean {' or '.join(found[:3])}?" if found else ""
 
 
+def can_look_at(x: Tensor) -> bool:
+    """Whether values of ``x`` may decide what is computed: no device is waited for, and nothing traces the tensors."""
+    import torch
+
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def is_positive_int(value: Any) -> bool:
     """Whether ``value`` is an int of 1 or more; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

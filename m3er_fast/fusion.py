@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from m3er_fast import functional
+from m3er_fast._validation import can_look_at, not_fitted
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
 from m3er_fast.cuda_graphs import CompiledInference, Stages
 from m3er_fast.fitted_module import eval_mode, ordinary_tensors
 from m3er_fast.hub import HubModel
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
-from m3er_fast.loss import MultiplicativeFusionLoss
+from m3er_fast.loss import MultiplicativeFusionLoss, as_target
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.operands import LossOptions, modality_pairs, upcast
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
@@ -80,10 +81,16 @@ class M3ERFusion(
         super().__init__()
         self.config = config = M3ERConfig() if config is None else config
         if not isinstance(config, M3ERConfig):
-            raise ValueError(f"config must be an M3ERConfig, got {type(config).__name__}")
+            way_out = ": M3ERConfig.from_dict(config) makes one" if isinstance(config, Mapping) else ""
+            raise ValueError(f"config must be an M3ERConfig, got {type(config).__name__}{way_out}")
         self.input_dims = check_input_dims(input_dims)
         if len(self.input_dims) < 2:
             raise ValueError(f"input_dims: fusion needs two modalities or more, got {self.input_dims}")
+        if num_classes == 1 and config.loss.activation == "softmax":
+            raise ValueError(
+                "num_classes = 1: a softmax over one class is always 1; wanted two or more, or, for one yes/no question, "
+                'LossConfig(activation="sigmoid")'
+            )
         self.num_classes = num_classes
         self.network = MemoryFusionNetwork(self.input_dims, num_classes, **vars(config.network))
         self.classes = tuple(map(str, range(num_classes))) if classes is None else tuple(classes)
@@ -166,20 +173,28 @@ class M3ERFusion(
         batch = self.standardizer(features, lengths, available)
         count = self.standardizer.count
         known = (count > 0) | (count == 0).all()  # before any fit, all modalities count as known
+        if can_look_at(known) and known.all():
+            return batch
         kept = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
         return StandardizedBatch(kept, batch.lengths, batch.available & known, batch.frame_valid & known)
 
-    def loss(self, output: M3EROutput, target: Tensor) -> Tensor:
+    def loss(self, output: M3EROutput, target: Any) -> Tensor:
         """Return the fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
 
         Args:
             output: the output of :meth:`forward`.
-            target: (B,) labels, or (B, C) a distribution over classes or, with ``activation="sigmoid"``, answers to C
+            target: a tensor, an array or a list: (B,) labels, or (B, C) a distribution over classes or, with ``activation="sigmoid"``, answers to C
                 yes/no questions; a label of -100 has no loss.
 
         Raises:
-            ValueError: as :func:`m3er_fast.functional.fusion_loss` does.
+            ValueError: as :func:`m3er_fast.functional.fusion_loss` does, or if ``output`` is something else.
         """
+        if not hasattr(output, "modality_logits"):
+            raise ValueError(
+                f"loss: output must be what the model returned, an M3EROutput, got {type(output).__name__}: the loss "
+                "needs the logits of every modality beside the fused ones"
+            )
+        target = as_target(target, output.logits)
         fusion: Tensor = self.criterion(output.modality_logits, target, output.available)
         # With one modality the weight is 1: the fusion loss of the fused head alone is its cross entropy.
         head = functional.fusion_loss(
@@ -271,14 +286,20 @@ class M3ERFusion(
             mask = check_mask("effective", effective, batch.available.shape, batch.available.device)
             return _trust_available(batch)._replace(effective=mask & batch.available)
         if self.modality_check is not None:
+            if not self.modality_check.is_fitted:
+                raise _not_fitted("modality check")
             return self.modality_check.check_batch(batch)
         return _trust_available(batch)
 
     def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:
         if self.proxy_generator is not None and (self.proxy_generator.is_fitted or self.modality_check is not None):
+            if not self.proxy_generator.is_fitted:
+                raise _not_fitted("proxy generator")
             return self.proxy_generator.proxy_batch(batch, effective)
         abstained = ~effective.any(dim=1)
         kept = effective | abstained[:, None]
+        if can_look_at(kept) and kept.all():
+            return ReplacedBatch(batch.features, abstained)
         filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
         return ReplacedBatch(filled, abstained)
 
@@ -301,6 +322,13 @@ def _trust_available(batch: StandardizedBatch) -> CheckResult:
         energy=zeros((size, modalities)),
         p_value=batch.available.to(batch.features[0].dtype),
         reason=torch.zeros_like(batch.available, dtype=torch.int64),
+    )
+
+
+def _not_fitted(step: str) -> Exception:
+    return not_fitted(
+        f"this model's {step} is not fitted: call model.fit(features) with clean training data, or take "
+        "model.ablated(check=False, proxy=False), which needs no fit"
     )
 
 

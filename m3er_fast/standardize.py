@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from m3er_fast._validation import can_look_at
 from m3er_fast._warnings import warn_user
 from m3er_fast.fitted_module import PreciseModule, ordinary_tensors
 from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
@@ -149,12 +150,20 @@ class Standardizer(PreciseModule):
 
     def standardize(self, batch: FeatureBatch) -> StandardizedBatch:
         """Standardise a checked batch, as :meth:`forward` does."""
-        finite, frame_valid = _find_valid(batch)
-        features = []
-        for index, x in enumerate(batch.features):
-            z = (x - getattr(self, f"mean_{index}")) / getattr(self, f"scale_{index}")
-            keep = finite[index] & frame_valid[:, :, index, None]
-            features.append(z.clamp(-_BOUND, _BOUND).where(keep, 0.0))
+        features = [
+            (x - getattr(self, f"mean_{m}")).div_(getattr(self, f"scale_{m}")) for m, x in enumerate(batch.features)
+        ]
+        if _are_within(features, _BOUND) and _are_within(batch.features, _FLOAT32.max):
+            # The usual case: every entry is finite, and none is clamped.
+            frame_valid = batch.frame_mask[:, :, None] & batch.available[:, None, :]
+            if not frame_valid.all():
+                features = [z.where(frame_valid[:, :, m, None], 0.0) for m, z in enumerate(features)]
+        else:
+            finite, frame_valid = _find_valid(batch)
+            features = [
+                z.clamp(-_BOUND, _BOUND).where(finite[m] & frame_valid[:, :, m, None], 0.0)
+                for m, z in enumerate(features)
+            ]
         return StandardizedBatch(features, batch.lengths, frame_valid.any(dim=1), frame_valid)
 
     def unstandardize(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -302,6 +311,15 @@ def clean_batches(
         return watch.seen(map(clean_frames, iterate_batches(features, lengths, available, input_dims=input_dims)))
 
     return batches, watch
+
+
+def _are_within(tensors: Sequence[Tensor], bound: float) -> bool:
+    """Whether every entry is known to lie in ±``bound``; where looking costs time, nothing is known."""
+    return all(
+        x.numel() and can_look_at(x) and bool(x.amin() >= -bound) and bool(x.amax() <= bound)
+        for x in tensors
+        if torch.finfo(x.dtype).max > bound
+    )
 
 
 def _find_valid(batch: FeatureBatch) -> tuple[list[Tensor], Tensor]:

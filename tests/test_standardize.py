@@ -281,6 +281,24 @@ def test_longer_padding_never_changes_a_result(fitted):
     assert not long.frame_valid[:, 5:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_clean_samples_come_out_bit_for_bit_as_they_do_beside_one_that_is_not_clean(fitted, dtype):
+    generator = torch.Generator().manual_seed(4)
+    features = {name: 10 * torch.randn(6, 5, dim, generator=generator).to(dtype) for name, dim in DIMS.items()}
+    lengths = torch.tensor([5, 3, 0, 5, 1, 5])
+    available = torch.tensor([[True] * 3, [True] * 3, [True] * 3, [False, True, True], [True] * 3, [True] * 3])
+    for beside in (NAN, -INF, 3e38):
+        if beside == 3e38 and dtype == torch.float16:
+            continue
+        dirty = {name: x.clone() for name, x in features.items()}
+        dirty["audio"][5, 4, 1] = beside
+        for arguments in ((), (lengths,), (lengths, available)):
+            clean, mixed = fitted(features, *arguments), fitted(dirty, *arguments)
+            assert all(torch.equal(a[:5], b[:5]) for a, b in zip(clean.features, mixed.features, strict=True))
+            for name in ("lengths", "available", "frame_valid"):
+                assert torch.equal(getattr(clean, name), getattr(mixed, name))
+
+
 def test_none_missing_key_and_available_false_are_one_thing(fitted):
     features = {name: torch.randn(6, 3, dim) for name, dim in DIMS.items()}
     available = torch.tensor([True, False, True]).expand(6, 3)
