@@ -8,6 +8,7 @@ import torch
 from scan_problems import ODD_LENGTHS, detached, leaves, problem
 
 from m3er_fast import reference
+from m3er_fast.cpu import buffers
 from m3er_fast.cpu import memory_scan as cpu
 from m3er_fast.functional import MemoryScanWeights, _dispatch, memory_scan, unchecked
 
@@ -229,9 +230,29 @@ def test_results_are_never_in_the_working_memory_that_the_next_call_overwrites(m
     unchecked.memory_scan(single[0], lengths, single[1])
     for got, want in zip(first, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    monkeypatch.setattr(cpu, "MOST_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(buffers, "MOST_WORKSPACE_BYTES", 0)
     for got, want in zip(unchecked.memory_scan(plain, lengths, fixed), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_memory_that_a_backward_pass_may_read_again_is_not_used_by_the_next_scan(monkeypatch):
+    monkeypatch.setattr(buffers, "_ready", [])
+    features, weights = problem()
+    arguments = leaves(features, weights)
+
+    def total(scale):
+        return sum(x.sum() for x in unchecked.memory_scan([scale * x for x in features], ODD_LENGTHS, weights))
+
+    wanted = torch.autograd.grad(total(1.0), arguments)
+    assert buffers._ready
+    kept = total(1.0)
+    for _ in range(2):
+        got = torch.autograd.grad(kept, arguments, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        torch.autograd.grad(total(-2.0), arguments)
+    monkeypatch.setattr(buffers, "MOST_READY_BYTES", 0)
+    torch.autograd.grad(kept, arguments)
+    assert not buffers._ready
 
 
 def test_threads_scan_at_the_same_time():

@@ -97,8 +97,10 @@ def chosen_scan(features, weights):
         (7, 4, "cpu", "cpu, few steps"),
         (7, 5, "cpu", "cpu"),
         (128, 9, "cpu", "cpu"),
-        (129, 9, "cpu, few steps", "cpu"),
-        (129, 64, "cpu", "cpu"),
+        (129, 9, "cpu", "cpu"),
+        (511, 3, "cpu, few steps", "cpu, few steps"),
+        (512, 2, "cpu", "cpu"),
+        (512, 1, "cpu, few steps", "cpu, few steps"),
         (7, 0, "torch", "torch"),
     ],
 )

@@ -24,7 +24,6 @@ sizes of attention, candidate and gates.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,14 +31,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3er_fast.cpu.buffers import give_back, take, workspace
+from m3er_fast.cpu.products import (
+    add_gradient_,
+    add_gradients_,
+    add_product_,
+    add_products_,
+    matrix_product,
+    matrix_products,
+)
 from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
-# Samples of a block; rows of a piece of a block, where nothing is kept for the backward pass.
-BLOCK_SAMPLES = 256
-PIECE_ROWS = 1024
-# Bytes of working memory that a thread keeps from call to call. The allocator returns pieces of this size to the
-# system, and getting them back costs a page fault per 4 KiB: up to a third of the time.
-MOST_WORKSPACE_BYTES = 2**25
+# Samples of a block: each step's products have so many rows. Rows of a piece of a block, which the cache holds.
+BLOCK_SAMPLES = 512
+PIECE_ROWS = 2048
 # Numbers of a tensor from which its tanh takes longer than the four calls that replace it.
 MANY_NUMBERS = 4096
 
@@ -84,13 +89,18 @@ class _Frames(NamedTuple):
     before: Tensor | None  # (N - n,) the row one step before each row after the first step; None: in order from 0
     starts: bool  # whether these begin at the samples' first frames
 
-    def previous(self, x: Tensor) -> Tensor:
-        """(N - n, ...): of each row after the first step, the row one step before."""
-        return x[: len(x) - self.counts[0]] if self.before is None else x.index_select(0, self.before)
+    def previous(self, x: Tensor, earlier: Tensor | None) -> Tensor:
+        """The row one step before each: (N, ...) with those that ``earlier`` steps left, else (N - n, ...) without."""
+        inside = x[: len(x) - self.counts[0]] if self.before is None else x.index_select(0, self.before)
+        return inside if earlier is None else torch.cat([earlier[: self.counts[0]], inside])
+
+    def final(self, x: Tensor) -> Tensor:
+        """The rows of the last step."""
+        return x[len(x) - self.counts[-1] :]
 
 
-def _blocks(lengths: Tensor, steps: int, rows: int | None = None) -> Iterator[_Frames]:
-    """Blocks of samples of similar length, each whole, or in pieces of about ``rows`` rows."""
+def _pieces(lengths: Tensor, steps: int) -> Iterator[_Frames]:
+    """Blocks of samples of similar length, each in pieces of some steps."""
     length = lengths.clamp(0, steps).ceil().long()
     order = torch.arange(len(length))
     if len(length) and int(length.min()) < max(steps, 1):
@@ -100,7 +110,7 @@ def _blocks(lengths: Tensor, steps: int, rows: int | None = None) -> Iterator[_F
     for samples, own in zip(torch.split(order, BLOCK_SAMPLES), torch.split(length, BLOCK_SAMPLES), strict=True):
         start, alive = 0, len(samples)
         while alive:
-            stop = int(own[0]) if rows is None else min(start + max(1, rows // alive), int(own[0]))
+            stop = min(start + max(1, PIECE_ROWS // alive), int(own[0]))
             frames = _frames(samples[:alive], own[:alive], start, stop, steps)
             yield frames
             start, alive = stop, frames.go_on
@@ -217,25 +227,9 @@ def _unmerged(grads: _Merged, inputs: list[Tensor], bias: Tensor) -> MemoryScanW
 
 
 def _views(flat: Tensor, number: int, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Views (N, *shape) of one piece of memory, which the allocator can reuse without new pages."""
+    """Views (N, *shape) of one piece of memory."""
     parts = flat.split_with_sizes([number * math.prod(shape) for shape in shapes])
     return [part.view(number, *shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-_workspace_of_thread = threading.local()
-
-
-def _workspace(number: int, dtype: torch.dtype) -> Tensor:
-    """Memory for ``number`` numbers. The next call on this thread overwrites it."""
-    if number * dtype.itemsize > MOST_WORKSPACE_BYTES:
-        return torch.empty(number, dtype=dtype)
-    # Views of an inference tensor take half the time, but outside inference mode they may not be written to.
-    kind = dtype, torch.is_inference_mode_enabled()
-    current, flat = getattr(_workspace_of_thread, "memory", (None, torch.empty(0)))
-    if current != kind or len(flat) < number:
-        flat = torch.empty(number, dtype=dtype)
-        _workspace_of_thread.memory = kind, flat
-    return flat[:number]
 
 
 class _Kept(NamedTuple):
@@ -262,9 +256,9 @@ class _Kept(NamedTuple):
             (modalities, 4 * size), (modalities, 2 * size), (attention,), (modalities, 2 * size),
             (modalities, 3 * size), (candidate,), (memory,), (context,), (2, memory), (memory,),
         ]  # fmt: skip
+        total = number * sum(map(math.prod, shapes))
         if flat is None:
-            total = number * sum(map(math.prod, shapes))
-            flat = weights.bias.new_empty(total) if keep else _workspace(total, weights.bias.dtype)
+            flat = take(total, weights.bias.dtype) if keep else workspace(total, weights.bias.dtype)
         return cls(*_views(flat, number, shapes))
 
     @property
@@ -319,10 +313,11 @@ def _scan(
     drawn = _draw_masks(weights, batch, steps, dropout) if dropout else None
     blocks = []
     carry = None
-    for frames in _blocks(lengths, steps, None if keep else PIECE_ROWS):
+    flat = [x.flatten(0, 1) for x in features]
+    for frames in _pieces(lengths, steps):
         masks = None if drawn is None else _Masks(*(mask.index_select(0, frames.place) for mask in drawn))
         carry = None if frames.starts else carry
-        block, carry = _forward_block(frames, features, weights, merged, masks, carry, keep=keep)
+        block, carry = _forward_block(frames, flat, weights, merged, masks, carry, keep=keep)
         ended = frames.samples[frames.go_on :]
         results.hidden.index_copy_(0, ended, block.state[:, :, :size].index_select(0, frames.last))
         results.memory.index_copy_(0, ended, block.memory.index_select(0, frames.last))
@@ -355,23 +350,25 @@ def _forward_block(
     size = weights.recurrent.shape[2]
     kept.gates.copy_(weights.bias)
     for m, (x, w) in enumerate(zip(_rows(features, frames), weights.input, strict=True)):
-        kept.gates[:, m].addmm_(x, w.mT)
+        add_product_(kept.gates[:, m], x, w.mT)
     kept.gates[:, :, 2 * size : 3 * size].mul_(2.0)
     cells, state = _forward_cells(kept, frames.counts, merged, None if masks is None else masks.attention, carry)
     attended = kept.state[:, :, size:].flatten(1)
     first, first_bias, second, second_bias = merged.candidate
-    torch.addmm(first_bias, attended, first.mT, out=kept.candidate_inner)
+    matrix_product(attended, first.mT, kept.candidate_inner, first_bias)
     _activated(kept.candidate_inner, None if masks is None else masks.candidate)
-    torch.addmm(second_bias, kept.candidate_inner, second.mT, out=kept.candidate)
+    matrix_product(kept.candidate_inner, second.mT, kept.candidate, second_bias)
     _tanh(kept.candidate, out=kept.candidate)
-    torch.addmm(merged.context_bias, attended, merged.context.mT, out=kept.context)
+    matrix_product(attended, merged.context.mT, kept.context, merged.context_bias)
     memory = _forward_memory(kept, frames.counts, merged, None if masks is None else masks.context, carry)
     return kept, _Carry(cells, state, memory)
 
 
 def _rows(features: Sequence[Tensor], frames: _Frames) -> Iterator[Tensor]:
-    """(N, d_m) of each modality: a block's valid frames."""
-    return (x.flatten(0, 1).index_select(0, frames.place) for x in features)
+    """(N, d_m) of each modality in turn, of (B · T, d_m): a block's valid frames."""
+    for x in features:
+        shape = len(frames.place), x.shape[1]
+        yield torch.index_select(x, 0, frames.place, out=workspace(math.prod(shape), x.dtype, "rows").view(shape))
 
 
 def _activated(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -416,13 +413,13 @@ def _forward_cells(
             if len(cell) > len(before):
                 cell, seen = cell[: len(before)], seen[:, : len(before)]
             before.copy_(cell)
-            gates_of_modality.baddbmm_(seen, merged.state)
+            add_products_(gates_of_modality, seen, merged.state)
         all_gates.sigmoid_()
         # With s = sigmoid(2x), tanh(x) = 2s - 1: the sigmoid of torch is several times as fast as its tanh.
         torch.mul(forget_gate, before, out=cell_now).addcmul_(input_gate, cell_gate, value=2.0).sub_(input_gate)
         _tanh(cell_now, h).mul_(output_gate)
-        _activated(layer.addmm_(flat, first), dropped)
-        torch.softmax(softmax.addmm_(layer, second), 1, out=softmax)
+        _activated(add_product_(layer, flat, first), dropped)
+        torch.softmax(add_product_(softmax, layer, second), 1, out=softmax)
         torch.mul(share, both, out=r)
         cell, seen = cell_now, now
     return cell_now, now
@@ -444,15 +441,15 @@ def _forward_memory(
     for layer, dropped, gate, retain_gate, update_gate, proposed, now, layers, both in by_step:
         if before is not None:
             before = before[: len(now)]
-            layer.addmm_(before, merged.memory.mT)
+            add_product_(layer, before, merged.memory.mT)
         _activated(layer, dropped)
-        both.baddbmm_(layers, merged.gates)
+        add_products_(both, layers, merged.gates)
         gate.sigmoid_()
         torch.mul(update_gate, proposed, out=now)
         if before is not None:
             now.addcmul_(retain_gate, before)
         before = now
-    return memory[len(memory) - counts[-1] :]
+    return now
 
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
@@ -463,6 +460,9 @@ def _tanh(x: Tensor, out: Tensor) -> Tensor:
 
 
 # --- Backward ---
+
+release = give_back
+"""Take back the blocks of :func:`forward`, which nobody will read again."""
 
 
 def backward(
@@ -484,14 +484,17 @@ def backward(
     of_inputs = [torch.zeros_like(w) for w in weights.input]
     of_bias = torch.zeros_like(weights.bias)
     of_merged = _zeros_like(merged)
-    for frames, flat in zip(_blocks(lengths, steps), blocks, strict=True):
-        kept = _Kept.of(flat, len(frames.place), weights)
-        of_memory = memory_grad.index_select(0, frames.samples)
-        of_hidden = hidden_grad.transpose(0, 1).index_select(0, frames.samples)
-        of_gates = _backward_block(of_hidden, of_memory, frames, kept, merged, of_merged, 1.0 / (1.0 - dropout))
+    flat = [x.flatten(0, 1) for x in features]
+    pieces = list(_pieces(lengths, steps))
+    all_kept = [_Kept.of(block, len(frames.place), weights) for frames, block in zip(pieces, blocks, strict=True)]
+    carry = None
+    for number, (frames, kept) in reversed(list(enumerate(zip(pieces, all_kept, strict=True)))):
+        earlier = None if frames.starts else _last_states(pieces[number - 1], all_kept[number - 1], merged)
+        carry = _incoming(frames, hidden_grad, memory_grad, merged, carry)
+        of_gates = _backward_block(carry, frames, kept, earlier, merged, of_merged, 1.0 / (1.0 - dropout))
         of_bias += of_gates.sum(0)
-        for m, x in enumerate(_rows(features, frames)):
-            of_inputs[m].addmm_(of_gates[:, m].mT, x)
+        for m, x in enumerate(_rows(flat, frames)):
+            add_gradient_(of_inputs[m], of_gates[:, m], x)
             of_feature = of_features[m]
             if of_feature is not None:
                 of_feature.index_copy_(0, frames.place, of_gates[:, m] @ weights.input[m])
@@ -499,51 +502,78 @@ def backward(
     return [*shaped, *_unmerged(of_merged, of_inputs, of_bias).tensors()]
 
 
+def _last_states(frames: _Frames, kept: _Kept, merged: _Merged) -> _Carry:
+    """The states after a piece's last step."""
+    _, cells = frames.final(kept.cells).chunk(2, 2)
+    state = frames.final(kept.state)[:, :, : merged.state.shape[1]]
+    return _Carry(cells, state.transpose(0, 1), frames.final(kept.memory))
+
+
+def _incoming(
+    frames: _Frames, hidden_grad: Tensor, memory_grad: Tensor, merged: _Merged, later: _Carry | None
+) -> _Carry:
+    """The gradients of the states after a piece's last step, of all its samples."""
+    hidden = hidden_grad.index_select(1, frames.samples)
+    modalities, number, size = hidden.shape
+    state = hidden.new_zeros((modalities, number, merged.state.shape[1]))
+    state[:, :, :size] = hidden
+    carry = _Carry(hidden.new_zeros((number, modalities, size)), state, memory_grad.index_select(0, frames.samples))
+    if later is not None and frames.go_on:
+        carry.cells[: frames.go_on] = later.cells
+        carry.state[:, : frames.go_on] = later.state
+        carry.memory[: frames.go_on] = later.memory
+    return carry
+
+
 def _backward_block(
-    hidden_grad: Tensor,
-    memory_grad: Tensor,
+    carry: _Carry,
     frames: _Frames,
     kept: _Kept,
+    earlier: _Carry | None,
     merged: _Merged,
     total: _Merged,
     scale: float,
 ) -> Tensor:
-    """Gradient (N, M, 4h) before the gates' activations, of those of the last h (n, M, h) and u (n, u).
+    """Gradient (N, M, 4h) before the gates' activations.
 
-    What the merged weights get is added to ``total``; ``scale`` is what a unit that is not dropped is multiplied by.
+    ``carry`` has the gradients of the last states, and gets those of the ``earlier`` ones. What the merged weights get
+    is added to ``total``; ``scale`` is what a unit that is not dropped is multiplied by.
     """
-    size = hidden_grad.shape[2]
+    size = carry.cells.shape[2]
     slopes = _Slopes.of(kept)
     attended = slopes.attended.copy_(kept.state[:, :, size:]).flatten(1)
 
-    context = _backward_memory(memory_grad, frames, kept, slopes, merged, scale)
+    before = frames.previous(kept.memory, None if earlier is None else earlier.memory)
+    context = _backward_memory(carry.memory, frames, kept, before, slopes, merged, scale)
+    continued = slice(len(kept.memory) - len(before), None)  # the rows that have one before
     gates, candidate = slopes.memory[:, :2], slopes.memory[:, 2]
-    attended_grad = torch.mm(context, merged.context, out=slopes.attended_grad.flatten(1))
-    total.context.addmm_(context.mT, attended)
-    total.memory.addmm_(context[frames.counts[0] :].mT, frames.previous(kept.memory))
+    attended_grad = matrix_product(context, merged.context, slopes.attended_grad.flatten(1))
+    add_gradient_(total.context, context, attended)
+    add_gradient_(total.memory, context[continued], before)
     total.context_bias.add_(context.sum(0))
     inner = torch.unflatten(kept.context, 1, (2, -1))
-    total.gates.baddbmm_(inner.permute(1, 2, 0), gates.transpose(0, 1))
+    add_gradients_(total.gates, inner.transpose(0, 1), gates.transpose(0, 1))
     total.gates_bias.add_(gates.sum(0)[:, None])
 
     _add_product(total.candidate.second, total.candidate.second_bias, candidate, kept.candidate_inner)
-    inner = (candidate @ merged.candidate.second).mul_(_inner_slope(kept.candidate_inner, scale))
+    inner = matrix_product(candidate, merged.candidate.second, torch.empty_like(kept.candidate_inner))
+    inner.mul_(_inner_slope(kept.candidate_inner, scale))
     _add_product(total.candidate.first, total.candidate.first_bias, inner, attended)
-    attended_grad.addmm_(inner, merged.candidate.first)
+    add_product_(attended_grad, inner, merged.candidate.first)
 
-    logits, inner = _backward_cells(hidden_grad, frames.counts, kept, slopes, merged, scale)
+    logits, inner = _backward_cells(carry, frames, kept, slopes, merged, scale)
     of_gates = slopes.gates
     _add_product(total.attention.second, total.attention.second_bias, logits, kept.inner)
     _add_product(total.attention.first, total.attention.first_bias, inner, kept.cells.flatten(1))
     read = merged.state.shape[1]
-    before = frames.previous(kept.state)[:, :, :read]
-    total.state.baddbmm_(before.permute(1, 2, 0), of_gates[frames.counts[0] :].transpose(0, 1))
+    before = frames.previous(kept.state[:, :, :read], None if earlier is None else earlier.state.transpose(0, 1))
+    add_gradients_(total.state, before.transpose(0, 1), of_gates[continued].transpose(0, 1))
     return of_gates
 
 
 def _add_product(weight_total: Tensor, bias_total: Tensor, grad: Tensor, x: Tensor) -> None:
     """Add the gradients of a linear layer's weight and bias, for the gradient of its output and its input ``x``."""
-    weight_total.addmm_(grad.mT, x)
+    add_gradient_(weight_total, grad, x)
     bias_total.add_(grad.sum(0))
 
 
@@ -572,19 +602,26 @@ class _Slopes(NamedTuple):
             (3, memory.shape[1]), context.shape[1:], gates.shape[1:], (gates.shape[1], gates.shape[2] // 4),
             cells.shape[1:], inner.shape[1:], cells.shape[1:], cells.shape[1:],
         ]  # fmt: skip
-        flat = _workspace(len(gates) * sum(map(math.prod, shapes)), gates.dtype)
+        flat = workspace(len(gates) * sum(map(math.prod, shapes)), gates.dtype)
         return cls(*_views(flat, len(gates), shapes))
 
 
 def _backward_memory(
-    memory_grad: Tensor, frames: _Frames, kept: _Kept, slopes: _Slopes, merged: _Merged, scale: float
+    memory_grad: Tensor,
+    frames: _Frames,
+    kept: _Kept,
+    before: Tensor,
+    slopes: _Slopes,
+    merged: _Merged,
+    scale: float,
 ) -> Tensor:
     """Loop 2 backwards, on ``slopes.memory``. The gradient before the relu of the γ's inner layers (N, 2g)."""
     counts = frames.counts
     retain, update = kept.retain_update.unbind(1)
     by_retain, by_update, by_candidate = slopes.memory.unbind(1)
-    by_retain[: counts[0]] = 0.0
-    _sigmoid_slope(retain[counts[0] :], by_retain[counts[0] :]).mul_(frames.previous(kept.memory))
+    first = len(retain) - len(before)
+    by_retain[:first] = 0.0
+    _sigmoid_slope(retain[first:], by_retain[first:]).mul_(before)
     _sigmoid_slope(update, by_update).mul_(kept.candidate)
     _tanh_slope(kept.candidate, by_candidate).mul_(update)
     inner_slope = _inner_slope(kept.context, scale)
@@ -593,19 +630,21 @@ def _backward_memory(
         grads, retain_gate, inner, slope = by_step[step]
         now = memory_grad[: len(grads)]  # of samples that end here: the incoming gradient
         grads.mul_(now[:, None])
-        torch.bmm(grads[:, :2].transpose(0, 1), merged.gates.mT, out=torch.unflatten(inner, 1, (2, -1)).transpose(0, 1))
+        layers = torch.unflatten(inner, 1, (2, -1)).transpose(0, 1)
+        matrix_products(grads[:, :2].transpose(0, 1), merged.gates.mT, layers)
         inner.mul_(slope)
-        if step:
-            now.mul_(retain_gate).addmm_(inner, merged.memory)
+        if step or not frames.starts:
+            add_product_(now.mul_(retain_gate), inner, merged.memory)
     return slopes.context
 
 
 def _backward_cells(
-    hidden_grad: Tensor, counts: list[int], kept: _Kept, slopes: _Slopes, merged: _Merged, scale: float
+    carry: _Carry, frames: _Frames, kept: _Kept, slopes: _Slopes, merged: _Merged, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Loop 1 backwards, on ``slopes.gates``. The gradients before the softmax (N, 2hM) and its inner layer's relu."""
-    samples, modalities, size = hidden_grad.shape
+    size = carry.cells.shape[2]
     read = merged.state.shape[1]
+    counts = frames.counts
     input_gate, forget_gate, cell_gate, output_gate = kept.gates.chunk(4, 2)
     old, new = kept.cells.chunk(2, 2)
     to_input, to_forget, to_cell_gate, to_output = slopes.gates.chunk(4, 2)
@@ -615,9 +654,7 @@ def _backward_cells(
     _sigmoid_slope(input_gate, to_input).mul_(torch.mul(cell_gate, 2.0).sub_(1.0))
     _sigmoid_slope(forget_gate, to_forget).mul_(old)
     _sigmoid_slope(cell_gate, to_cell_gate).mul_(input_gate).mul_(2.0)
-    state_grad = hidden_grad.new_zeros((samples, modalities, read))
-    state_grad[:, :, :size] = hidden_grad
-    cell_grad = torch.zeros_like(hidden_grad)
+    cell_grad, state_grad = carry.cells, carry.state.transpose(0, 1)
     second, first = merged.attention.second, merged.attention.first
     inner_slope = _inner_slope(kept.inner, scale)
     of_attention = [slopes.attended_grad, slopes.attended, kept.attention.flatten(1)]
@@ -632,15 +669,15 @@ def _backward_cells(
         # r = p ⊙ z with p the softmax: the gradient of its logits is q - p Σ q, q = dr ⊙ r.
         product = (dr * r).flatten(1)
         torch.addcmul(product, share, product.sum(1, keepdim=True), value=-1, out=logits)
-        torch.mm(logits, second, out=inner).mul_(slope)
-        dz = torch.addmm(dr.flatten(1).mul_(share), inner, first).view_as(r)
+        matrix_product(logits, second, inner).mul_(slope)
+        dz = add_product_(dr.flatten(1).mul_(share), inner, first).view_as(r)
         dc.add_(dz[:, :, size:]).addcmul_(dh, through_h)
         by_gate = torch.unflatten(grads, 2, (4, size))
         by_gate[:, :, :3].mul_(dc[:, :, None])
         by_gate[:, :, 3].mul_(dh)
         torch.addcmul(dz[:, :, :size], dc, forget, out=dc)
-        if step:
-            torch.bmm(grads.transpose(0, 1), merged.state.mT, out=state_grad[:alive].transpose(0, 1))
+        if step or not frames.starts:
+            matrix_products(grads.transpose(0, 1), merged.state.mT, state_grad[:alive].transpose(0, 1))
     to_cell_gate.mul_(2.0)  # the loop had the gradients of 2x
     return slopes.logits.flatten(1), slopes.inner
 

@@ -122,6 +122,9 @@ class TwoPassScan(Protocol):
     ) -> list[Tensor | None]:
         """Gradients of the wanted features, and of every weight."""
 
+    def release(self, blocks: Sequence[Tensor]) -> None:
+        """Take back what ``forward`` returned for ``backward``, which runs no more."""
+
 
 def memory_scan(
     implementation: TwoPassScan,
@@ -168,16 +171,21 @@ class _MemoryScan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.implementation, ctx.modalities, ctx.dropout, lengths, *tensors = inputs
-        _, _, *kept = output
-        ctx.tensors = len(tensors)
+        hidden, memory, *kept = output
+        ctx.tensors, ctx.shapes = len(tensors), (hidden.shape, memory.shape)
         ctx.save_for_backward(lengths, *tensors, *kept)
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # autograd would make zeros for everything that is kept
 
     @staticmethod
-    def backward(ctx: Any, hidden_grad: Tensor, memory_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         lengths, *saved = ctx.saved_tensors
         tensors, (state, *blocks) = saved[: ctx.tensors], saved[ctx.tensors :]
         features, weights = tensors[: ctx.modalities], MemoryScanWeights.of(ctx.modalities, tensors[ctx.modalities :])
+        hidden_grad, memory_grad = (
+            weights.bias.new_zeros(shape) if grad is None else grad
+            for grad, shape in zip(incoming, ctx.shapes, strict=False)
+        )
         if torch.is_grad_enabled():  # the gradients themselves may be differentiated
             with torch.random.fork_rng(devices=()):
                 torch.set_rng_state(state)
@@ -190,4 +198,6 @@ class _MemoryScan(torch.autograd.Function):
                 grads = ctx.implementation.backward(
                     hidden_grad, memory_grad, features, lengths, weights, ctx.dropout, blocks, wanted
                 )
+            if not _backward_may_repeat():
+                ctx.implementation.release(blocks)
         return None, None, None, None, *grads
