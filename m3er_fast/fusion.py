@@ -288,7 +288,9 @@ class M3ERFusion(
         if self.modality_check is not None:
             if not self.modality_check.is_fitted:
                 raise _not_fitted("modality check")
-            return self.modality_check.check_batch(batch)
+            # A compiled backward pass goes through every result, used or not, and 0 times infinity is no gradient.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+                return self.modality_check.check_batch(batch)
         return _trust_available(batch)
 
     def _replace_ineffectual(self, batch: StandardizedBatch, effective: Tensor) -> ReplacedBatch:

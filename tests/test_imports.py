@@ -24,6 +24,7 @@ LAYERS = (
     "fitting",
     "execution shards",
     "corpus corruption metrics plots",
+    "export",
     "fusion",
     "hub",
     "check proxy network loss cuda_graphs",
