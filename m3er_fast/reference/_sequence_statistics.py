@@ -15,7 +15,7 @@ from m3er_fast.operands import SequenceStatistics, upcast
 def sequence_statistics(x: Tensor, valid: Tensor) -> SequenceStatistics:
     """Moments of frames and of their changes; :func:`m3er_fast.functional.sequence_statistics` documents them."""
     x = torch.where(valid[:, :, None], upcast(x), 0.0)  # first: NaN times 0 is NaN, in a gradient too
-    pair = valid & _previous(valid[:, :, None])[:, :, 0]
+    pair = valid & (_previous(valid[:, :, None].to(x.dtype))[:, :, 0] > 0)  # inductor pads no booleans
     # A common offset costs no digits of what is relative to the first valid frame, and a frozen sequence does not vary.
     origin = x.detach().gather(1, valid.int().argmax(dim=1)[:, None, None].expand(-1, 1, x.shape[2]))
     shifted = x - origin
