@@ -51,7 +51,7 @@ def export_program(model: M3ERFusion) -> ExportedProgram:
     batch, time = Dim("batch", min=1), Dim("steps", min=1)
     sizes = ({name: {0: batch, 1: time} for name in features}, {0: batch}, {0: batch})
     # Else sizes of 1 would be other programs, because torch broadcasts them.
-    with torch.no_grad(), shapes_config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(model, (features, lengths, available), dynamic_shapes=sizes)
 
 

@@ -32,7 +32,8 @@ class LastingModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = self.__class__.__new__(self.__class__)
         memo[id(self)] = result
-        result.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        result.__setstate__({name: copy.deepcopy(value, memo) for name, value in state.items()})  # type: ignore[no-untyped-call]
         return result
 
 
@@ -50,7 +51,7 @@ class PreciseModule(LastingModule):
                 return tensor.to(result.device)
             return result
 
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse)
         return self
 
 

@@ -79,17 +79,18 @@ class M3ERFusion(
         classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.config = config = M3ERConfig() if config is None else config
-        if not isinstance(config, M3ERConfig):
-            way_out = ": M3ERConfig.from_dict(config) makes one" if isinstance(config, Mapping) else ""
-            raise ValueError(f"config must be an M3ERConfig, got {type(config).__name__}{way_out}")
+        given: Any = M3ERConfig() if config is None else config
+        if not isinstance(given, M3ERConfig):
+            way_out = ": M3ERConfig.from_dict(config) makes one" if isinstance(given, Mapping) else ""
+            raise ValueError(f"config must be an M3ERConfig, got {type(given).__name__}{way_out}")
+        self.config = config = given
         self.input_dims = check_input_dims(input_dims)
         if len(self.input_dims) < 2:
             raise ValueError(f"input_dims: fusion needs two modalities or more, got {self.input_dims}")
         if num_classes == 1 and config.loss.activation == "softmax":
             raise ValueError(
-                "num_classes = 1: a softmax over one class is always 1; wanted two or more, or, for one yes/no question, "
-                'LossConfig(activation="sigmoid")'
+                "num_classes = 1: a softmax over one class is always 1; wanted two or more, or, for one yes/no "
+                'question, LossConfig(activation="sigmoid")'
             )
         self.num_classes = num_classes
         self.network = MemoryFusionNetwork(self.input_dims, num_classes, **vars(config.network))
@@ -170,7 +171,7 @@ class M3ERFusion(
         Arguments are those of :meth:`forward`. A modality that training never saw counts as unavailable, since no
         weight has learned to read it.
         """
-        batch = self.standardizer(features, lengths, available)
+        batch: StandardizedBatch = self.standardizer(features, lengths, available)
         count = self.standardizer.count
         known = (count > 0) | (count == 0).all()  # before any fit, all modalities count as known
         if can_look_at(known) and known.all():
@@ -183,8 +184,8 @@ class M3ERFusion(
 
         Args:
             output: the output of :meth:`forward`.
-            target: a tensor, an array or a list: (B,) labels, or (B, C) a distribution over classes or, with ``activation="sigmoid"``, answers to C
-                yes/no questions; a label of -100 has no loss.
+            target: a tensor, an array or a list: (B,) labels, or (B, C) a distribution over classes or, with
+                ``activation="sigmoid"``, answers to C yes/no questions; a label of -100 has no loss.
 
         Raises:
             ValueError: as :func:`m3er_fast.functional.fusion_loss` does, or if ``output`` is something else.

@@ -147,7 +147,7 @@ class ProxyGenerator(FittedModule):
         self._number = numbered(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._number = numbered(self)  # a copy's own
 
     @property

@@ -437,7 +437,7 @@ def _forward_memory(
         [context, mask, gates, retain, update, kept.candidate, memory],
         [torch.unflatten(context, 1, (2, -1)).transpose(0, 1), gates.transpose(0, 1)],
     )
-    before = None if carry is None else carry.memory
+    before: Tensor | None = None if carry is None else carry.memory
     for layer, dropped, gate, retain_gate, update_gate, proposed, now, layers, both in by_step:
         if before is not None:
             before = before[: len(now)]
@@ -449,7 +449,7 @@ def _forward_memory(
         if before is not None:
             now.addcmul_(retain_gate, before)
         before = now
-    return now
+    return memory[len(memory) - counts[-1] :]
 
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:

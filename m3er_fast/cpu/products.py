@@ -139,4 +139,6 @@ def onednn_is_faster() -> bool:
 def onednn_is_callable() -> bool:
     """Whether torch has oneDNN and the operators by which it is called here; they are the compiler's own."""
     calls = (torch.ops.mkldnn, "_linear_pointwise"), (torch.ops.aten, "mkldnn_linear_backward_weights")
-    return torch.backends.mkldnn.is_available() and all(hasattr(namespace, name) for namespace, name in calls)
+    return torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
+        hasattr(namespace, name) for namespace, name in calls
+    )

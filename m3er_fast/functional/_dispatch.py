@@ -51,7 +51,7 @@ class Implementation(NamedTuple):
     """One way to compute an operation."""
 
     name: str
-    device: Literal["cuda", "cpu", "any"] | None  # where "auto" considers it; None: nowhere
+    device: Literal["cuda", "cpu", "compiler", "any"] | None  # where "auto" considers it; None: nowhere
     refusal: Callable[..., str | None]  # why it cannot compute the operation's arguments, or None
     load: Callable[[], Callable[..., Any]]  # imports and returns the function that computes
     is_backend: bool = True  # whether its name may be requested; else "auto" alone chooses it

@@ -1,8 +1,8 @@
 """The summary of a run, counted from its folder of scores: the first thing to look at when a run has finished.
 
-``_summary.json``, and ``_summary.html``, a self-contained page of the same, are written when every shard is scored or in
-quarantine. Everything but the key ``run`` depends only on the model and the corpus, so a run that was interrupted and
-resumed has the same summary as one that was not.
+``_summary.json``, and ``_summary.html``, a self-contained page of the same, are written when every shard is scored or
+in quarantine. Everything but the key ``run`` depends only on the model and the corpus, so a run that was interrupted
+and resumed has the same summary as one that was not.
 """
 
 from __future__ import annotations
