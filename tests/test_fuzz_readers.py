@@ -81,6 +81,17 @@ def test_many_damaged_files_are_read_or_refused_by_one_line(name):
     check(name, 600)
 
 
+def test_what_coverage_guided_fuzzing_found_is_refused():
+    """In a process of its own: pyarrow 26 aborts it."""
+    code = "import sys, fuzz_readers; fuzz_readers.read_shard(None, __import__('pathlib').Path(sys.argv[1]))"
+    file = HERE / "damaged" / "level_histogram.parquet"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, "-c", code, str(file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert "CorpusError: level_histogram.parquet: its footer has a histogram of levels" in result.stderr
+    assert result.returncode == 1
+
+
 def ragged():
     array = np.empty(2, dtype=object)
     array[0], array[1] = np.arange(3), "x"

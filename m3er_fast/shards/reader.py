@@ -19,6 +19,7 @@ import numpy as np
 from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.corpus.files import decoding, hive_values
 from m3er_fast.corpus.parquet import modality_columns, refuse_repeated, with_hive_columns, with_ids
+from m3er_fast.shards.parquet_footer import check_footer
 from m3er_fast.shards.plan import Location, Shard
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _read_parquet(
         corpus.filesystem.open_input_file(shard.path) as source,
         parquet.ParquetFile(
             source,
-            metadata=(metadata := parquet.read_metadata(source)),
+            metadata=(metadata := _read_metadata(source)),
             buffer_size=_buffer_bytes(corpus, metadata, shard.size),
             pre_buffer=False,
             page_checksum_verification=verify,
@@ -126,6 +127,15 @@ def _read_parquet(
             yield pa.Table.from_batches(window)
         if not yielded:
             yield schema.empty_table().select(columns)
+
+
+def _read_metadata(source: Any) -> Any:
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(source)
+    check_footer(source, metadata)
+    source.seek(0)
+    return metadata
 
 
 def _buffer_bytes(corpus: Location, metadata: Any, size: int) -> int:
@@ -380,7 +390,7 @@ def read_groups(
 def _parquet_groups(corpus: Location, shard: Shard, source: Any, verify: bool) -> Iterator[Any]:
     from pyarrow import parquet
 
-    metadata = parquet.read_metadata(source)
+    metadata = _read_metadata(source)
     if not _has_groups(metadata.schema.to_arrow_schema()):
         yield from _hive_groups(shard, metadata.num_rows)
         return
