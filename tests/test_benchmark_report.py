@@ -469,7 +469,7 @@ def test_a_committed_run_is_read_with_the_names_of_today(name):
     assert {other for row in run.rows for other in row["ratios"]} <= {row["contestant"] for row in run.rows}
 
 
-COMMITTED = ("one-thread.json",)  # the runs of the pages
+COMMITTED = ("one-thread.json", "two-threads.json")  # the runs of the pages
 
 
 @pytest.fixture(scope="module")
