@@ -15,7 +15,7 @@ _MOST_DEPTH = 32
 _VARINT_BYTES = 10
 # Numbers of fields in Parquet's parquet.thrift.
 _ROW_GROUPS, _COLUMNS, _COLUMN_METADATA, _CRYPTO, _SIZE_STATISTICS = 4, 1, 3, 8, 16
-_REPETITION_HISTOGRAM, _DEFINITION_HISTOGRAM = 2, 3
+_BYTES_OF_TEXTS, _REPETITION_HISTOGRAM, _DEFINITION_HISTOGRAM = 1, 2, 3
 
 
 def check_footer(source: Any, metadata: Any) -> None:
@@ -30,20 +30,22 @@ def check_footer(source: Any, metadata: Any) -> None:
     length = int.from_bytes(source.read(4), "little")
     source.seek(max(0, size - _END_BYTES - length))
     footer = _Compact(source.read(length)).struct()
-    levels = []
-    for index in range(len(metadata.schema)):
-        column = metadata.schema.column(index)
-        levels.append((column.max_repetition_level, column.max_definition_level))
+    schema = [metadata.schema.column(index) for index in range(len(metadata.schema))]
     for group in footer.get(_ROW_GROUPS, []):
         columns = group.get(_COLUMNS, [])
-        if len(columns) != len(levels):
-            raise CorpusError(f"its footer has {len(columns)} columns in a row group, but {len(levels)} in the schema")
-        for (repetition, definition), column in zip(levels, columns, strict=True):
+        if len(columns) != len(schema):
+            raise CorpusError(f"its footer has {len(columns)} columns in a row group, but {len(schema)} in the schema")
+        for wanted, column in zip(schema, columns, strict=True):
             about = column.get(_COLUMN_METADATA)
             if about is None or _CRYPTO in column:
                 raise CorpusError("its footer lacks the metadata of a column, or encrypts them")
             sizes = about.get(_SIZE_STATISTICS, {})
-            for field, most in ((_REPETITION_HISTOGRAM, repetition), (_DEFINITION_HISTOGRAM, definition)):
+            if _BYTES_OF_TEXTS in sizes and wanted.physical_type != "BYTE_ARRAY":
+                raise CorpusError(f"its footer has sizes of texts in a column of {wanted.physical_type}")
+            for field, most in (
+                (_REPETITION_HISTOGRAM, wanted.max_repetition_level),
+                (_DEFINITION_HISTOGRAM, wanted.max_definition_level),
+            ):
                 if len(sizes.get(field, ())) not in (0, most + 1):
                     raise CorpusError("its footer has a histogram of levels that does not fit the schema")
 
