@@ -615,11 +615,12 @@ def test_linearly_related_modalities_are_regenerated_to_the_slides_hundredth_of_
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_basis_of_linearly_related_modalities_regenerates_them_as_well():
+@pytest.mark.parametrize("proxy", [ProxyConfig(), ProxyConfig(bank="basis", ridge=1e-12)], ids=["regression", "basis"])
+def test_maps_of_linearly_related_modalities_regenerate_them_as_well(proxy):
     corpus = make_synthetic(
         60, input_dims=DIMS, steps=2, latent_dim=3, correlation=1.0, nonlinearity=0.0, noise=1e-6, seed=2
     )
-    config = M3ERConfig(check=None, proxy=ProxyConfig(bank="basis", ridge=1e-12), network=NETWORK)
+    config = M3ERConfig(check=None, proxy=proxy, network=NETWORK)
     linear = M3ERFusion(DIMS, 4, config).fit(corpus.features, lengths=corpus.lengths, available=corpus.available)
     assert max(regenerate(linear, corpus)[0].values()) < 1e-4
 

@@ -37,7 +37,7 @@ SLIDES_ERROR = 1e-4  # "within 0.01 % of the original", as the paper's slides sa
 def error(relation, correlation, ridge, seed):
     """Return the mean error over modalities."""
     corpus = make_synthetic(500, correlation=correlation, seed=seed, **relation)
-    config = M3ERConfig(check=None, proxy=ProxyConfig(ridge=ridge))
+    config = M3ERConfig(check=None, proxy=ProxyConfig(bank="neighbours", ridge=ridge))
     model = M3ERFusion(corpus.input_dims, len(corpus.classes), config)
     training = corpus.subset("train")
     model.fit(training.features, lengths=training.lengths, available=training.available)

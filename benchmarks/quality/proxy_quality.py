@@ -219,11 +219,11 @@ def draw(results, path):
                     ax.set_xlabel(label)
     axes[0, 0].set_ylabel("relative L2 error")
     axes[1, 0].set_ylabel("accuracy")
-    axes[0, 0].legend(
+    axes[0, -1].legend(
         title="proxies (solid)\nmean filling (dotted)\nregression, cross-validated (dashed)",
         fontsize=8,
         title_fontsize=8,
-        loc="upper left",
+        loc="upper right",
     )
     figure.savefig(path, metadata={"Software": None})
 

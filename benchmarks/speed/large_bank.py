@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--queries", type=int, default=10**4)
     options = parser.parse_args()
     frames = Frames(options.rows, options.features)
-    generator = ProxyGenerator({"a": options.features, "b": options.features})
+    generator = ProxyGenerator({"a": options.features, "b": options.features}, bank="neighbours")
     start = time.perf_counter()
     generator.fit(frames)
     fitted = time.perf_counter()
