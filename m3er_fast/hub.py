@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from m3er_fast._validation import near_names
 from m3er_fast.atomic_files import replacing
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import Bank, M3ERConfig
@@ -49,6 +50,35 @@ class HubModel(LastingModule, ModelHubMixin):
             save_file(state, partial)
         with replacing(save_directory / _CONFIG_FILE) as partial:
             partial.write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load a model from a folder, or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder that ``save_pretrained`` wrote, or "owner/name" on the Hub. A name
+                that looks like a path is looked for on this machine only.
+            options: as :class:`huggingface_hub.ModelHubMixin` takes them, ``map_location``, and arguments of the model
+                that replace the saved ones.
+
+        Raises:
+            ValueError: if there is no such folder, with near names, or it holds no such model.
+        """
+        path = Path(pretrained_model_name_or_path).expanduser()
+        if not path.is_dir() and _looks_local(pretrained_model_name_or_path):
+            raise ValueError(_explain_missing(path))
+        is_local = path.is_dir()
+        model: Self = super().from_pretrained(str(path) if is_local else str(pretrained_model_name_or_path), **options)
+        return model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state as :meth:`torch.nn.Module.load_state_dict` does.
+
+        Raises:
+            RuntimeError: if it does not fit the model; of other modalities, naming the first.
+        """
+        _check_modalities(self.input_dims, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def generate_model_card(self, *, data: str | None = None, metrics: str | None = None, **_kwargs: Any) -> ModelCard:
         """Return the README.md that ``save_pretrained`` writes beside the weights, unless the folder has one.
@@ -106,6 +136,38 @@ class HubModel(LastingModule, ModelHubMixin):
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} does not fit its {_CONFIG_FILE}: {reason}") from error
         return model.to(map_location).eval()
+
+
+def _looks_local(name: str | Path) -> bool:
+    """Return whether a name cannot be, or hardly is, "owner/name" of the Hub."""
+    text = str(name)
+    if isinstance(name, Path) or text.count("/") != 1 or text[:1] in ("/", ".", "~") or "\\" in text:
+        return True
+    return Path(text).exists() or Path(text).parent.is_dir()
+
+
+def _explain_missing(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file, wanted the folder that save_pretrained wrote"
+    beside = path.parent
+    names = sorted(other.name for other in beside.iterdir() if other.is_dir()) if beside.is_dir() else []
+    return f"{path}: no such folder{near_names(path.name, names)}"
+
+
+def _check_modalities(input_dims: Mapping[str, int], state: Mapping[str, Any]) -> None:
+    """Raise a RuntimeError if a state is of other modalities than the model."""
+    count = state.get("standardizer.count")
+    if count is not None and count.numel() != len(input_dims):
+        raise RuntimeError(
+            f"the state has {count.numel()} modalities, but the model {len(input_dims)}: {[*input_dims]}"
+        )
+    for m, (name, dim) in enumerate(input_dims.items()):
+        mean = state.get(f"standardizer.mean_{m}")
+        if mean is not None and mean.numel() != dim:
+            raise RuntimeError(
+                f"the state has {mean.numel()} features where the model has modality {name!r} with {dim}; the model's "
+                f"modalities are {dict(input_dims)}, in this order"
+            )
 
 
 # --- Model card ---

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, MemoryFusionNetwork, ModalityCheck, ProxyGenerator, Standardizer
-from m3er_fast.config import CheckConfig, NetworkConfig, ProxyConfig
+from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
 
 DIMS = {"text": 5, "audio": 3}
 CLASSES = 2
@@ -123,3 +125,116 @@ def test_gradients_stay_on_or_off_where_a_model_is_copied_or_moved():
     with torch.inference_mode():
         copy.deepcopy(small()).double()
         assert torch.is_inference_mode_enabled()
+
+
+# --- What is said of a mistake ---
+
+
+def test_an_unfitted_model_names_the_two_ways_out():
+    model = small().eval()
+    with pytest.raises(NotFittedError, match=r"modality check is not fitted: call model\.fit\(features\).*ablated\("):
+        model(sequences(3))
+    assert model.ablated(check=False, proxy=False)(sequences(3)).logits.shape == (3, CLASSES)
+    with pytest.raises(NotFittedError, match="proxy generator is not fitted"):
+        model({"text": sequences(3)["text"]}, effective=torch.tensor([[True, False]] * 3))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, torch.clone])
+def test_labels_may_be_a_list_or_an_array(convert):
+    model = small().train()
+    output, labels = model(sequences(4)), torch.tensor([0, 1, 1, -100])
+    assert torch.equal(model.loss(output, convert(labels)), model.loss(output, labels))
+    logits = output.modality_logits
+    assert torch.equal(model.criterion(logits, convert(labels)), model.criterion(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m, o: m.loss(o.logits, [0, 1]),
+            "loss: output must be what the model returned, an M3EROutput",
+        ),
+        (lambda m, o: m.loss(o, ["a", "b"]), "target must be a tensor, an array or a list of labels"),
+        (
+            lambda m, o: m.loss(o, None),
+            "target must be a tensor, an array or a list of labels or probab",
+        ),
+        (lambda m, o: m.criterion(o, [0, 1]), r"logits must be a tensor of shape \(M, B, C\), got M3EROutput"),
+        (lambda m, o: M3ERFusion(DIMS, 2, {}), r"config must be an M3ERConfig, got dict: M3ERConfig\.from_dict"),
+        (lambda m, o: M3ERFusion(DIMS, 1), "num_classes = 1: a softmax over one class is always 1"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_way_out(call, message):
+    model = small().train()
+    output = model(sequences(2))
+    with pytest.raises(ValueError, match=f"^{message}") as found:
+        call(model, output)
+    assert "\n" not in str(found.value)
+
+
+def test_one_yes_no_question_is_a_model():
+    config = M3ERConfig(loss=LossConfig(activation="sigmoid"))
+    assert M3ERFusion(DIMS, 1, config).train()(sequences(2)).logits.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my-modle", "my-modle: no such folder, did you mean my-model?"),
+        ("./nowhere", "nowhere: no such folder"),
+        ("runs/my-modle", "runs/my-modle: no such folder, did you mean my-model?"),
+        ("a/b/c", "a/b/c: no such folder"),
+        (
+            "my-model/model.safetensors",
+            "my-model/model.safetensors is a file, wanted the folder that save",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_there_is_looked_for_on_this_machine_alone(name, message, tmp_path, monkeypatch):
+    def connect(*_arguments, **_options):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", connect)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my-model", "runs/my-model"):
+        small().save_pretrained(tmp_path / folder)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        M3ERFusion.from_pretrained(name)
+    M3ERFusion.from_pretrained("runs/my-model")
+
+
+def test_a_name_of_the_hub_is_asked_for_there(tmp_path, monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def connect(*_arguments, **_options):
+        raise AskedError
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", connect)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AskedError):
+        M3ERFusion.from_pretrained("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"text": 5, "audio": 4}, "the state has 4 features where the model has modality 'audio' with 3; the model's"),
+        ({"text": 5, "audio": 3, "face": 2}, "the state has 3 modalities, but the model 2: ['text', 'audio']"),
+    ],
+)
+def test_a_state_of_other_modalities_names_the_first(dims, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
+        small().load_state_dict(M3ERFusion(dims, CLASSES).state_dict())
+
+
+def test_names_at_the_top():
+    import sklearn.exceptions
+
+    import m3er_fast
+    from m3er_fast import config
+
+    assert m3er_fast.NotFittedError is sklearn.exceptions.NotFittedError
+    for name in ("CheckConfig", "ProxyConfig", "NetworkConfig", "LossConfig", "TrainingConfig"):
+        assert getattr(m3er_fast, name) is getattr(config, name)

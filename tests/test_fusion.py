@@ -123,7 +123,7 @@ def test_every_field_has_its_shape_and_dtype(model, batch, mode):
 def test_an_unfitted_model_classifies_in_train_mode_only_unless_it_has_no_check():
     features = sequences(4)
     assert_finite(build().train()(features))
-    with pytest.raises(NotFittedError, match="call fit with clean training data first"):
+    with pytest.raises(NotFittedError, match=r"call model\.fit\(features\) with clean training data"):
         build().eval()(features)
     with pytest.raises(NotFittedError):
         build().predict_proba(features)
