@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from m3er_fast._proxy_bank import rows_within
+from m3er_fast._validation import can_look_at
 from m3er_fast.config import ProxyConfig
 from m3er_fast.fitted_module import FittedModule
 from m3er_fast.standardize import StandardizedBatch
@@ -43,8 +44,7 @@ class MapBank:
         every sample gets proxies, and a mask chooses: no shape depends on values, and nothing waits for the device.
         """
         usable = effective[:, None] & batch.frame_valid
-        picks = lost.device.type == "cpu" and not torch.compiler.is_compiling()
-        replace = self._replace_picked if picks else self._replace_masked
+        replace = self._replace_picked if can_look_at(lost) else self._replace_masked
         return [replace(generator, batch.features, usable, lost[:, m], m) for m in range(len(batch.features))]
 
     def _replace_picked(

@@ -9,8 +9,7 @@ from sklearn.exceptions import NotFittedError
 from test_fusion import FIELDS, assert_same, build, rows_of, sequences
 from torch.utils import _pytree as pytree
 
-from m3er_fast import M3ERConfig, cuda_graphs
-from m3er_fast._proxy_maps import MapBank
+from m3er_fast import M3ERConfig, _proxy_maps, cuda_graphs, fusion, standardize
 from m3er_fast.config import CheckConfig, ProxyConfig
 from m3er_fast.functional._dispatch import OPERATIONS
 from m3er_fast.neighbors import ExactIndex
@@ -167,7 +166,8 @@ def test_the_whole_model_waits_for_the_device_once_at_most(config, monkeypatch):
             ),
         ),
     )
-    monkeypatch.setattr(MapBank, "_replace_picked", MapBank._replace_masked)
+    for module in (fusion, standardize, _proxy_maps):
+        monkeypatch.setattr(module, "can_look_at", lambda x: False)
     with torch.no_grad(), counted_waits(monkeypatch) as waits:
         model(features)
     searches = config.proxy is not None and config.proxy.bank == "neighbours"
