@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -88,6 +88,23 @@ class FittedModule(PreciseModule):
             ):
                 self._buffers[name] = buffer.new_empty(value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@ordinary_tensors()
+def size_learned(model: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Give the learned buffers in a model the sizes of a state that is going to be loaded.
+
+    Args:
+        model: a model, or a module that holds one.
+        sizes: names of ``model.state_dict()`` with tensors, or with sizes. Other names are passed over.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, FittedModule):
+            for name, buffer in module._buffers.items():
+                found = sizes.get(f"{prefix}.{name}" if prefix else name)
+                size = found.shape if isinstance(found, Tensor) else found
+                if buffer is not None and size is not None and tuple(size) != tuple(buffer.shape):
+                    module._buffers[name] = buffer.new_zeros(tuple(size))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sklearn.exceptions import NotFittedError
 
 from m3er_fast import M3ERConfig, M3ERFusion, MemoryFusionNetwork, ModalityCheck, ProxyGenerator, Standardizer
 from m3er_fast.config import CheckConfig, LossConfig, NetworkConfig, ProxyConfig
+from m3er_fast.fitted_module import size_learned
 
 DIMS = {"text": 5, "audio": 3}
 CLASSES = 2
@@ -238,3 +240,34 @@ def test_names_at_the_top():
     assert m3er_fast.NotFittedError is sklearn.exceptions.NotFittedError
     for name in ("CheckConfig", "ProxyConfig", "NetworkConfig", "LossConfig", "TrainingConfig"):
         assert getattr(m3er_fast, name) is getattr(config, name)
+
+
+# --- Sizes before a load ---
+
+
+def test_a_distributed_checkpoint_loads_into_an_unfitted_model_whose_sizes_are_set(tmp_path):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    model, features = small().fit(sequences(60)).eval(), sequences(6, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is distributed here
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
+        unfitted = small().eval()
+        found = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+        sizes = {name.removeprefix("model."): entry.size for name, entry in found.items() if hasattr(entry, "size")}
+        size_learned(unfitted, sizes)
+        state = {"model": unfitted.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path)
+    unfitted.load_state_dict(state["model"])
+    assert torch.equal(unfitted(features).logits, model(features).logits)
+
+
+def test_sizes_are_taken_from_a_state_under_the_name_of_a_module_inside():
+    class Outer(torch.nn.Module):
+        def __init__(self, fusion):
+            super().__init__()
+            self.fusion = fusion
+
+    fitted, unfitted = Outer(small().fit(sequences(60))), Outer(small())
+    size_learned(unfitted, fitted.state_dict())
+    buffers = {name: value.shape for name, value in fitted.named_buffers()}
+    assert {name: value.shape for name, value in unfitted.named_buffers()} == buffers
