@@ -9,10 +9,19 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sklearn.exceptions import NotFittedError
+
     from m3er_fast import corruption, functional, metrics, reference
     from m3er_fast.cca import CCA
     from m3er_fast.check import CheckResult, ModalityCheck
-    from m3er_fast.config import M3ERConfig
+    from m3er_fast.config import (
+        CheckConfig,
+        LossConfig,
+        M3ERConfig,
+        NetworkConfig,
+        ProxyConfig,
+        TrainingConfig,
+    )
     from m3er_fast.fusion import M3ERFusion, M3EROutput
     from m3er_fast.loss import MultiplicativeFusionLoss
     from m3er_fast.network import MemoryFusionNetwork
@@ -23,15 +32,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CCA",
+    "CheckConfig",
     "CheckResult",
+    "LossConfig",
     "M3ERConfig",
     "M3ERFusion",
     "M3EROutput",
     "MemoryFusionNetwork",
     "ModalityCheck",
     "MultiplicativeFusionLoss",
+    "NetworkConfig",
+    "NotFittedError",
+    "ProxyConfig",
     "ProxyGenerator",
     "Standardizer",
+    "TrainingConfig",
     "corruption",
     "functional",
     "metrics",
@@ -41,7 +56,9 @@ __all__ = [
 _MODULE_OF = {
     "CCA": "cca",
     "CheckResult": "check",
-    "M3ERConfig": "config",
+    **dict.fromkeys(
+        ("CheckConfig", "LossConfig", "M3ERConfig", "NetworkConfig", "ProxyConfig", "TrainingConfig"), "config"
+    ),
     "M3ERFusion": "fusion",
     "M3EROutput": "fusion",
     "MemoryFusionNetwork": "network",
@@ -56,6 +73,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 
     def __getattr__(name: str) -> Any:
         """Load a public name, or any module of the package, when it is first asked for."""
+        if name == "NotFittedError":  # scikit-learn's own
+            return import_module("sklearn.exceptions").NotFittedError
         if name in _MODULE_OF:
             value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             globals()[name] = value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from m3er_fast import functional
@@ -45,12 +46,15 @@ class MultiplicativeFusionLoss(nn.Module):
         self.options = LossOptions(**options)
         self.backend = backend
 
-    def forward(self, logits: Tensor, target: Tensor, available: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Any, available: Tensor | None = None) -> Tensor:
         """Return the loss of (M, B, C) ``logits``; ``available`` (B, M) replaces the mask given at construction.
 
         Raises:
             ValueError: as :func:`m3er_fast.functional.fusion_loss` does.
         """
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"logits must be a tensor of shape (M, B, C), got {type(logits).__name__}")
+        target = as_target(target, logits)
         return functional.fusion_loss(
             logits,
             target,
@@ -65,3 +69,19 @@ class MultiplicativeFusionLoss(nn.Module):
         """Return the settings, for ``print(module)``."""
         settings = {**self.options._asdict(), "backend": self.backend}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def as_target(target: Any, like: Tensor) -> Tensor:
+    """Return a target as a tensor; an array or a list comes to the device of ``like``.
+
+    Raises:
+        ValueError: if it does not hold numbers.
+    """
+    if isinstance(target, Tensor):
+        return target
+    try:
+        return torch.as_tensor(target, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"target must be a tensor, an array or a list of labels or probabilities, got {type(target).__name__}"
+        ) from error
