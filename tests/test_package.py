@@ -267,7 +267,7 @@ def test_signatures_begin_as_documented(function, wanted):
         ),
         (
             m3er_fast.ProxyGenerator,
-            {"bank": "neighbours", "k": 16, "ridge": 0.3, "affine": False, "max_bank": None, "max_basis": None},
+            {"bank": "regression", "k": 16, "ridge": None, "affine": False, "max_bank": None, "max_basis": None},
         ),
         (
             m3er_fast.MemoryFusionNetwork,

@@ -381,7 +381,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_nothing_half_written(
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130, error
-    assert error.decode().strip().endswith("m3er-fast: error: interrupted")
+    assert error.decode().strip().endswith("m3er-fast: error: interrupted: the same command with --resume goes on")
     assert not list(out.glob(".*.partial"))
     assert not (out / "_SUCCESS").exists()
 

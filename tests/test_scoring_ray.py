@@ -414,7 +414,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_process_and_nothing_half_wr
     assert run.returncode == 130, error
     # On a busy machine there are lines of progress too.
     assert [line for line in error.decode().splitlines() if not line.startswith("score: ")] == [
-        "m3er-fast: error: interrupted"
+        "m3er-fast: error: interrupted: the same command with --resume goes on"
     ]
     assert not list(out.glob(".*"))
     assert not (out / "_SUCCESS").exists()
