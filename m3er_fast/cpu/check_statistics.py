@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from m3er_fast.cpu.products import new_product
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
 # A block's coordinates fit the cache. docs/performance.md has the times of other sizes.
@@ -87,13 +88,13 @@ def _block(features: Sequence[Tensor], constants: _Constants) -> tuple[Tensor, T
     energy = []
     for m, (x, factors) in enumerate(zip(features, constants.factors, strict=True)):
         x = x - factors.center
-        parts = torch.split(torch.addmm(factors.bias, x, factors.matrix), factors.sizes, dim=1)
+        parts = torch.split(new_product(x, factors.matrix, factors.bias), factors.sizes, dim=1)
         own = [p for p, pair in enumerate(pairs) if m in pair]
         for p, vectors in zip(own, parts, strict=False):
             sides[p].append(vectors)
         whitened = [
             *parts[len(own) :],
-            *(x[:, column:] @ band if column else x @ band for column, band in factors.bands),
+            *(new_product(x[:, column:] if column else x, band) for column, band in factors.bands),
         ]
         first, *others = (torch.linalg.vector_norm(part, dim=1).square_() for part in whitened)
         energy.append(sum(others, first))

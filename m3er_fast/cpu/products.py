@@ -38,6 +38,18 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
+def new_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` (n, k) @ ``y`` (k, o), plus the bias (o,) of every row."""
+    if not _is_large(x, y.shape[1]):
+        return x @ y if bias is None else torch.addmm(bias, x, y)
+    weight = _dense(y.mT)
+    parts = [
+        _linear(x[rows], weight, bias) if is_large else torch.nn.functional.linear(x[rows], weight, bias)
+        for rows, is_large in _pieces(x, y.shape[1])
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def matrix_product(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out`` (n, o) = ``x`` (n, k) @ ``y`` (k, o), plus the bias (o,) of every row."""
     if not _is_large(x, y.shape[1]):

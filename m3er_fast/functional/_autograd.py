@@ -30,13 +30,18 @@ class OnePassLoss(Protocol):
 
 
 def fusion_loss(
-    implementation: OnePassLoss, logits: Tensor, target: Tensor, factors: LossFactors, options: LossOptions
+    implementation: OnePassLoss,
+    otherwise: Callable[[Tensor, Tensor, LossFactors, LossOptions], Tensor],
+    logits: Tensor,
+    target: Tensor,
+    factors: LossFactors,
+    options: LossOptions,
 ) -> Tensor:
-    """The loss, differentiable in the logits."""
+    """The loss, differentiable in the logits; by ``otherwise`` where they are too extreme for the implementation."""
     trains = torch.is_grad_enabled() and logits.requires_grad
     found = implementation.loss_and_gradient(logits.detach(), target, factors, options, with_gradient=trains)
     if found is None:
-        return reference.fusion_loss_of(logits, target, factors, options)
+        return otherwise(logits, target, factors, options)
     if not trains:
         return found[0]
     loss: Tensor = _FusionLoss.apply(logits, found, (implementation, target, factors, options))  # type: ignore[no-untyped-call]

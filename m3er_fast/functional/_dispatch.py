@@ -318,14 +318,16 @@ def _no_scan_operator(
 def _load_loss_kernel() -> Callable[..., Any]:
     from m3er_fast.kernels import loss
 
-    return loss.fusion_loss if torch.compiler.is_compiling() else partial(_autograd.fusion_loss, loss)
+    if torch.compiler.is_compiling():
+        return loss.fusion_loss
+    return partial(_autograd.fusion_loss, loss, reference.fusion_loss_of)
 
 
 @cache
 def _load_cpu_loss() -> Callable[..., Any]:
     from m3er_fast.cpu import loss
 
-    return partial(_autograd.fusion_loss, loss)
+    return partial(_autograd.fusion_loss, loss, reference.fusion_loss_of)
 
 
 def _load_costs_kernel() -> Callable[..., Any]:
