@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from m3er_fast.cpu.products import new_product
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs, upcast
 
-# A block's coordinates fit the cache. docs/performance.md has the times of other sizes.
+# A block's coordinates fit the cache.
 BLOCK_SAMPLES = 512
 # Fewer samples are multiplied by whole whiteners: leaving out zeros must take less than it saves.
 FEWEST_BANDED_SAMPLES = 128
