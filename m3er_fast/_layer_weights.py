@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from m3er_fast._warnings import warn_user
 
 # Hooks before a layer's forward that only set its weight anew from the parameters that are trained.
 _SETS_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -52,8 +53,4 @@ def _call_hooks(name: str, layer: nn.Module) -> None:
         if isinstance(hook, _SETS_WEIGHT):
             hook(layer, ())
     if layer._forward_hooks or not all(isinstance(hook, _SETS_WEIGHT) for hook in hooks):
-        warnings.warn(
-            f"{name} has hooks that are not called: its weights are read, and its forward is never called",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn_user(f"{name} has hooks that are not called: its weights are read, and its forward is never called")

@@ -20,7 +20,7 @@ from m3er_fast.fitted_module import FittedModule
 from m3er_fast.moments import Moments
 from m3er_fast.operands import modality_pairs
 
-# Ridges that cross-validation chooses from: eight a decade, over more than any relation between modalities calls for.
+# Ridges that cross-validation chooses from: eight per decade, over a wider range than relations between modalities need.
 _RIDGES = np.logspace(-10, 6, 129)
 # The frames are float32. A share of variance below its precision is rounding, not another direction or relation.
 _ROUNDING = float(np.finfo(np.float32).eps) ** 2
@@ -135,7 +135,7 @@ def fit_map(moments: Moments, source: slice, target: slice, ridge: float | None)
     if not moments.count:
         return RidgeMap(np.zeros((0, width)), np.zeros(0), 0.0)
     unit, spread = scatter[source, source].trace() / width, scatter[target, target].trace()
-    if unit == 0.0:  # a constant source says nothing, but where the target lies
+    if unit == 0.0:  # a constant source: the proxy is the target's mean
         return RidgeMap(np.zeros((targets, width)), mean_y, ridge or 0.0)
     eigenvalues, directions = np.linalg.eigh(scatter[source, source] / unit)
     varies = eigenvalues > _ROUNDING * eigenvalues[-1]
