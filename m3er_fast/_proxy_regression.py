@@ -20,7 +20,7 @@ from m3er_fast.fitted_module import FittedModule
 from m3er_fast.moments import Moments
 from m3er_fast.operands import modality_pairs
 
-# Ridges that cross-validation chooses from: eight per decade, over a wider range than relations between modalities need.
+# Ridges that cross-validation chooses from: eight per decade, over a wider range than any relation needs.
 _RIDGES = np.logspace(-10, 6, 129)
 # The frames are float32. A share of variance below its precision is rounding, not another direction or relation.
 _ROUNDING = float(np.finfo(np.float32).eps) ** 2
