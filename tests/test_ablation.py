@@ -215,9 +215,9 @@ def test_an_ablation_interrupted_between_trainings_and_resumed_is_the_same_to_th
 
 
 def test_an_ablation_interrupted_in_a_training_and_resumed_is_the_same_to_the_byte(ablated, tmp_path, monkeypatch):
-    from m3er_fast import _training_state
+    from m3er_fast.training.state import TrainingState
 
-    save, saved = _training_state.TrainingState.save, []
+    save, saved = TrainingState.save, []
 
     def save_and_stop(self, path):
         save(self, path)
@@ -225,7 +225,7 @@ def test_an_ablation_interrupted_in_a_training_and_resumed_is_the_same_to_the_by
         if len(saved) == CONFIG.training.epochs + 1:  # in the second training
             raise Stop
 
-    monkeypatch.setattr(_training_state.TrainingState, "save", save_and_stop)
+    monkeypatch.setattr(TrainingState, "save", save_and_stop)
     with pytest.raises(Stop):
         ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)
     ablation.run_ablation(CORPUS, CONFIG, seeds=2, out=tmp_path)

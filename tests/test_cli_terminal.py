@@ -137,9 +137,7 @@ def test_an_interrupt_says_how_to_go_on(module, function, arguments, way_on, cor
 
 
 def test_a_resumed_training_says_from_where(corpus_dir, tmp_path, monkeypatch, capsys):
-    import m3er_fast.training
-
-    state = importlib.import_module("m3er_fast._training_state").TrainingState
+    state = importlib.import_module("m3er_fast.training.state").TrainingState
     save = state.save
 
     def save_and_stop(self, path):
@@ -148,7 +146,7 @@ def test_a_resumed_training_says_from_where(corpus_dir, tmp_path, monkeypatch, c
 
     arguments = ["train", str(corpus_dir), "--out", str(tmp_path / "run"), "--epochs", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(m3er_fast.training.TrainingState, "save", save_and_stop)
+        patch.setattr(state, "save", save_and_stop)
         assert main(arguments) == INTERRUPTED
     capsys.readouterr()
     assert main(arguments) == COMPLETE

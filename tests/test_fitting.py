@@ -516,7 +516,7 @@ def test_a_state_that_lacks_something_is_refused(fitted):
 
 def test_training_takes_statistics_and_its_settings_from_them(corpus, fitted, tmp_path, monkeypatch):
     short = M3ERConfig(training=TrainingConfig(epochs=2))
-    monkeypatch.setattr("m3er_fast.training.M3ERConfig", lambda: short)
+    monkeypatch.setattr("m3er_fast.training.run.M3ERConfig", lambda: short)
     result = train(corpus, statistics=fitted, out=tmp_path / "run")
     assert_close(fitted, result.model.state_dict(), tolerance=0)
     assert (result.model.config.check, result.model.config.proxy) == (fitted.check, fitted.proxy)

@@ -19,7 +19,7 @@ LAYERS = (
     "cli",
     "demo",
     "ablation _ablation_figures _ablation_table",
-    "training _training_state evaluation",
+    "training evaluation",
     "scoring",
     "fitting",
     "execution shards",

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from m3er_fast.atomic_files import replacing
-from m3er_fast.config import M3ERConfig
-from m3er_fast.corpus.base import Corpus
-from m3er_fast.evaluation import labels_of
-from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.training.fingerprint import ResumeMismatchError, check_fingerprint
 
-
-class ResumeMismatchError(RuntimeError):
-    """A run folder holds a training that was begun with another corpus or configuration, or is damaged."""
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 class TrainingState:
@@ -30,7 +23,7 @@ class TrainingState:
 
     Args:
         model: the model in training.
-        fingerprint: identifies the run; see `run_fingerprint`.
+        fingerprint: identifies the run; see `fingerprint.run_fingerprint`.
     """
 
     def __init__(self, model: M3ERFusion, fingerprint: dict[str, Any]) -> None:
@@ -105,66 +98,6 @@ class TrainingState:
             self.optimizer.load_state_dict(values["optimizer"])
             self.best, self.best_epoch = values["best"], values["best_epoch"]
             self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
-
-
-def run_fingerprint(corpus: Corpus, config: M3ERConfig, statistics: ModelStatistics | None) -> dict[str, Any]:
-    """Return everything that decides the result of a training run, by name: settings as they are, data as digests."""
-    features = {f"features of {name}": _digest(np.ascontiguousarray(x).data) for name, x in corpus.features.items()}
-    return {
-        **_flat(config.to_dict()),
-        "modalities": [f"{name} ({dim})" for name, dim in corpus.input_dims.items()],
-        "classes": list(corpus.classes),
-        "task": corpus.task,
-        "utterances": _digest("\n".join(corpus.ids).encode()),
-        "splits": _digest("\n".join([] if corpus.split is None else corpus.split).encode()),
-        **features,
-        "lengths": _digest(np.ascontiguousarray(corpus.lengths).data),
-        "availability": _digest(np.ascontiguousarray(corpus.available).data),
-        "labels": _digest(np.ascontiguousarray(labels_of(corpus)).data),
-        "statistics": None if statistics is None else statistics.digest,
-    }
-
-
-def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    """Raise a ResumeMismatchError that names the differences unless the run in ``out`` is the one asked for."""
-    if found == wanted:
-        return
-    if not isinstance(found, dict):
-        raise TypeError("a fingerprint is a dict")  # of an earlier version; resuming_from says so
-    differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    # A part that only one of them has differs as a whole.
-    differing = [name for name in differing if name.rpartition(".")[0] not in differing]
-    differences = [
-        f"other {name}" if _is_data(name) else f"{name} = {found.get(name)}, now {wanted.get(name)}"
-        for name in differing
-    ]
-    more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
-    raise ResumeMismatchError(
-        f"{out} holds a training that differs: {'; '.join(differences[:5])}{more}. Give another folder, or begin anew "
-        "(--no-resume)"
-    )
-
-
-def _is_data(name: str) -> bool:
-    """Whether a part of a fingerprint is a digest, which says nothing to a reader."""
-    return name.startswith("features of ") or name in {
-        *("utterances", "splits", "lengths", "availability", "labels", "statistics"),
-    }
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{prefix}{name}": "given", **_flat(value, f"{prefix}{name}.")}
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _digest(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @contextmanager

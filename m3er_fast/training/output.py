@@ -1,0 +1,78 @@
+"""The folder of a finished run: model, card, history and its plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from m3er_fast.atomic_files import replacing
+from m3er_fast.fitting.statistics import ModelStatistics
+from m3er_fast.fusion import M3ERFusion
+from m3er_fast.training.data import TrainingData
+from m3er_fast.training.fingerprint import check_fingerprint
+from m3er_fast.training.state import CHECKPOINT_FILE, resuming_from
+
+HISTORY_FILE = "history.json"
+HISTORY_PLOT = "history.png"
+
+
+def is_finished(out: Path) -> bool:
+    """Return whether a folder holds a finished run: its history is written last, and its checkpoint then removed."""
+    return (out / HISTORY_FILE).exists() and not (out / CHECKPOINT_FILE).exists()
+
+
+def read_run(out: Path, fingerprint: dict[str, Any]) -> tuple[M3ERFusion, dict[str, Any]]:
+    """Return the model and the history of a finished run.
+
+    Raises:
+        ResumeMismatchError: if it belongs to another training or is damaged.
+    """
+    with resuming_from(out / HISTORY_FILE):
+        history: dict[str, Any] = json.loads((out / HISTORY_FILE).read_text())
+        check_fingerprint(history["fingerprint"], fingerprint, out)
+        history["best_epoch"]  # missing in a damaged file
+    return M3ERFusion.from_pretrained(out), history
+
+
+def write_run(
+    out: Path, model: M3ERFusion, history: dict[str, Any], data: TrainingData, statistics: ModelStatistics | None
+) -> None:
+    """Write everything that a finished run holds, and take its checkpoint away."""
+    _save(out, model, history, data, statistics)
+    _write_plot(history, out / HISTORY_PLOT)
+    with replacing(out / HISTORY_FILE) as partial:
+        partial.write_text(json.dumps(history, indent=2) + "\n")
+    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _save(
+    out: Path, model: M3ERFusion, history: dict[str, Any], data: TrainingData, statistics: ModelStatistics | None
+) -> None:
+    """Save the model with a card that describes its training data and its scores on the validation split."""
+    (out / "README.md").unlink(missing_ok=True)  # save_pretrained keeps the card of an earlier training
+    best = history["best_epoch"]
+    about = (
+        f"{data.describe()} were held out to choose the epoch. Best epoch: {best} of {len(history['valid_loss'])}, "
+        f"with a validation loss of {history['valid_loss'][best - 1]:.4f}."
+    )
+    if statistics is not None:
+        about += f" Standardiser, modality check and proxies were fitted separately, to {statistics.rows} utterances."
+    report = data.report(model)
+    metrics = (
+        None
+        if report is None
+        else (
+            "On the validation split, with modality check and proxies on. The epoch was chosen on this split, so the "
+            f"scores are optimistic:\n\n{report.to_markdown()}"
+        )
+    )
+    model.save_pretrained(out, model_card_kwargs={"data": about, "metrics": metrics})
+
+
+def _write_plot(history: dict[str, Any], path: Path) -> None:
+    try:
+        from m3er_fast.plots import plot_history
+    except ImportError:  # the picture needs an extra; history.json holds the same numbers
+        return
+    plot_history(history, path)

@@ -1,0 +1,124 @@
+"""`train`: from a corpus to a trained model, and to its run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3er_fast.config import M3ERConfig
+from m3er_fast.corpus.base import Corpus
+from m3er_fast.fitting.statistics import ModelStatistics
+from m3er_fast.fusion import M3ERFusion
+from m3er_fast.training.data import MemoryData, TrainingData
+from m3er_fast.training.fingerprint import run_fingerprint
+from m3er_fast.training.loop import EpochRecord, run_epochs
+from m3er_fast.training.output import is_finished, read_run, write_run
+from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A trained model and its history."""
+
+    model: M3ERFusion
+    """In eval mode, with the weights of the best epoch."""
+    history: dict[str, Any]
+    """The content of ``history.json``: ``train_loss`` and ``valid_loss`` per epoch, and the settings."""
+    best_epoch: int
+
+
+def default_config(corpus: Corpus, statistics: ModelStatistics | None = None) -> M3ERConfig:
+    """Return the default settings, with the activation that the task of the corpus requires.
+
+    With ``statistics``, the settings of the check and the proxies are those that they were fitted with.
+    """
+    config = M3ERConfig()
+    if corpus.task == "multi":
+        config = config.replace(loss=replace(config.loss, activation="sigmoid"))
+    if statistics is not None:
+        config = config.replace(check=statistics.check, proxy=statistics.proxy)
+    return config
+
+
+def train(
+    corpus: Corpus,
+    config: M3ERConfig | None = None,
+    *,
+    statistics: ModelStatistics | None = None,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: Callable[[EpochRecord], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
+) -> TrainingResult:
+    """Fit and train a model on the train split, stopping early on the loss of the validation split.
+
+    The validation loss is the network's own: the check and the proxies are off. All randomness comes from
+    ``config.training.seed``: the same corpus, configuration and number of threads give the same model, whether or not
+    training was interrupted. With ``out``, a checkpoint is written there after every epoch, under a temporary name
+    until it is on the disk; a killed training resumes from its last epoch.
+
+    Args:
+        corpus: with labels and splits; without a validation split, one is taken from train, by group.
+        config: all settings; None takes :func:`default_config`.
+        statistics: standardiser, check and proxies, learned from a larger corpus by
+            :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
+        out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
+            if matplotlib is installed, history.png.
+        resume: continue the run in ``out``; False begins anew.
+        progress: called after every epoch.
+        resumed: called once with the number of epochs that an earlier run has done, if it has done any.
+
+    Raises:
+        ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
+            the configuration's activation; or ``statistics`` are of other modalities or settings.
+        ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, naming what
+            differs, or its files are damaged.
+        TrainingError: if the loss is no longer finite.
+    """
+    config = default_config(corpus, statistics) if config is None else config
+    out = None if out is None else Path(out)
+    data = MemoryData(corpus, config.training.seed)
+    _check_task(data, config)
+    if config.training.balance_classes and config.loss.class_weight is None:
+        config = config.replace(loss=replace(config.loss, class_weight=data.class_weights()))
+
+    fingerprint = run_fingerprint(config, data.fingerprint(), None if statistics is None else statistics.digest)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and is_finished(out):
+            model, history = read_run(out, fingerprint)
+            if resumed is not None:
+                resumed(len(history["train_loss"]))
+            return TrainingResult(model, history, history["best_epoch"])
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(config.training.seed)
+        model = M3ERFusion(data.input_dims, len(data.classes), config, classes=data.classes)
+        if statistics is None:
+            data.fit(model)
+        else:
+            statistics.apply(model)
+        state = TrainingState(model, fingerprint)
+        if out is not None and resume and (out / CHECKPOINT_FILE).exists():
+            state.load(out / CHECKPOINT_FILE)
+            if resumed is not None:
+                resumed(state.epoch)
+        run_epochs(state, data, out, progress)
+    model.network.load_state_dict(state.best)
+    model.eval()
+    history = state.history()
+    if out is not None:
+        write_run(out, model, history, data, statistics)
+    return TrainingResult(model, history, state.best_epoch)
+
+
+def _check_task(data: TrainingData, config: M3ERConfig) -> None:
+    """Raise a ValueError unless the labels of the corpus fit the loss's activation."""
+    if data.task == "multi" and config.loss.activation != "sigmoid":
+        raise ValueError(
+            f"the corpus asks {len(data.classes)} yes/no questions: loss.activation must be 'sigmoid', "
+            f"got {config.loss.activation!r}"
+        )
