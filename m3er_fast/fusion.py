@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3er_fast import functional
 from m3er_fast._validation import can_look_at, not_fitted
 from m3er_fast.check import CheckResult, ModalityCheck
 from m3er_fast.config import M3ERConfig
 from m3er_fast.cuda_graphs import CompiledInference, Stages
+from m3er_fast.distributed import broadcast_state, fit_shares
 from m3er_fast.fitted_module import eval_mode, ordinary_tensors
 from m3er_fast.hub import HubModel
 from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
@@ -138,6 +139,51 @@ class M3ERFusion(
         for step in (self.modality_check, self.proxy_generator):
             if step is not None:
                 step.fit_batches(batches)
+        return self
+
+    def fit_distributed(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+        """Learn what :meth:`fit` learns from the data of all processes, each of which gives a share of its own.
+
+        Call it in every process of ``torch.distributed``. The result is that of ``fit`` for all shares, one after the
+        other in the order of the ranks, except for the order in which float64 sums are added up; with
+        ``proxy.bank="basis"`` the basis is chosen in other rounds.
+
+        Args:
+            features: this process's share, as :meth:`fit` takes it. Keep the utterances of a recording together.
+            lengths: (N,) valid leading frames; only beside a mapping.
+            available: (N, M) bool; only beside a mapping.
+
+        Raises:
+            RuntimeError: if there is no process group, or another process has failed, saying why.
+            ValueError: for bad input, naming it, or if the models' settings differ between the processes.
+
+        Warns:
+            UserWarning: as ``fit`` does; of a few calibration samples on rank 0 only.
+        """
+        fit_shares(self.standardizer, self.modality_check, self.proxy_generator, features, lengths, available)
+        return self.broadcast_fitted()
+
+    def broadcast_fitted(self, src: int = 0) -> Self:
+        """Give the standardiser, check and proxies of one process to all others, whatever was fitted there.
+
+        Call it in every process of ``torch.distributed``, before the model is wrapped in ``DistributedDataParallel``.
+        The sizes of the fitted state, which follow the data, are sent before its content. The network is not sent:
+        ``DistributedDataParallel`` does that.
+
+        Args:
+            src: rank of the process whose fitted state is sent.
+
+        Raises:
+            ValueError: if the models' settings differ between the processes, or there is no rank ``src``.
+            RuntimeError: if there is no process group.
+        """
+        parts = {"standardizer": self.standardizer, "check": self.modality_check, "proxy": self.proxy_generator}
+        settings: dict[str, Any] = {"input_dims": list(self.input_dims.items())}
+        for name in ("check", "proxy"):
+            config = getattr(self.config, name)
+            settings[name] = "unused" if config is None else "used"
+            settings |= {} if config is None else {f"{name}.{key}": value for key, value in vars(config).items()}
+        broadcast_state(nn.ModuleDict({n: part for n, part in parts.items() if part is not None}), settings, src)
         return self
 
     def forward(

@@ -26,7 +26,7 @@ LAYERS = (
     "corpus corruption metrics plots",
     "export",
     "fusion",
-    "hub",
+    "hub distributed",
     "check proxy network loss cuda_graphs",
     "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms "
     "_proxy_bank _proxy_basis _proxy_maps _proxy_operator _proxy_regression",
