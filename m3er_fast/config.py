@@ -20,6 +20,7 @@ Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["regression", "neighbours", "basis"]
+Precision = Literal["float32", "bfloat16"]
 
 
 # --- Checks of a field, by name and value ---
@@ -289,6 +290,12 @@ class TrainingConfig:
         1.0, _optional(_above(0.0)), "the gradient's norm is clipped to this; None does not clip."
     )
     seed: int = setting(0, _seed, "seed of weights, shuffling and dropout.")
+    precision: Precision = setting(
+        "float32",
+        _one_of(Precision),
+        '"float32", or "bfloat16": the heads compute in bfloat16 under autocast. The memory scan, losses, weights and\n'
+        "everything that is fitted stay float32.",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

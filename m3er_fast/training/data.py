@@ -5,7 +5,7 @@ Dimension legend: N utterances, B utterances of a batch, M modalities, T time st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +28,11 @@ class TrainingBatch(NamedTuple):
     lengths: Tensor  # (B,)
     available: Tensor  # (B, M) bool
     target: Tensor  # (B,) or (B, C)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+        """Return the batch with every tensor changed."""
+        features = {name: change(x) for name, x in self.features.items()}
+        return TrainingBatch(features, change(self.lengths), change(self.available), change(self.target))
 
 
 class Split(Protocol):

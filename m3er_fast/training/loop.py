@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.training.data import Split, TrainingData
+from m3er_fast.training.data import Split, TrainingBatch, TrainingData
+from m3er_fast.training.device import batches_on, computing_in
 from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
 
 _VALIDATION_BATCH = 512
@@ -40,7 +42,7 @@ def run_epochs(
     settings = model.config.training
     while not state.finished():
         start = time.perf_counter()
-        train_loss = _train_epoch(state, data.training)
+        train_loss = train_epoch(state, data.training)
         valid_loss = mean_loss(model.ablated(check=False, proxy=False), data.validation)
         if not np.isfinite(train_loss + valid_loss):
             raise TrainingError(
@@ -55,30 +57,57 @@ def run_epochs(
             progress(EpochRecord(state.epoch, settings.epochs, train_loss, valid_loss, best, seconds))
 
 
-def _train_epoch(state: TrainingState, split: Split) -> float:
+def train_epoch(state: TrainingState, split: Split) -> float:
     """Train on every utterance of a split once, and return the mean loss per utterance."""
     model = state.model
     settings = model.config.training
     model.train()
     # Seeded per epoch, not carried over from the last one: a resumed training must draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + state.epoch)
-    total = 0.0
-    for features, lengths, available, target in split.shuffled(settings.batch_size, torch.default_generator):
-        loss = model.loss(model(features, lengths, available), target)
+    total = LossSum(state.device)
+    for batch in batches_on(state.device, split.shuffled(settings.batch_size, torch.default_generator)):
+        loss = _loss(model, batch)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if settings.gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.network.parameters(), settings.gradient_norm)
         state.optimizer.step()
-        total += loss.item() * len(lengths)
-    return total / split.rows
+        total.add(loss, len(batch.lengths))
+    return total.mean()
 
 
 @torch.no_grad()
 def mean_loss(model: M3ERFusion, split: Split) -> float:
     """Return the mean loss per utterance of a split, in eval mode."""
     model.eval()
-    total = 0.0
-    for features, lengths, available, target in split.in_order(_VALIDATION_BATCH):
-        total += model.loss(model(features, lengths, available), target).item() * len(lengths)
-    return total / split.rows
+    device = model.standardizer.count.device
+    total = LossSum(device)
+    for batch in batches_on(device, split.in_order(_VALIDATION_BATCH)):
+        total.add(_loss(model, batch), len(batch.lengths))
+    return total.mean()
+
+
+class LossSum:
+    """A sum of losses on their device: reading each would make the host wait for it.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows = 0
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        """Add the mean loss of some utterances."""
+        self.total += loss.detach().double() * rows
+        self.rows += rows
+
+    def mean(self) -> float:
+        """Return the mean loss per utterance, for which the host waits."""
+        return self.total.item() / self.rows
+
+
+def _loss(model: M3ERFusion, batch: TrainingBatch) -> Tensor:
+    with computing_in(model.config.training.precision, batch.lengths.device):
+        return model.loss(model(batch.features, batch.lengths, batch.available), batch.target)

@@ -14,6 +14,7 @@ from m3er_fast.corpus.base import Corpus
 from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.data import MemoryData, TrainingData
+from m3er_fast.training.device import find_device
 from m3er_fast.training.fingerprint import run_fingerprint
 from m3er_fast.training.loop import EpochRecord, run_epochs
 from m3er_fast.training.output import is_finished, read_run, write_run
@@ -25,7 +26,7 @@ class TrainingResult:
     """A trained model and its history."""
 
     model: M3ERFusion
-    """In eval mode, with the weights of the best epoch."""
+    """In eval mode, on the CPU, with the weights of the best epoch."""
     history: dict[str, Any]
     """The content of ``history.json``: ``train_loss`` and ``valid_loss`` per epoch, and the settings."""
     best_epoch: int
@@ -51,6 +52,7 @@ def train(
     statistics: ModelStatistics | None = None,
     out: str | Path | None = None,
     resume: bool = True,
+    device: str = "auto",
     progress: Callable[[EpochRecord], None] | None = None,
     resumed: Callable[[int], None] | None = None,
 ) -> TrainingResult:
@@ -69,18 +71,21 @@ def train(
         out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
             if matplotlib is installed, history.png.
         resume: continue the run in ``out``; False begins anew.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one. The network is trained there; the
+            rest is fitted on the CPU, to the same result everywhere. A run may go on on another device.
         progress: called after every epoch.
         resumed: called once with the number of epochs that an earlier run has done, if it has done any.
 
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
-            the configuration's activation; or ``statistics`` are of other modalities or settings.
+            the configuration's activation; ``statistics`` are of other modalities or settings; or there is no such
+            device.
         ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, naming what
             differs, or its files are damaged.
         TrainingError: if the loss is no longer finite.
     """
     config = default_config(corpus, statistics) if config is None else config
-    out = None if out is None else Path(out)
+    out, on = None if out is None else Path(out), find_device(device)
     data = MemoryData(corpus, config.training.seed)
     _check_task(data, config)
     if config.training.balance_classes and config.loss.class_weight is None:
@@ -101,14 +106,14 @@ def train(
             data.fit(model)
         else:
             statistics.apply(model)
-        state = TrainingState(model, fingerprint)
+        state = TrainingState(model.to(on), fingerprint)
         if out is not None and resume and (out / CHECKPOINT_FILE).exists():
             state.load(out / CHECKPOINT_FILE)
             if resumed is not None:
                 resumed(state.epoch)
         run_epochs(state, data, out, progress)
     model.network.load_state_dict(state.best)
-    model.eval()
+    model.cpu().eval()
     history = state.history()
     if out is not None:
         write_run(out, model, history, data, statistics)

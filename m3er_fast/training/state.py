@@ -22,7 +22,7 @@ class TrainingState:
     """Model, optimizer, best weights and losses of a training run.
 
     Args:
-        model: the model in training.
+        model: the model in training, on the device that trains.
         fingerprint: identifies the run; see `fingerprint.run_fingerprint`.
     """
 
@@ -37,6 +37,11 @@ class TrainingState:
         self.best_epoch = 0
         self.train_loss: list[float] = []
         self.valid_loss: list[float] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The device that trains."""
+        return self.model.standardizer.count.device
 
     @property
     def epoch(self) -> int:
@@ -92,7 +97,8 @@ class TrainingState:
             ResumeMismatchError: if it belongs to another run or is damaged.
         """
         with resuming_from(path):
-            values = torch.load(path, weights_only=True)
+            # Loading copies to the model's device what belongs there; AdamW's count of steps stays where no one waits.
+            values = torch.load(path, weights_only=True, map_location="cpu")
             check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
             self.model.network.load_state_dict(values["network"])
             self.optimizer.load_state_dict(values["optimizer"])
