@@ -49,6 +49,15 @@ ResumeOption = Annotated[bool, typer.Option(help="Go on with an interrupted run,
 # on a busy one (an epoch on two cores, one of them taken: 0.8 s with one thread, 28 s with two).
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
 
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Device to train on; auto is a GPU if there is one."),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="float32|bfloat16", help="Precision of training.  [default: float32]"),
+]
+
 
 @contextmanager
 def interruptible(way_on: str) -> Iterator[None]:
@@ -102,7 +111,7 @@ def training_settings(
     path: Path | None,
     paper: bool,
     statistics: ModelStatistics | None = None,
-    **overrides: float | None,
+    **overrides: float | str | None,
 ) -> M3ERConfig:
     """Return the chosen settings, or the defaults for this corpus.
 

@@ -13,10 +13,12 @@ from m3er_fast.cli.options import (
     AddressOption,
     ConfigOption,
     CorpusArgument,
+    DeviceOption,
     EngineOption,
     EpochsOption,
     LargeCorpusArgument,
     PaperOption,
+    PrecisionOption,
     ResumeOption,
     ThreadsOption,
     WorkersOption,
@@ -65,6 +67,8 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Utterances per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     resume: ResumeOption = True,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Train a model, stopping early on the validation loss.
@@ -79,7 +83,15 @@ def train(
     statistics = None if stats is None else ModelStatistics.load(stats)
     data = read_for_training(corpus)
     settings = training_settings(
-        data, config, paper, statistics, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate
+        data,
+        config,
+        paper,
+        statistics,
+        epochs=epochs,
+        seed=seed,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        precision=precision,
     )
     way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
     with ProgressDisplay("train", "epochs") as display, interruptible(way_on):
@@ -94,6 +106,7 @@ def train(
             statistics=statistics,
             out=out,
             resume=resume,
+            device=device,
             progress=show,
             resumed=lambda epochs: display.note(f"{out} goes on after epoch {epochs}"),
         )

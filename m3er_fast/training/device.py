@@ -43,7 +43,7 @@ def batches_on(device: torch.device, batches: Iterator[TrainingBatch]) -> Iterat
 
 
 def _copied_ahead(device: torch.device, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
-    copying = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     ahead = None
     for batch in batches:
         with torch.cuda.stream(copying):
