@@ -26,17 +26,12 @@ def _views(data):
 
 
 def _poison(width, count, lanes):
-    return [np.frombuffer(bytes([POISON]) * width * lanes, _UNSIGNED[width]).copy() for _ in range(count)]
+    return np.frombuffer(bytes([POISON]) * (width * count * lanes), _UNSIGNED[width]).reshape(count, lanes).copy()
 
 
-def _gather(view, index, count, part, lanes, out=None):
-    """``count`` arrays of consecutive numbers from ``index`` on, for a part of the lanes."""
-    if isinstance(part, slice):
-        return [view[index + i] for i in range(count)]
-    out = out or _poison(view.itemsize, count, lanes)
-    for i, result in enumerate(out):
-        result[part] = view[index + i]
-    return out
+def _consecutive(first, count):
+    """Places [count, L] of numbers that follow each other, from ``first`` [L] on."""
+    return first if count == 1 else first + np.arange(count)[:, None]
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
@@ -48,7 +43,7 @@ _NOBODY, _IN_FLIGHT, _SEVERAL_CTAS = 0, -1, -2  # in place of the whole
 
 
 class _History:
-    """Who wrote and who read each unit of memory last."""
+    """Who wrote and who read each unit of memory last. Units are [n, L], or [L]; who accesses them is [L]."""
 
     def __init__(self, units):
         self.writer = np.zeros(units, S64)  # zeros: the system gives memory only to what is touched
@@ -56,49 +51,48 @@ class _History:
         self.written = self.read = False
 
     def note_read(self, units, who):
-        """Remember a read. Return who wrote the units, and which lanes raced with them, or None for none."""
-        before = self.reader[units]
-        self.reader[units] = who
-        several = (self.reader[units] != who) | (
-            (before != who) & ((before == _SEVERAL_CTAS) | _same_interval(before, who) | _other_cta(before, who))
-        )
-        if several.any():
-            units_, who_ = units[several], who[several]
-            other = _other_cta(self.reader[units_], who_) | _other_cta(before[several], who_)
-            self.reader[units_] = who_ | _SEVERAL_WARPS
-            self.reader[units_[other]] = _SEVERAL_CTAS
+        """Remember a read."""
         self.read = True
-        return self._conflict(self.writer[units], who) if self.written else None
+        before = self.reader[units]
+        if (before == _SEVERAL_CTAS).all():
+            return
+        self.reader[units] = who
+        several = _unordered(before, who) | (self.reader[units] != who)
+        if several.any():
+            units, before, who = units[several], before[several], np.broadcast_to(who, units.shape)[several]
+            ctas = _other_cta(before, who) | _other_cta(self.reader[units], who)
+            self.reader[units] = who | _SEVERAL_WARPS
+            self.reader[units[ctas]] = _SEVERAL_CTAS
 
     def note_write(self, units, who, changed):
-        """Remember a write. Return which lanes raced with a read and which with a write, or None for none."""
+        """Remember a write. Return which lanes raced with a read and which with a write.
+
+        ``changed``: which lanes write another value than the place has; True: all.
+        """
+        changed = changed | (self.writer[units] == _IN_FLIGHT)
         raced = [
-            self._conflict(last[units], who, changed) if happened else None
+            _lanes(_unordered(last[units], who) & changed) if happened else False
             for last, happened in ((self.reader, self.read), (self.writer, self.written))
         ]
         self.writer[units] = who
         self.written = True
         return raced
 
-    @staticmethod
-    def _conflict(last, who, changed=None):
-        other = (last != who) & (last != _NOBODY)
-        if changed is not None:
-            other &= changed
-        if not other.any():
-            return None
-        other &= _same_interval(last, who) | _other_cta(last, who)
-        return other if other.any() else None
+
+def _unordered(last, who):
+    """Whether an access of ``last`` and one of ``who`` are in no order: of several warps or CTAs, with no barrier."""
+    differing = last ^ who
+    in_order = (differing >> _BARRIER_BITS != 0) & (differing >> _CTA_BITS == 0)
+    return ~in_order & (differing != 0) & (last != _NOBODY)
 
 
-def _same_interval(a, b):
-    """Of one CTA, and no barrier between them."""
-    return (a >> _BARRIER_BITS) == (b >> _BARRIER_BITS)
+def _other_cta(last, who):
+    return ((last ^ who) >> _CTA_BITS != 0) & (last != _NOBODY)
 
 
-def _other_cta(a, b):
-    """Of different CTAs, where there is an ``a``; what is in flight or of several CTAs counts as different."""
-    return ((a >> _CTA_BITS) != (b >> _CTA_BITS)) & (a != _NOBODY)
+def _lanes(found):
+    """Which lanes are found in [n, L] or [L]."""
+    return found.any(axis=0) if found.ndim > 1 else found
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -197,23 +191,42 @@ class Memory:
 
     def load_global(self, address, lanes, width, count, at):
         """Load ``count`` numbers of ``width`` bytes per lane."""
-        out = None
+        numbers = None
         for part, tensor, offset in self._located(address, width * count, width * count, at):
             if self._races:
                 self._global_read(tensor, offset, width * count, lanes[part], at)
-            out = _gather(tensor.views[width], (offset + tensor.padding) // width, count, part, len(lanes), out)
-        return out or _poison(width, count, len(lanes))
+            places = _consecutive((offset + tensor.padding) // width, count)
+            numbers = self._loaded(tensor.views[width][places], part, len(lanes), numbers)
+        return list(_poison(width, count, len(lanes)) if numbers is None else numbers)
+
+    @staticmethod
+    def _loaded(numbers, part, lanes, others=None):
+        """Numbers [count, L] of a part of the lanes among those of the others, or among poison."""
+        numbers = numbers if numbers.ndim > 1 else numbers[None]
+        if isinstance(part, slice):
+            return numbers
+        others = _poison(numbers.itemsize, len(numbers), lanes) if others is None else others
+        others[:, part] = numbers
+        return others
 
     def store_global(self, address, numbers, lanes, width, at):
         """Store numbers of ``width`` bytes."""
-        for part, tensor, offset in self._located(address, width * len(numbers), width * len(numbers), at):
-            index = (offset + tensor.padding) // width
-            view = tensor.views[width]
-            stored = [np.broadcast_to(x, len(lanes))[part] for x in numbers]
+        size = width * len(numbers)
+        for part, tensor, offset in self._located(address, size, size, at):
+            places = _consecutive((offset + tensor.padding) // width, len(numbers))
+            changed = self._store(tensor.views[width], places, numbers, part, tensor.name, at)
             if self._races:
-                changed = np.any([view[index + i] != x for i, x in enumerate(stored)], axis=0)
-                self._global_write(tensor, offset, width * len(numbers), lanes[part], changed, at)
-            self._store(view, index, stored, tensor.name, at)
+                self._global_write(tensor, offset, size, lanes[part], changed, at)
+
+    def _store(self, view, places, numbers, part, where, at):
+        """Store numbers. Return which lanes changed a place."""
+        numbers = np.stack([np.broadcast_to(x, np.shape(numbers[0]))[part] for x in numbers]).astype(view.dtype)
+        numbers = numbers.reshape(places.shape)
+        changed = _lanes(view[places] != numbers)
+        view[places] = numbers
+        lost = _lanes(view[places] != numbers)
+        self._findings.note("race: different values to one place in one instruction", at, lost.sum(), where)
+        return changed
 
     def _located(self, address, size, alignment, at):
         """Yield which lanes access which tensor, and where, for all good accesses; note the bad ones."""
@@ -247,32 +260,27 @@ class Memory:
     def _global_units(self, tensor, offset, size):
         history = self._tensors.history(tensor)
         first = (offset + tensor.history_padding) // tensor.unit
-        for i in range(max(1, size // tensor.unit)):
-            yield history, first + i
+        return history, _consecutive(first, max(1, size // tensor.unit))
 
     def _global_read(self, tensor, offset, size, lanes, at):
+        history, units = self._global_units(tensor, offset, size)
         who = self._who[lanes]
-        for history, units in self._global_units(tensor, offset, size):
-            self._note_race("read after another's write", history.note_read(units, who), f"global, {tensor.name}", at)
+        history.note_read(units, who)
+        if history.written:
+            self._note_race("read after another's write", _unordered(history.writer[units], who), tensor.name, at)
 
     def _global_write(self, tensor, offset, size, lanes, changed, at):
-        who = self._who[lanes]
-        for history, units in self._global_units(tensor, offset, size):
-            after_read, after_write = history.note_write(units, who, changed)
-            self._note_race("write after another's read", after_read, f"global, {tensor.name}", at)
-            self._note_race("write after another's write", after_write, f"global, {tensor.name}", at)
+        history, units = self._global_units(tensor, offset, size)
+        self._note_write(history, units, self._who[lanes], changed, tensor.name, at)
 
-    def _note_race(self, what, lanes, where, at):
-        if lanes is not None:
-            self._findings.note(f"race: {what}", at, lanes.sum(), where)
+    def _note_write(self, history, units, who, changed, where, at):
+        after_read, after_write = history.note_write(units, who, changed)
+        self._note_race("write after another's read", after_read, where, at)
+        self._note_race("write after another's write", after_write, where, at)
 
-    def _store(self, view, index, numbers, where, at):
-        for i, x in enumerate(numbers):
-            view[index + i] = x
-        for i, x in enumerate(numbers):
-            lost = view[index + i] != np.asarray(x).astype(view.dtype)
-            if lost.any():
-                self._findings.note("race: different values to one place in one instruction", at, lost.sum(), where)
+    def _note_race(self, what, raced, where, at):
+        if np.any(raced):
+            self._findings.note(f"race: {what}", at, _lanes(raced).sum(), where)
 
     # -- shared memory
 
@@ -280,17 +288,14 @@ class Memory:
         """Load ``count`` numbers of ``width`` bytes per lane."""
         part, place = self._shared_place(address, lanes, width * count, at)
         self._shared_read(place, width * count, lanes[part], at)
-        return _gather(self._shared[width], place // width, count, part, len(lanes))
+        return list(self._loaded(self._shared[width][_consecutive(place // width, count)], part, len(lanes)))
 
     def store_shared(self, address, numbers, lanes, width, at):
         """Store numbers of ``width`` bytes."""
         part, place = self._shared_place(address, lanes, width * len(numbers), at)
-        index = place // width
-        view = self._shared[width]
-        stored = [np.broadcast_to(x, len(lanes))[part] for x in numbers]
-        changed = np.any([view[index + i] != x for i, x in enumerate(stored)], axis=0)
+        places = _consecutive(place // width, len(numbers))
+        changed = self._store(self._shared[width], places, numbers, part, "shared", at)
         self._shared_write(place, width * len(numbers), lanes[part], changed, at)
-        self._store(view, index, stored, "shared", at)
 
     def _shared_place(self, address, lanes, size, at):
         """Which accesses are good, and their places in the chunk's shared memory; the bad ones are noted."""
@@ -309,29 +314,26 @@ class Memory:
         part = np.flatnonzero(~bad)
         return part, address[part] + self._shared_base[lanes[part]]
 
-    def _shared_read(self, place, size, lanes, at):
-        history, who = self._shared_history, self._who[lanes]
-        for i in range(max(1, size // self._unit)):
-            units = place // self._unit + i
-            writer = history.writer[units]
-            if (writer <= 0).any():
-                for state, kind in ((_NOBODY, "never written"), (_IN_FLIGHT, "still being copied")):
-                    self._findings.note(f"shared memory read that is {kind}", at, (writer == state).sum())
-            if self._races:
-                raced = history.note_read(units, who)
-                if raced is not None:
-                    self._note_race("read after another's write", raced & (writer != _IN_FLIGHT), "shared", at)
+    def _shared_units(self, place, size):
+        return _consecutive(place // self._unit, max(1, size // self._unit))
 
-    def _shared_write(self, place, size, lanes, changed, at, in_flight=False):
-        who = self._who[lanes]
-        for i in range(max(1, size // self._unit)):
-            units = place // self._unit + i
-            if self._races:
-                changed_or_first = None if changed is None else changed | (self._shared_history.writer[units] <= 0)
-                after_read, after_write = self._shared_history.note_write(units, who, changed_or_first)
-                self._note_race("write after another's read", after_read, "shared", at)
-                self._note_race("write after another's write", after_write, "shared", at)
-            self._shared_history.writer[units] = _IN_FLIGHT if in_flight else who
+    def _shared_read(self, place, size, lanes, at):
+        history, who, units = self._shared_history, self._who[lanes], self._shared_units(place, size)
+        writer = history.writer[units]
+        if (writer <= 0).any():
+            for state, kind in ((_NOBODY, "never written"), (_IN_FLIGHT, "still being copied")):
+                self._findings.note(f"shared memory read that is {kind}", at, _lanes(writer == state).sum())
+        if self._races:
+            history.note_read(units, who)
+            raced = _unordered(writer, who) & (writer != _IN_FLIGHT)
+            self._note_race("read after another's write", raced, "shared", at)
+
+    def _shared_write(self, place, size, lanes, changed, at):
+        units = self._shared_units(place, size)
+        if self._races:
+            self._note_write(self._shared_history, units, self._who[lanes], changed, "shared", at)
+        else:
+            self._shared_history.writer[units] = self._who[lanes]
 
     def ldmatrix(self, address, lanes, number, transposed, at):
         """Load matrices of 8 rows of 16 bytes; lane 8i + r of a warp has the address of row r of matrix i."""
@@ -382,7 +384,8 @@ class Memory:
                     self._global_read(tensor, offset, int(number), lanes[copied], at)
                 bytes_ = np.arange(number, dtype=S64)
                 payload[copied[:, None], bytes_] = tensor.views[1][(offset + tensor.padding)[:, None] + bytes_]
-        self._shared_write(place, size, lanes, None, at, in_flight=True)
+        self._shared_write(place, size, lanes, True, at)
+        self._shared_history.writer[self._shared_units(place, size)] = _IN_FLIGHT
         self._copies.append((lanes, self._groups[lanes], place, payload))
 
     def commit(self, lanes):
@@ -397,8 +400,7 @@ class Memory:
         for owners, group, place, payload in copies:
             done = group < finished_groups[owners]
             self._shared[1][place[done, None] + np.arange(payload.shape[1])] = payload[done]
-            for byte in range(0, payload.shape[1], self._unit):
-                self._shared_history.writer[(place[done] + byte) // self._unit] = self._who[owners[done]]
+            self._shared_history.writer[self._shared_units(place[done], payload.shape[1])] = self._who[owners[done]]
             if not done.all():
                 self._copies.append((owners[~done], group[~done], place[~done], payload[~done]))
 
