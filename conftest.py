@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ptx import plugin as ptx_plugin
 
 
 def pytest_addoption(parser):
@@ -9,9 +10,16 @@ def pytest_addoption(parser):
         "--device",
         default="cpu",
         help="the device on which benchmarks measure and tests run kernels: 'cpu' (the default; Triton's interpreter), "
-        "'cuda' or 'cuda:N' (only the tests that use a GPU are run)",
+        "'cuda' or 'cuda:N' (only the tests that use a GPU are run), 'ptx' or 'ptx:90' (these tests, on the PTX that "
+        "Triton compiles for sm_80 or sm_90, in an emulator on the CPU)",
     )
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    ptx_plugin.add_options(parser)
+
+
+def device_of(config):
+    """The device of the tests' tensors: compiled PTX runs on CPU tensors."""
+    return torch.device("cpu" if ptx_plugin.target_of(config) else config.getoption("--device"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before the hooks that rely on the device
@@ -19,13 +27,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
     device = config.getoption("--device")
     try:
-        kind = torch.device(device).type
+        kind = device_of(config).type
     except RuntimeError as error:
-        raise pytest.UsageError(f"--device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
+        raise pytest.UsageError(f"--device must be 'cpu', 'cuda', 'cuda:N' or 'ptx', got {device!r}") from error
     if kind not in ("cpu", "cuda"):
-        raise pytest.UsageError(f"--device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+        raise pytest.UsageError(f"--device must be 'cpu', 'cuda', 'cuda:N' or 'ptx', got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no GPU here")
+    ptx_plugin.start(config)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,4 +47,4 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def device(request):
     """The device on which this run's kernels run and benchmarks measure."""
-    return torch.device(request.config.getoption("--device"))
+    return device_of(request.config)

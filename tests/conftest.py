@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 import torch
+from ptx.plugin import target_of
 
 # The tests' tensors are tiny. On a busy machine a second thread mostly spins, and the suite takes ten times as long.
 torch.set_num_threads(1)
@@ -14,15 +15,14 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, not the interpreter")
     config.addinivalue_line("markers", "large: takes most of a GPU's memory")
-    device = torch.device(config.getoption("--device"))
-    if device.type == "cpu":
+    if config.getoption("--device") == "cpu":
         # Triton reads it when a kernel is defined; no test has imported one yet.
         os.environ["TRITON_INTERPRET"] = "1"
         return
     with contextlib.suppress(ImportError):
         import hypothesis
 
-        # On a GPU each example is compiled for seconds, which is too long for shrinking it.
+        # Each example is compiled for seconds, which is too long for shrinking it.
         hypothesis.settings.register_profile("gpu", phases=(hypothesis.Phase.generate,))
         hypothesis.settings.load_profile("gpu")
 
@@ -49,10 +49,12 @@ def benchmark_environment():
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.device(config.getoption("--device")).type == "cpu":
+    device = config.getoption("--device")
+    if device == "cpu" or target_of(config):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --device cuda"))
+    if device == "cpu":
         return
     kept = [item for item in items if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ())]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
