@@ -77,6 +77,12 @@ def test_inserted_bit_fields(kind):
     assert integers.insert(field, a, position, length).tolist() == wanted
 
 
+def test_counted_bits():
+    for kind in (np.uint32, np.uint64):
+        a = numbers(kind)
+        assert integers.count_ones(a).tolist() == [x.bit_count() for x in a.tolist()]
+
+
 def test_permuted_bytes():
     a, b = pairs(np.uint32)
     selectors = numbers(np.uint32)

@@ -124,7 +124,7 @@ class _Launcher:
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
         program, driver = self._program, self._driver
-        tensors = Tensors(program.kernel.smallest_access("global"))
+        tensors = Tensors()
         parameters = [_bits(kind, value, tensors) for kind, value in _passed(self._signature, arguments)]
         # The last parameters are buffers that no kernel of this project uses.
         parameters += [0] * (len(program.kernel.parameters) - len(parameters))
@@ -144,7 +144,8 @@ def _passed(signature, arguments):
 def _bits(kind, value, tensors):
     """The bits of an argument as a kernel gets them."""
     if kind.startswith("*"):
-        return int(tensors.add(value.data_ptr(), _extent(value), f"{value.dtype} {tuple(value.shape)}"))
+        name, unit = f"{value.dtype} {tuple(value.shape)}", min(4, value.element_size())
+        return int(tensors.add(value.data_ptr(), _extent(value), name, unit))
     if kind in _FLOATS:
         number, unsigned = _FLOATS[kind]
         return int(number(value).view(unsigned))

@@ -69,6 +69,11 @@ def _truncated(a, b):
     return whole + ((whole < 0) & (whole * b != a)).astype(a.dtype) if a.dtype.kind == "i" else whole
 
 
+def count_ones(a):
+    """How many bits are set."""
+    return np.unpackbits(a.view(U8).reshape(len(a), -1), axis=1).sum(axis=1, dtype=U32)
+
+
 def permute(a, b, selectors):
     """Bytes of ``a`` and ``b``, chosen by four selectors of four bits; the highest bit spreads the byte's sign."""
     both = b.astype(U64) << U64(32) | a

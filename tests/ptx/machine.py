@@ -30,6 +30,7 @@ class Options:
     noise: int | None = None  # seed of the errors of approximate instructions; None: none
     races: bool = True  # whether to look for races
     exact_products: bool = False  # whether products are summed in float64, which is faster
+    ends: int | None = None  # of the grid, how many CTAs run at either end; None: all run
 
 
 def launch(program, grid, parameters, tensors, shared, options, counters=None):
@@ -48,8 +49,14 @@ def launch(program, grid, parameters, tensors, shared, options, counters=None):
     total = int(np.prod(grid))
     at_once = max(1, _MOST_LANES // program.threads)
     with np.errstate(all="ignore"):
-        for first in range(0, total, at_once):
-            _Chunk(work, first, min(at_once, total - first)).run()
+        for begin, end in _parts(total, options.ends):
+            for first in range(begin, end, at_once):
+                _Chunk(work, first, min(at_once, end - first)).run()
+
+
+def _parts(total, ends):
+    """The numbers of the CTAs that run, as ranges."""
+    return [(0, total)] if ends is None or 2 * ends >= total else [(0, ends), (total - ends, total)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class _Chunk:
     def __init__(self, work, first, ctas):
         self.launch, self.program, self.options, self.counters = work, work.program, work.options, work.counters
         self.first, self.ctas, self.threads = first, ctas, work.program.threads
-        unit = work.program.kernel.smallest_access("shared")
+        unit = work.program.kernel.smallest_access
         findings, races = work.program.findings, work.options.races
         self.memory = Memory(work.tensors, findings, first, ctas, self.threads, work.shared, unit, races)
         self.approximations = Approximations(work.options.noise)
@@ -384,16 +391,16 @@ class Lanes:
         self.require_whole_warps(at)
         return products.mma(a, b, c, kind, exact=self._chunk.options.exact_products)
 
-    def multiply_group(self, a, b, c, keep, kind, transposed_a, transposed_b, at):
+    def multiply_group(self, a, b, c, keep, kind, at):
         """a · b + c by every group of warps, with b and perhaps a in shared memory; without c where not ``keep``."""
         self.require_whole_warps(at)
-        rows = a if isinstance(a, list) else self._rows_of_group(a, kind, transposed_a, at)
-        columns = self._memory.matrix(b, self.index, 2 * len(c), kind, transposed_b, at)
+        rows = a if isinstance(a, list) else self._rows_of_group(a, kind, at)
+        columns = self._memory.matrix(b, self.index, 2 * len(c), kind, at)
         c = [np.where(keep, x, U32(0)) for x in c]
         return products.wgmma(rows, columns, c, kind, exact=self._chunk.options.exact_products)
 
-    def _rows_of_group(self, descriptor, kind, transposed, at):
+    def _rows_of_group(self, descriptor, kind, at):
         """A matrix [W, 16, K] in shared memory: a quarter of the group's 64 rows per warp."""
-        every = self._memory.matrix(descriptor, self.index, 64, kind, transposed, at).swapaxes(1, 2)
+        every = self._memory.matrix(descriptor, self.index, 64, kind, at).swapaxes(1, 2)
         quarter = self.warpid[::WARP] % U32(4)
         return every.reshape(len(every), 4, 16, -1)[np.arange(len(every)), quarter]

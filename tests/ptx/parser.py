@@ -13,7 +13,7 @@ from ptx.findings import RefusedError
 
 _LABEL = re.compile(r"([\w$]+):\s*(.*)", re.DOTALL)
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
-_ACCESS = re.compile(r"\b(?:ld|st)\.(?:volatile\.)?(global|shared)\b[\w.:]*\.[busf](8|16|32|64)\b")
+_SHARED_ACCESS = re.compile(r"\b(?:ld|st)\.(?:volatile\.)?shared\b[\w.:]*\.[busf](8|16|32|64)\b")
 
 
 class Instruction(NamedTuple):
@@ -64,11 +64,7 @@ class Kernel:
     symbols: dict  # name -> address in shared memory
     blocks: list
     lines: list  # text and source of every instruction
-
-    def smallest_access(self, space):
-        """Bytes of the smallest access to "global" or "shared" memory, at most 4."""
-        bits = [int(m[2]) for m in map(_ACCESS.search, self.lines) if m and m[1] == space]
-        return min([32, *bits]) // 8
+    smallest_access: int  # bytes of the smallest access to shared memory, at most 4
 
 
 def parse(text):
@@ -88,6 +84,7 @@ def parse(text):
         dict.fromkeys(shared, 0),
         blocks,
         lines,
+        min([32, *(int(m[1]) for m in map(_SHARED_ACCESS.search, lines) if m)]) // 8,
     )
 
 

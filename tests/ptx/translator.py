@@ -452,7 +452,7 @@ def _bfi(w, i):
 
 @_instruction("popc")
 def _popc(w, i):
-    w.put(i.operands[0], f"np.bitwise_count({w.read(i.operands[1], w.kind)}).astype(U32)", "u32", i)
+    w.put(i.operands[0], f"integers.count_ones({w.array(i.operands[1], w.kind)})", "u32", i)
 
 
 @_instruction("prmt")
@@ -638,13 +638,10 @@ def _wgmma(w, i):
     registers = _names(d)
     _refuse_unless(i.guard is None and of_d == "f32" and of_b == kind and kind in ("tf32", "bf16", "f16"))
     _refuse_unless(flags[:2] == ["1", "1"])  # factors of A and B
-    in_registers = a.startswith("{")
-    transposed = [flag == "1" for flag in flags[2:]] or [False, False]
-    rows = "[" + ", ".join(w.array(x, "u32") for x in _names(a)) + "]" if in_registers else w.read(a, "u64")
+    _refuse_unless("1" not in flags[2:], "a transposed matrix in shared memory")
+    rows = "[" + ", ".join(w.array(x, "u32") for x in _names(a)) + "]" if a.startswith("{") else w.read(a, "u64")
     sums = "[" + ", ".join(w.array(x, "u32") for x in registers) + "]"
-    w.line(
-        f"m = T.multiply_group({rows}, {w.read(b, 'u64')}, {sums}, {w.read(scale, 'pred')}, {kind!r}, "
-        f"{transposed[0] and not in_registers}, {transposed[-1]}, {i.at})"
-    )
+    inputs = f"{rows}, {w.read(b, 'u64')}, {sums}, {w.read(scale, 'pred')}"
+    w.line(f"m = T.multiply_group({inputs}, {kind!r}, {i.at})")
     for n, register in enumerate(registers):
         w.put(register, f"m[{n}]", "u32", i)
