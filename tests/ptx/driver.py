@@ -4,6 +4,7 @@ Everything before the launch is Triton's own: specialisation, options, ptxas, th
 CPU tensors.
 """
 
+import ctypes
 import pathlib
 
 import numpy as np
@@ -20,6 +21,7 @@ from ptx.translator import Program
 # Bytes of shared memory that a CTA may have (CUDA C++ programming guide, technical specifications).
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 _MOST_THREADS = 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _FLOATS = {"fp32": (np.float32, np.uint32), "f32": (np.float32, np.uint32), "fp64": (np.float64, np.uint64)}
 
 
@@ -54,6 +56,7 @@ class EmulatedDriver(DriverBase):
         """
         from m3er_fast.kernels import _device
 
+        _keep_freed_memory()
         triton.runtime.driver.set_active(self)
         _device.unavailable_reason = lambda tensor: (
             None if tensor.device.type == "cpu" else f"the emulator runs on the CPU, not on {tensor.device}"
@@ -96,6 +99,17 @@ class EmulatedDriver(DriverBase):
 
     def get_benchmarker(self):
         raise NotImplementedError("the emulator measures no time")
+
+
+def _keep_freed_memory():
+    """Tell glibc to keep the memory of NumPy's temporaries for the next ones.
+
+    By default it returns each to the system, and a chunk of many lanes then takes three times as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, number in ((_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, 1 << 30)):
+            mallopt(parameter, number)
 
 
 class _Utilities:

@@ -11,7 +11,7 @@ Dimensions: W warps, M = 16 rows, N columns, K products a sum. A warp's lane 4g 
 
 import numpy as np
 
-from ptx.numerics import F32, F64, U16, U32, from_bf16, from_f16, to_tf32
+from ptx.numerics import F32, F64, U16, U32, U64, from_bf16, from_f16, to_tf32
 
 # Products that are added at once by a multiprocessor of sm_80 (mma) and of sm_90 (wgmma).
 _MMA_BLOCK = {"tf32": 4, "bf16": 8, "f16": 8}
@@ -85,19 +85,22 @@ def _sum(a, b, c, block, exact):
     a, b = a.astype(F64), b.astype(F64)
     if exact:
         return (a @ b + c).astype(F32)
-    for first in range(0, a.shape[2], block):
-        terms = a[:, :, None, first : first + block] * b[:, first : first + block].swapaxes(1, 2)[:, None]
-        c = _fixed_point_sum(np.concatenate([terms, c[..., None].astype(F64)], axis=-1))
-    return c
+    # [K, 16, N, W]: NumPy's inner loops run over the warps.
+    a = np.ascontiguousarray(a.transpose(2, 1, 0))[:, :, None]
+    b = np.ascontiguousarray(b.transpose(1, 2, 0))[:, None]
+    c = c.transpose(1, 2, 0)
+    for first in range(0, len(a), block):
+        part = slice(first, first + block)
+        c = _fixed_point_sum(np.concatenate([a[part] * b[part], c[None]]))
+    return c.transpose(2, 0, 1)
 
 
 def _fixed_point_sum(terms):
-    """The sum of float64 terms over the last axis, float32."""
-    largest = np.abs(terms).max(axis=-1, keepdims=True)
-    exponent = np.maximum(np.frexp(largest)[1] - 25, -149)
-    total = np.ldexp(np.trunc(np.ldexp(terms, -exponent)).sum(axis=-1), exponent[..., 0])
-    result = total.astype(F32)
-    rounded_up = (np.abs(result) > np.abs(total)) & np.isfinite(result)
-    result = np.where(rounded_up, np.nextafter(result, F32(0)), result)
-    finite = np.isfinite(largest[..., 0])
-    return result if finite.all() else np.where(finite, result, terms.sum(axis=-1).astype(F32))
+    """The sum of float64 terms over the first axis, float32."""
+    largest = np.abs(terms).max(axis=0)
+    power = (largest.view(U64) & U64(0x7FF << 52)).view(F64)  # of two, at most the largest term
+    unit = np.maximum(power, 2.0**-125) * 2.0**-24
+    total = np.trunc(terms / unit).sum(axis=0) * unit
+    result = (total.view(U64) & ~U64(0x1FFFFFFF)).view(F64).astype(F32)  # without what float32 has no place for
+    finite = np.isfinite(largest)
+    return result if finite.all() else np.where(finite, result, terms.sum(axis=0).astype(F32))
