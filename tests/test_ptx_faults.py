@@ -50,13 +50,13 @@ EXCHANGE = LOAD + (
 )  # through shared memory, between the warps
 
 
-def run(body, grid=1, size=4 * THREADS, order="together", shared=1024):
+def run(body, grid=1, size=4 * THREADS, shared=1024, **options):
     """Findings of a kernel's launch over two tensors of ``size`` bytes, and what is then in y."""
     program = Program(KERNEL.replace("BODY", body))
     x, y = np.arange(THREADS, dtype=F32), np.zeros(THREADS, F32)
     tensors = Tensors(4)
     parameters = [int(tensors.add(t.ctypes.data, size, name)) for t, name in ((x, "x"), (y, "y"))]
-    machine.launch(program, (grid, 1, 1), parameters, tensors, shared, machine.Options(order=order))
+    machine.launch(program, (grid, 1, 1), parameters, tensors, shared, machine.Options(**options))
     return program.findings, y
 
 
@@ -111,6 +111,13 @@ def test_ctas_that_write_one_place_are_reported():
     assert not run(body)[0]
     (line,) = run(body, grid=3)[0].report()
     assert line.startswith("planted: race: different values to one place in one instruction, y")
+
+
+def test_a_large_grid_may_run_at_its_ends_only():
+    body = "mov.u32 %r20, %ctaid.x;\nsetp.eq.u32 %p1, %r1, %r20;\n@%p1 st.global.b32 [%rd4], 1;\n"
+    findings, y = run(body, grid=20, ends=3)
+    assert not findings
+    assert np.flatnonzero(y).tolist() == [0, 1, 2, 17, 18, 19]
 
 
 def test_shared_memory_is_checked():

@@ -1,0 +1,51 @@
+"""Minutes of checks on compiled PTX: instructions that err, tensors beyond 2^31 elements, barriers that are dropped."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[1]
+KERNEL_TESTS = ["tests/test_local_lstsq.py", *(f"tests/test_kernels_{name}.py" for name in (
+    "loss", "check_statistics", "sequence_statistics", "memory_scan"))]  # fmt: skip
+
+
+def output_of(*arguments, seconds):
+    """Output of Python in a process of its own: this one interprets its kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", KERNEL_TESTS)
+def test_tolerances_hold_where_instructions_err_by_their_documented_bounds(file):
+    """Results near an edge, such as the smallest power of two, show when an instruction is a hair off."""
+    options = "--device", "ptx", "--ptx-noise", "1"
+    out = output_of("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file, seconds=3600)
+    assert "findings: none" in out
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_tensors_of_more_than_two_giga_elements(target):
+    lines = output_of("-m", "ptx.large", target, seconds=3600).split("\n")
+    assert len(lines[::2]) >= 5
+    assert {line.strip() for line in lines[1::2]} == {"right"}
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_the_absence_of_most_barriers_is_noticed(target):
+    """The others are redundant beside those of layout conversions."""
+    rows = re.findall(r"(\w+): (\d+) barriers, (\d+) missed", output_of("-m", "ptx.barriers", target, seconds=3600))
+    assert {"local_lstsq_fwd_kernel", "memory_scan_cells_fwd_kernel"} <= {kernel for kernel, *_ in rows}
+    for kernel, barriers, missed in rows:
+        assert int(missed) <= int(barriers) / 4, kernel
