@@ -103,6 +103,7 @@ def _plain(kind):
     return sizes.get(kind) or "u" + kind[1:]
 
 
+_HALVES = {"bf16": "bf16", "f16": "f16", "bf16x2": "bf16", "f16x2": "f16"}  # also two in a register
 _HANDLERS = {}
 
 
@@ -382,9 +383,10 @@ def _max(w, i):
 @_instruction("abs", "neg", allowed="ftz")
 def _abs(w, i):
     to, a = i.operands
-    if w.types[-1] in ("f16", "bf16"):
-        sign = w.constants.name(0x8000, "u16")
-        w.put(to, f"{w.read(a, 'u16')} & ~{sign}" if i.name == "abs" else f"{w.read(a, 'u16')} ^ {sign}", "u16", i)
+    if w.types[-1] in _HALVES:
+        sign = w.constants.name(0x80008000, w.kind)
+        bits = w.read(a, w.kind)
+        w.put(to, f"{bits} & ~{sign}" if i.name == "abs" else f"{bits} ^ {sign}", w.kind, i)
         return
     _refuse_unless(w.types[-1] in ("f32", "f64") or w.types[-1][0] == "s")
     w.put(to, w.flushed(f"np.{'abs' if i.name == 'abs' else 'negative'}({w.read(a, w.kind)})"), w.kind, i)
@@ -469,8 +471,6 @@ def _lop3(w, i):
 
 
 # --- conversions ------------------------------------------------------------------------------------------------------
-
-_HALVES = {"bf16": "bf16", "f16": "f16", "bf16x2": "bf16", "f16x2": "f16"}
 
 
 @_instruction("cvt", allowed="rn rz rna rni rzi rmi rpi ftz")
