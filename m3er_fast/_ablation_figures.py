@@ -149,7 +149,7 @@ def draw_ablation(
         from m3er_fast import plots
     except ImportError:  # the pictures need an extra; the tables hold the numbers
         return
-    bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.rows]
+    bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.all_rows]
     corruption = "" if result.other_corruption is None else f": {result.other_corruption}"
     metric = f"Overall F1 (* = with ineffectual modalities{corruption})"
     plots.plot_ablation(bars, out / "ablation.png", metric=metric)

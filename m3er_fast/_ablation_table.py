@@ -14,7 +14,7 @@ PAPER_CORRUPTION = "gaussian_noise"
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One row of Table 2: an experiment's scores, one report per seed."""
+    """One row of Table 2, or a baseline beside it: an experiment's scores, one report per seed."""
 
     ineffectual: bool
     """Whether the test utterances had ineffectual modalities."""
@@ -59,6 +59,13 @@ class AblationResult:
     settings: dict[str, Any]
     corruption: str = PAPER_CORRUPTION
     """The name of the corruption of the ineffectual modalities."""
+    baselines: tuple[AblationRow, ...] = ()
+    """Rows of simpler models that were trained alike."""
+
+    @property
+    def all_rows(self) -> list[AblationRow]:
+        """The rows with their baselines: those on clean utterances first."""
+        return sorted([*self.rows, *self.baselines], key=lambda row: row.ineffectual)
 
     @property
     def other_corruption(self) -> str | None:
@@ -68,14 +75,8 @@ class AblationResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
         return {
-            "rows": [
-                {
-                    "ineffectual": row.ineffectual,
-                    "label": row.label,
-                    "seeds": [report.to_dict() for report in row.reports],
-                }
-                for row in self.rows
-            ],
+            "rows": [_as_dict(row) for row in self.rows],
+            "baselines": [_as_dict(row) for row in self.baselines],
             "checks": [vars(check) for check in self.checks],
             "proxy_errors": self.proxy_errors,
             "corruption": self.corruption,
@@ -85,7 +86,8 @@ class AblationResult:
     def to_markdown(self) -> str:
         """Return Table 2 with mean ± standard deviation over seeds, and two small tables for checks and proxies.
 
-        Rows with ineffectual modalities name the corruption, unless it is the paper's.
+        The baselines stand below the rows on the same utterances. Rows with ineffectual modalities name the corruption,
+        unless it is the paper's.
         """
         return "\n\n".join([self._score_table(), self._check_table(), self._proxy_table()])
 
@@ -95,7 +97,7 @@ class AblationResult:
         header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")] + ["Accuracy"]
         lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
         ineffectual = "Yes" if self.other_corruption is None else f"Yes: {self.other_corruption}"
-        for row in self.rows:
+        for row in self.all_rows:
             cells = [ineffectual if row.ineffectual else "No", row.label]
             for c in range(len(names)):
                 cells.append(_cell([report.per_class[c].f1 for report in row.reports]))
@@ -125,6 +127,11 @@ class AblationResult:
         lines = ["| Proxy of | Relative L2 error |", "|---|---:|"]
         lines += [f"| {_escape(name)} | {error:.2%} |" for name, error in self.proxy_errors.items()]
         return "\n".join(lines)
+
+
+def _as_dict(row: AblationRow) -> dict[str, Any]:
+    reports = [report.to_dict() for report in row.reports]
+    return {"ineffectual": row.ineffectual, "label": row.label, "seeds": reports}
 
 
 def _escape(name: str) -> str:

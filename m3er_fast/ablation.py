@@ -22,6 +22,7 @@ from m3er_fast._ablation_figures import Regenerated, draw_ablation, draw_proxies
 from m3er_fast._ablation_table import PAPER_CORRUPTION, AblationResult, AblationRow, CheckQuality
 from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
+from m3er_fast.baselines import fit_baselines, labelled_part, utterances_of
 from m3er_fast.check import ModalityCheck
 from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import Corpus
@@ -29,8 +30,8 @@ from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import Corruption, corrupt, named, takes_groups
 from m3er_fast.evaluation import Prediction, evaluate, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
-from m3er_fast.metrics import ClassificationReport, auroc, mean_std
-from m3er_fast.training import HISTORY_FILE, default_config, train
+from m3er_fast.metrics import ClassificationReport, auroc, classification_report, mean_std
+from m3er_fast.training import HISTORY_FILE, EpochRecord, default_config, train
 
 __all__ = [
     "FULL",
@@ -77,6 +78,32 @@ class _CheckOutcome(NamedTuple):
     prediction: Prediction
 
 
+class _Watch:
+    """Tells the caller of an ablation what it does, and how many epochs of how many are done.
+
+    A training that stops early counts in full once the next one begins.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None] | None,
+        moved: Callable[[int, int], None] | None,
+        *,
+        trainings: int,
+        epochs: int,
+    ) -> None:
+        self.say = say or (lambda line: None)
+        self._moved = moved or (lambda done, total: None)
+        self._epochs, self._total = epochs, trainings * epochs
+        self._begun = 0
+
+    def next_training(self) -> Callable[[EpochRecord], None]:
+        """Return the callback of the next training's epochs."""
+        before = self._begun * self._epochs
+        self._begun += 1
+        return lambda record: self._moved(before + record.epoch, self._total)
+
+
 class _Run(NamedTuple):
     """The result of one seed."""
 
@@ -84,6 +111,7 @@ class _Run(NamedTuple):
     noisy: Corpus  # the test split, corrupted
     truth: NDArray[np.bool_]  # (N, M), the corrupted modalities
     predictions: dict[_Experiment, Prediction]
+    baselines: dict[_Experiment, ClassificationReport]
 
 
 def run_ablation(
@@ -93,8 +121,10 @@ def run_ablation(
     seeds: int = 5,
     out: str | Path | None = None,
     corruption: str = PAPER_CORRUPTION,
+    baselines: bool = True,
     resume: bool = True,
     progress: Callable[[str], None] | None = None,
+    moved: Callable[[int, int], None] | None = None,
     resumed: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Train with both losses and test with and without each step, on clean and on corrupted utterances.
@@ -105,6 +135,9 @@ def run_ablation(
     the other kind of check (the paper's correlation, or ours), and one with the true corruption mask, which is the
     result that a perfect check would give.
 
+    The baselines of :mod:`m3er_fast.baselines`, trained alike, show what the method is worth on this corpus. They have
+    no check: they take every modality as it comes.
+
     Args:
         corpus: with labels and the splits train and test; a validation split is taken from train if there is none.
         config: settings of the full model; None takes the defaults for the corpus.
@@ -113,8 +146,10 @@ def run_ablation(
             holds the trainings in ``unfinished``: after an interruption the same call goes on, to the same results.
         corruption: the kind of corruption, by its name in ``corruption.KINDS``, such as ``"freeze"``, or by name and
             severity, such as ``"gain:mild"``.
+        baselines: fit the baselines too.
         resume: go on with the trainings in ``out``; False begins anew.
         progress: called with a line of text at every stage.
+        moved: called after every epoch of M3ER with the number of epochs that are done and that there will be at most.
         resumed: called once, with a line of text, if an earlier call has begun the trainings.
 
     Raises:
@@ -137,19 +172,23 @@ def run_ablation(
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         _begin(out / UNFINISHED, 2 * seeds, resume, resumed)
-    report_progress = progress or (lambda line: None)
+    watch = _Watch(progress, moved, trainings=2 * seeds, epochs=config.training.epochs)
     reports: dict[_Experiment, list[ClassificationReport]] = {}
     outcomes: dict[str, list[_CheckOutcome]] = {}
+    baseline_reports: dict[_Experiment, list[ClassificationReport]] = {}
     first: _Run | None = None
     other = _other_statistic(config.check)
     for number in range(seeds):
         seed = config.training.seed + number
         settings = config.replace(training=replace(config.training, seed=seed))
         folder = None if out is None else out / UNFINISHED / f"seed-{seed}"
-        run = _train_and_predict(corpus, settings, corruption, report_progress, f"seed {number + 1} of {seeds}", folder)
+        which = f"seed {number + 1} of {seeds}"
+        run = _train_and_predict(corpus, settings, corruption, baselines, folder, watch, which)
         for experiment, prediction in run.predictions.items():
             assert prediction.report is not None
             reports.setdefault(experiment, []).append(prediction.report)
+        for experiment, report in run.baselines.items():
+            baseline_reports.setdefault(experiment, []).append(report)
         for statistic, label in ((config.check.statistic, FULL), (other, _OTHER_CHECK[other])):
             prediction = run.predictions[_Experiment(True, label)]
             outcomes.setdefault(statistic, []).append(_CheckOutcome(run.truth, prediction))
@@ -157,15 +196,13 @@ def run_ablation(
     assert first is not None
     errors, frames = regenerate(first.model, test)
     result = AblationResult(
-        rows=tuple(
-            AblationRow(ineffectual=experiment.ineffectual, label=experiment.label, reports=tuple(values))
-            for experiment, values in reports.items()
-        ),
+        rows=_rows(reports),
         checks=tuple(_check_quality(name, test, values) for name, values in outcomes.items()),
         proxy_errors=errors,
         classes=corpus.classes,
         settings=_describe(corpus, config, seeds),
         corruption=corruption,
+        baselines=_rows(baseline_reports),
     )
     if out is not None:
         with replacing(out / "table.md") as partial:
@@ -188,6 +225,13 @@ def _begin(folder: Path, trainings: int, resume: bool, resumed: Callable[[str], 
         finished = sum((path / HISTORY_FILE).exists() for path in begun)
         resumed(f"{finished} of {trainings} trainings are finished")
     folder.mkdir(exist_ok=True)
+
+
+def _rows(reports: dict[_Experiment, list[ClassificationReport]]) -> tuple[AblationRow, ...]:
+    return tuple(
+        AblationRow(ineffectual=experiment.ineffectual, label=experiment.label, reports=tuple(values))
+        for experiment, values in reports.items()
+    )
 
 
 def corrupt_corpus(
@@ -240,22 +284,25 @@ def _train_and_predict(
     corpus: Corpus,
     config: M3ERConfig,
     corruption: str,
-    report_progress: Callable[[str], None],
-    which: str,
+    baselines: bool,
     folder: Path | None,
+    watch: _Watch,
+    which: str,
 ) -> _Run:
     """Train with both losses, each in a part of ``folder``, and predict every row of Table 2."""
     assert config.check is not None
     test = corpus.subset("test")
-    report_progress(f"{which}: training with the original loss")
+    watch.say(f"{which}: training with the original loss")
     with_original_loss = config.replace(loss=replace(config.loss, variant="original"))
-    original = train(corpus, with_original_loss, out=folder and folder / "original").model
-    report_progress(f"{which}: training M3ER")
-    model = train(corpus, config, out=folder and folder / "m3er").model
+    original = train(
+        corpus, with_original_loss, out=folder and folder / "original", progress=watch.next_training()
+    ).model
+    watch.say(f"{which}: training M3ER")
+    model = train(corpus, config, out=folder and folder / "m3er", progress=watch.next_training()).model
     noisy, truth = corrupt_corpus(model, test, config.training.seed, corruption=corruption)
     with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
     other = _OTHER_CHECK[_other_statistic(config.check)]
-    report_progress(f"{which}: scoring")
+    watch.say(f"{which}: {'baselines and scoring' if baselines else 'scoring'}")
     predictions = {
         _Experiment(False, ORIGINAL): evaluate(original, test),
         _Experiment(False, FULL): evaluate(model, test),
@@ -265,7 +312,27 @@ def _train_and_predict(
         _Experiment(True, other): evaluate(with_other, noisy),
         _Experiment(True, ORACLE): evaluate(model, noisy, effective=~truth),
     }
-    return _Run(model, noisy, truth, predictions)
+    reports = {}
+    if baselines:
+        reports = _score_baselines(model, corpus, noisy, folder and folder / "baselines")
+    return _Run(model, noisy, truth, predictions, reports)
+
+
+def _score_baselines(
+    model: M3ERFusion, corpus: Corpus, noisy: Corpus, folder: Path | None
+) -> dict[_Experiment, ClassificationReport]:
+    """Fit the baselines, and score them on the test split: all of them as it is, those that fuse also corrupted."""
+    found = fit_baselines(model, corpus, folder=folder)
+    reports = {}
+    for ineffectual, test in ((False, corpus), (True, noisy)):
+        known = labelled_part(test, "test")
+        utterances = utterances_of(model, known)
+        for baseline in found:
+            if baseline.fuses or not ineffectual:
+                reports[_Experiment(ineffectual, baseline.label)] = classification_report(
+                    baseline.probabilities(utterances), known.target, known.classes, task=known.task
+                )
+    return reports
 
 
 def _other_statistic(config: CheckConfig) -> Statistic:

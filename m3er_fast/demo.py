@@ -20,6 +20,7 @@ def run_demo(
     out: Path,
     *,
     progress: Callable[[str], None] | None = None,
+    moved: Callable[[int, int], None] | None = None,
     resumed: Callable[[str], None] | None = None,
 ) -> AblationResult:
     """Generate a corpus of moderate correlation, train, score, and write Table 2 and the figures into ``out``.
@@ -33,6 +34,7 @@ def run_demo(
     Args:
         out: a folder that is empty, does not exist yet, or holds an interrupted demo.
         progress: called with a line of text at every stage.
+        moved: see :func:`m3er_fast.ablation.run_ablation`.
         resumed: called once, with a line of text, if an earlier call was interrupted.
 
     Raises:
@@ -56,7 +58,7 @@ def run_demo(
     score(out / "corpus", model, out / "scores", resume=True)
     report_progress("regenerating linearly related modalities")
     draw_linear_proxies(out / "figure7_linear.png")
-    return run_ablation(corpus, config, out=out, progress=progress, resumed=resumed)
+    return run_ablation(corpus, config, out=out, progress=progress, moved=moved, resumed=resumed)
 
 
 def draw_linear_proxies(path: Path) -> dict[str, float]:

@@ -48,6 +48,10 @@ def with_seed(seed, **changes):
     return CONFIG.replace(training=replace(CONFIG.training, seed=seed), **changes)
 
 
+def with_original_loss(config):
+    return config.replace(loss=replace(config.loss, variant="original"))
+
+
 def answers(model, corpus, **options):
     features = {name: torch.from_numpy(values) for name, values in corpus.features.items()}
     return model.predict_proba(features, corpus.lengths, corpus.available, **options).argmax(dim=1).numpy()
@@ -157,6 +161,15 @@ def test_the_proxy_errors_are_those_of_the_first_seed_on_the_clean_test_split(ab
 
 def test_progress_names_every_seed(ablated):
     assert [line.split(":")[0] for line in ablated[2]] == ["seed 1 of 2"] * 3 + ["seed 2 of 2"] * 3
+
+
+def test_the_epochs_of_all_trainings_are_counted_and_one_that_stops_early_counts_in_full():
+    config = with_seed(5).replace(training=replace(CONFIG.training, epochs=12, patience=1, learning_rate=0.5))
+    counted = []
+    ablation.run_ablation(CORPUS, config, seeds=1, baselines=False, moved=lambda *numbers: counted.append(numbers))
+    lengths = [len(train(CORPUS, one).history["train_loss"]) for one in (with_original_loss(config), config)]
+    assert lengths[0] < 12
+    assert counted == [(n, 24) for n in (*range(1, lengths[0] + 1), *range(13, 13 + lengths[1]))]
 
 
 def test_the_result_is_written_as_json_and_markdown(ablated):

@@ -525,10 +525,11 @@ class FakeResult:
 
 
 def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir, tmp_path, run):
-    calls = []
+    calls, with_baselines = [], []
 
-    def run_ablation(data, config, *, seeds, out, corruption, resume, progress, resumed):
+    def run_ablation(data, config, *, seeds, out, corruption, baselines, resume, progress, moved, resumed):
         assert resume
+        with_baselines.append(baselines)
         calls.append((len(data), config.training.epochs, seeds, out, corruption))
         return FakeResult()
 
@@ -538,14 +539,15 @@ def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir,
     assert "| row | F1 |" in out
     assert str(tmp_path) in out
     assert calls == [(200, 7, 2, tmp_path, "gaussian_noise")]
-    assert run("ablate", corpus_dir, "--out", tmp_path, "--corruption", "gain:mild")[0] == 0
+    assert run("ablate", corpus_dir, "--out", tmp_path, "--corruption", "gain:mild", "--no-baselines")[0] == 0
     assert calls[1][-1] == "gain:mild"
+    assert with_baselines == [True, False]
 
 
 def test_demo_goes_to_runs_demo_and_prints_the_table(monkeypatch, run):
     calls = []
 
-    def run_demo(out, *, progress, resumed):
+    def run_demo(out, *, progress, moved, resumed):
         calls.append(out)
         return FakeResult()
 

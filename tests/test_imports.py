@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "m3er_fast"
 LAYERS = (
     "cli",
     "demo",
-    "ablation _ablation_figures _ablation_table",
+    "ablation _ablation_figures _ablation_table baselines",
     "training evaluation",
     "scoring",
     "fitting",

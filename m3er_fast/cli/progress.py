@@ -29,6 +29,7 @@ class ProgressDisplay:
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._note = ""
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
@@ -53,25 +54,28 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, total: int, note: str = "", *, seconds_left: float | None = None) -> None:
+    def update(self, done: int, total: int, note: str | None = None, *, seconds_left: float | None = None) -> None:
         """Show that ``done`` of ``total`` units are done.
 
         Args:
             done: number of finished units.
             total: number of all units.
-            note: text to show beside the numbers.
+            note: text to show beside the numbers; None keeps the last one.
             seconds_left: estimated remaining time; None estimates it from the numbers, as if units took equal times.
         """
+        if note is not None:
+            self._note = note
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=self._note)
             return
         elapsed = time.monotonic() - self._start
         left = elapsed * (total - done) / done if seconds_left is None and done else seconds_left
-        parts = [f"{done} of {total} {self.unit}", "" if left is None else f"{left:.0f} s left", note]
+        parts = [f"{done} of {total} {self.unit}", "" if left is None else f"{left:.0f} s left", self._note]
         self._log(", ".join(part for part in parts if part))
 
     def say(self, message: str) -> None:
-        """Show what the command is doing, where nothing is counted."""
+        """Show what the command is doing."""
+        self._note = message
         if self._bar is not None:
             self._bar.update(self._task, note=message)
         else:

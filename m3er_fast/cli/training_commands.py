@@ -48,8 +48,8 @@ def demo(
     from m3er_fast.demo import run_demo
 
     use_threads(threads)
-    with ProgressDisplay("demo") as display, interruptible("the same command goes on"):
-        result = run_demo(out, progress=display.say, resumed=display.note)
+    with ProgressDisplay("demo", "epochs") as display, interruptible("the same command goes on"):
+        result = run_demo(out, progress=display.say, moved=display.update, resumed=display.note)
     _print_ablation(result, out)
 
 
@@ -178,13 +178,14 @@ def ablate(
             show_default=False,
         ),
     ] = "gaussian_noise",
+    baselines: Annotated[bool, typer.Option(help="Train simpler models beside M3ER, or leave them out.")] = True,
     resume: ResumeOption = True,
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure the contribution of each step of the method.
 
-    Trains on this corpus with and without each step and prints the paper's Table 2, mean ± standard deviation. After an
-    interruption, give the same command again.
+    Trains on this corpus with and without each step, and simpler models beside it. Prints the paper's Table 2, mean ±
+    standard deviation. After an interruption, give the same command again.
     """
     from m3er_fast.ablation import run_ablation
     from m3er_fast.corruption import named
@@ -197,15 +198,17 @@ def ablate(
     data = read_for_training(corpus)
     settings = training_settings(data, config, paper, epochs=epochs)
     way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
-    with ProgressDisplay("ablate") as display, interruptible(way_on):
+    with ProgressDisplay("ablate", "epochs") as display, interruptible(way_on):
         result = run_ablation(
             data,
             settings,
             seeds=seeds,
             out=out,
             corruption=corruption,
+            baselines=baselines,
             resume=resume,
             progress=display.say,
+            moved=display.update,
             resumed=lambda done: display.note(f"{out} goes on: {done}"),
         )
     _print_ablation(result, out)
