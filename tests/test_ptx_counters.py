@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("triton")
 from ptx.counters import Counters, Traffic
 
 LANE = np.arange(32)

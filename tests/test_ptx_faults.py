@@ -10,54 +10,13 @@ import numpy as np
 import pytest
 from ptx import machine
 from ptx.findings import RefusedError
-from ptx.memory import Tensors
-from ptx.translator import Program
+from ptx_problems import THREADS, run
 
-F32, U32 = np.float32, np.uint32
-THREADS = 64  # two warps
-
-# x and y in %rd1 and %rd2; the thread in %r1; its bytes in shared memory in %r2, and those of the other warp in %r3;
-# its element of x and y in %rd3 and %rd4.
-KERNEL = """
-.version 8.7
-.target sm_80
-.address_size 64
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry planted(
-	.param .u64 .ptr .global .align 16 planted_x,
-	.param .u64 .ptr .global .align 16 planted_y
-)
-.reqntid 64
-{
-	.reg .pred 	%p<9>;
-	.reg .b32 	%r<40>;
-	.reg .b64 	%rd<9>;
-	ld.param.b64 	%rd1, [planted_x];
-	ld.param.b64 	%rd2, [planted_y];
-	mov.u32 	%r1, %tid.x;
-	shl.b32 	%r2, %r1, 2;
-	xor.b32 	%r3, %r2, 128;
-	cvt.u64.u32 	%rd5, %r2;
-	add.s64 	%rd3, %rd1, %rd5;
-	add.s64 	%rd4, %rd2, %rd5;
-BODY
-	ret;
-}
-"""
+U32 = np.uint32
 LOAD = "ld.global.b32 	%r10, [%rd3];\n"
 EXCHANGE = LOAD + (
     "st.shared.b32 [%r2], %r10;\nBARRIER\nld.shared.b32 %r11, [%r3];\nst.global.b32 [%rd4], %r11;\n"
 )  # through shared memory, between the warps
-
-
-def run(body, grid=1, size=4 * THREADS, shared=1024, **options):
-    """Findings of a kernel's launch over two tensors of ``size`` bytes, and what is then in y."""
-    program = Program(KERNEL.replace("BODY", body))
-    x, y = np.arange(THREADS, dtype=F32), np.zeros(THREADS, F32)
-    tensors = Tensors(4)
-    parameters = [int(tensors.add(t.ctypes.data, size, name)) for t, name in ((x, "x"), (y, "y"))]
-    machine.launch(program, (grid, 1, 1), parameters, tensors, shared, machine.Options(**options))
-    return program.findings, y
 
 
 @pytest.mark.parametrize("order", machine.ORDERS)
@@ -109,13 +68,13 @@ def test_lanes_without_the_predicate_access_nothing():
 def test_ctas_that_write_one_place_are_reported():
     body = "mov.u32 %r20, %ctaid.x;\nst.global.b32 [%rd4], %r20;\n"
     assert not run(body)[0]
-    (line,) = run(body, grid=3)[0].report()
+    (line,) = run(body, grid=(3, 1, 1))[0].report()
     assert line.startswith("planted: race: different values to one place in one instruction, y")
 
 
 def test_a_large_grid_may_run_at_its_ends_only():
     body = "mov.u32 %r20, %ctaid.x;\nsetp.eq.u32 %p1, %r1, %r20;\n@%p1 st.global.b32 [%rd4], 1;\n"
-    findings, y = run(body, grid=20, ends=3)
+    findings, y = run(body, grid=(20, 1, 1), ends=3)
     assert not findings
     assert np.flatnonzero(y).tolist() == [0, 1, 2, 17, 18, 19]
 
