@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from m3er_fast import functional
 from m3er_fast._settings import takes_keywords_of
-from m3er_fast.operands import LossKeywords, LossOptions
+from m3er_fast.operands import Activation, LossKeywords, LossOptions
 
 
 class MultiplicativeFusionLoss(nn.Module):
@@ -69,6 +69,25 @@ class MultiplicativeFusionLoss(nn.Module):
         """Return the settings, for ``print(module)``."""
         settings = {**self.options._asdict(), "backend": self.backend}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def mean_weight(target: Tensor, activation: Activation, class_weight: Tensor | None) -> float:
+    """Return how much a batch's mean loss counts beside those of other batches.
+
+    Means of the parts of a batch, each times its weight, add up to the batch's mean times its own weight. The weight is
+    the number of targets other than -100; of labels without "sigmoid", each counts with the weight of its class.
+
+    Args:
+        target: (B,) labels or (B, C).
+        activation: of the loss.
+        class_weight: (C,) on the target's device, or None for ones.
+    """
+    if activation == "sigmoid":
+        return float((target != -100).sum())
+    if target.is_floating_point():
+        return float(len(target))
+    labels = target[target != -100]
+    return float(len(labels) if class_weight is None else class_weight[labels].double().sum())
 
 
 def as_target(target: Any, like: Tensor) -> Tensor:

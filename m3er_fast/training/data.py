@@ -28,11 +28,23 @@ class TrainingBatch(NamedTuple):
     lengths: Tensor  # (B,)
     available: Tensor  # (B, M) bool
     target: Tensor  # (B,) or (B, C)
+    share: float = 1.0  # of the batch's mean loss, that of these utterances counts
+    elsewhere: int = 0  # utterances of the batch that other processes hold
+
+    @property
+    def rows(self) -> int:
+        """Number of utterances of the whole batch."""
+        return len(self.lengths) + self.elsewhere
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
         """Return the batch with every tensor changed."""
         features = {name: change(x) for name, x in self.features.items()}
-        return TrainingBatch(features, change(self.lengths), change(self.available), change(self.target))
+        return self._replace(
+            features=features,
+            lengths=change(self.lengths),
+            available=change(self.available),
+            target=change(self.target),
+        )
 
 
 class Split(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.data import Split, TrainingBatch, TrainingData
 from m3er_fast.training.device import batches_on, computing_in
 from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+from m3er_fast.training.workers import ALONE, Workers
 
 _VALIDATION_BATCH = 512
 
@@ -35,15 +36,19 @@ class EpochRecord(NamedTuple):
 
 
 def run_epochs(
-    state: TrainingState, data: TrainingData, out: Path | None, progress: Callable[[EpochRecord], None] | None
+    state: TrainingState,
+    data: TrainingData,
+    workers: Workers,
+    out: Path | None,
+    progress: Callable[[EpochRecord], None] | None,
 ) -> None:
     """Train until the state is finished, with a checkpoint in ``out`` and a call of ``progress`` after every epoch."""
     model = state.model
     settings = model.config.training
     while not state.finished():
         start = time.perf_counter()
-        train_loss = train_epoch(state, data.training)
-        valid_loss = mean_loss(model.ablated(check=False, proxy=False), data.validation)
+        train_loss = train_epoch(state, data.training, workers)
+        valid_loss = mean_loss(model.ablated(check=False, proxy=False), data.validation, workers)
         if not np.isfinite(train_loss + valid_loss):
             raise TrainingError(
                 f"the loss is {train_loss} in training and {valid_loss} in validation after epoch {state.epoch + 1}: "
@@ -57,33 +62,35 @@ def run_epochs(
             progress(EpochRecord(state.epoch, settings.epochs, train_loss, valid_loss, best, seconds))
 
 
-def train_epoch(state: TrainingState, split: Split) -> float:
+def train_epoch(state: TrainingState, split: Split, workers: Workers = ALONE) -> float:
     """Train on every utterance of a split once, and return the mean loss per utterance."""
     model = state.model
     settings = model.config.training
     model.train()
     # Seeded per epoch, not carried over from the last one: a resumed training must draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + state.epoch)
-    total = LossSum(state.device)
-    for batch in batches_on(state.device, split.shuffled(settings.batch_size, torch.default_generator)):
-        loss = _loss(model, batch)
+    total = LossSum(state.device, workers)
+    forward = workers.parallel(model)
+    batches = workers.parts(model, split.shuffled(settings.batch_size, torch.default_generator))
+    for batch in batches_on(state.device, batches):
+        loss = _loss(model, batch, forward) * batch.share
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        workers.backward(loss)
         if settings.gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.network.parameters(), settings.gradient_norm)
         state.optimizer.step()
-        total.add(loss, len(batch.lengths))
+        total.add(loss, batch)
     return total.mean()
 
 
 @torch.no_grad()
-def mean_loss(model: M3ERFusion, split: Split) -> float:
+def mean_loss(model: M3ERFusion, split: Split, workers: Workers = ALONE) -> float:
     """Return the mean loss per utterance of a split, in eval mode."""
     model.eval()
     device = model.standardizer.count.device
-    total = LossSum(device)
-    for batch in batches_on(device, split.in_order(_VALIDATION_BATCH)):
-        total.add(_loss(model, batch), len(batch.lengths))
+    total = LossSum(device, workers)
+    for batch in batches_on(device, workers.turns(split.in_order(_VALIDATION_BATCH))):
+        total.add(_loss(model, batch, model), batch)
     return total.mean()
 
 
@@ -92,22 +99,26 @@ class LossSum:
 
     Args:
         device: of the losses.
+        workers: the processes whose losses are added up.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, workers: Workers) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.rows = 0
+        self._workers = workers
 
-    def add(self, loss: Tensor, rows: int) -> None:
-        """Add the mean loss of some utterances."""
-        self.total += loss.detach().double() * rows
-        self.rows += rows
+    def add(self, loss: Tensor, batch: TrainingBatch) -> None:
+        """Add the mean loss of a batch, or this process's share of it."""
+        self.total += loss.detach().double() * batch.rows
+        self.rows += len(batch.lengths)
 
     def mean(self) -> float:
-        """Return the mean loss per utterance, for which the host waits."""
-        return self.total.item() / self.rows
+        """Return the mean loss per utterance of all processes, for which the host waits."""
+        sums = torch.stack([self.total, torch.full_like(self.total, self.rows)])
+        total, rows = self._workers.total(sums).tolist()
+        return float(total / rows)
 
 
-def _loss(model: M3ERFusion, batch: TrainingBatch) -> Tensor:
+def _loss(model: M3ERFusion, batch: TrainingBatch, forward: Callable[..., Any]) -> Tensor:
     with computing_in(model.config.training.precision, batch.lengths.device):
-        return model.loss(model(batch.features, batch.lengths, batch.available), batch.target)
+        return model.loss(forward(batch.features, batch.lengths, batch.available), batch.target)

@@ -19,6 +19,7 @@ from m3er_fast.training.fingerprint import run_fingerprint
 from m3er_fast.training.loop import EpochRecord, run_epochs
 from m3er_fast.training.output import is_finished, read_run, write_run
 from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+from m3er_fast.training.workers import current_workers
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ def train(
     training was interrupted. With ``out``, a checkpoint is written there after every epoch, under a temporary name
     until it is on the disk; a killed training resumes from its last epoch.
 
+    Where torch has a process group, every process calls this with the same arguments, and each computes a part of every
+    batch: the losses are those of one process, except for rounding, and for dropout, which each process draws by
+    itself. The first process alone fits, reads and writes ``out``, and calls ``progress`` and ``resumed``.
+
     Args:
         corpus: with labels and splits; without a validation split, one is taken from train, by group.
         config: all settings; None takes :func:`default_config`.
@@ -85,39 +90,54 @@ def train(
         TrainingError: if the loss is no longer finite.
     """
     config = default_config(corpus, statistics) if config is None else config
-    out, on = None if out is None else Path(out), find_device(device)
+    workers, on = current_workers(), find_device(device)
+    out = workers.first_only(None if out is None else Path(out))
+    progress, resumed = workers.first_only(progress), workers.first_only(resumed)
     data = MemoryData(corpus, config.training.seed)
     _check_task(data, config)
     if config.training.balance_classes and config.loss.class_weight is None:
         config = config.replace(loss=replace(config.loss, class_weight=data.class_weights()))
 
     fingerprint = run_fingerprint(config, data.fingerprint(), None if statistics is None else statistics.digest)
+    finished = workers.from_first(lambda: _finished(out, fingerprint) if resume else None)
+    if finished is not None:
+        if resumed is not None:
+            resumed(len(finished.history["train_loss"]))
+        return finished
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        if resume and is_finished(out):
-            model, history = read_run(out, fingerprint)
-            if resumed is not None:
-                resumed(len(history["train_loss"]))
-            return TrainingResult(model, history, history["best_epoch"])
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
-        model = M3ERFusion(data.input_dims, len(data.classes), config, classes=data.classes)
-        if statistics is None:
-            data.fit(model)
-        else:
-            statistics.apply(model)
+        model = workers.from_first(lambda: _fitted_model(data, config, statistics))
         state = TrainingState(model.to(on), fingerprint)
-        if out is not None and resume and (out / CHECKPOINT_FILE).exists():
-            state.load(out / CHECKPOINT_FILE)
-            if resumed is not None:
-                resumed(state.epoch)
-        run_epochs(state, data, out, progress)
+        checkpoint = out / CHECKPOINT_FILE if out is not None and resume else None
+        if state.load(checkpoint, workers) and resumed is not None:
+            resumed(state.epoch)
+        run_epochs(state, data, workers, out, progress)
     model.network.load_state_dict(state.best)
     model.cpu().eval()
     history = state.history()
     if out is not None:
         write_run(out, model, history, data, statistics)
     return TrainingResult(model, history, state.best_epoch)
+
+
+def _finished(out: Path | None, fingerprint: dict[str, Any]) -> TrainingResult | None:
+    """Return the result that a run folder holds, if it is that of a finished training."""
+    if out is None or not is_finished(out):
+        return None
+    model, history = read_run(out, fingerprint)
+    return TrainingResult(model, history, history["best_epoch"])
+
+
+def _fitted_model(data: TrainingData, config: M3ERConfig, statistics: ModelStatistics | None) -> M3ERFusion:
+    """Return a model that is trained no epoch yet."""
+    model = M3ERFusion(data.input_dims, len(data.classes), config, classes=data.classes)
+    if statistics is None:
+        data.fit(model)
+    else:
+        statistics.apply(model)
+    return model
 
 
 def _check_task(data: TrainingData, config: M3ERConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from m3er_fast.atomic_files import replacing
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.fingerprint import ResumeMismatchError, check_fingerprint
+from m3er_fast.training.workers import Workers
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -90,20 +91,28 @@ class TrainingState:
         with replacing(path) as partial:
             partial.write_bytes(buffer.getbuffer())
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint.
+    def load(self, path: Path | None, workers: Workers) -> bool:
+        """Continue from a checkpoint, if the first process has one, and return whether it has.
 
         Raises:
             ResumeMismatchError: if it belongs to another run or is damaged.
         """
-        with resuming_from(path):
-            # Loading copies to the model's device what belongs there; AdamW's count of steps stays where no one waits.
-            values = torch.load(path, weights_only=True, map_location="cpu")
-            check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+        values = workers.from_first(lambda: None if path is None or not path.exists() else self._read(path))
+        if values is None:
+            return False
+        with resuming_from(path or Path(CHECKPOINT_FILE)):
             self.model.network.load_state_dict(values["network"])
             self.optimizer.load_state_dict(values["optimizer"])
             self.best, self.best_epoch = values["best"], values["best_epoch"]
             self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
+        return True
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        with resuming_from(path):
+            # Loading copies to the model's device what belongs there; AdamW's count of steps stays where no one waits.
+            values: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+        return values
 
 
 @contextmanager
