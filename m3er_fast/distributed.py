@@ -20,7 +20,7 @@ from m3er_fast.inputs import FeatureSource, iterate_batches
 from m3er_fast.proxy import ProxyGenerator, count_paired
 from m3er_fast.standardize import Standardizer
 
-__all__ = ["DifferentRanksError", "agree", "broadcast_state", "data_parallel", "fit_shares"]
+__all__ = ["DifferentRanksError", "OtherRankError", "agree", "broadcast_state", "data_parallel", "fit_shares"]
 
 _PIECE_BYTES = 64 * 2**20  # sent at a time: a bank that stays in host memory must not be on the device as a whole
 
@@ -29,6 +29,10 @@ _Result = TypeVar("_Result")
 
 class DifferentRanksError(ValueError):
     """The processes of a group hold models that differ where they must not."""
+
+
+class OtherRankError(RuntimeError):
+    """Another process of the group has failed, for the reason that the message gives."""
 
 
 def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -93,7 +97,8 @@ def fit_shares(
     Arguments are those of :meth:`m3er_fast.M3ERFusion.fit`, of this process's share.
 
     Raises:
-        RuntimeError: if there is no process group, or another process has failed, saying why.
+        OtherRankError: if another process has failed, saying why.
+        RuntimeError: if there is no process group.
         ValueError: as ``fit`` does.
     """
     agree(lambda: standardizer.fit(features, lengths=lengths, available=available))
@@ -160,7 +165,7 @@ def agree(function: Callable[[], _Result]) -> _Result:
 
     Raises:
         Exception: what the function raises here.
-        RuntimeError: if it has failed elsewhere.
+        OtherRankError: if it has failed elsewhere.
     """
     _check_group()
     result, own = None, None
@@ -173,7 +178,7 @@ def agree(function: Callable[[], _Result]) -> _Result:
         raise own
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise RuntimeError(f"rank {rank} has failed: {failure}")
+            raise OtherRankError(f"rank {rank} has failed: {failure}")
     return result  # type: ignore[return-value]
 
 

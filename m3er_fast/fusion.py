@@ -154,7 +154,8 @@ class M3ERFusion(
             available: (N, M) bool; only beside a mapping.
 
         Raises:
-            RuntimeError: if there is no process group, or another process has failed, saying why.
+            OtherRankError: if another process has failed, saying why.
+            RuntimeError: if there is no process group.
             ValueError: for bad input, naming it, or if the models' settings differ between the processes.
 
         Warns:

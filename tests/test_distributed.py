@@ -174,7 +174,7 @@ def test_gradients_of_two_ranks_are_those_of_their_samples_together(two):
             "DifferentRanksError: broadcast_fitted: dtype of .* is torch.float32 on rank 0, but .*64.*",
         ),
         ("no such rank", "ValueError: src must be a rank from 0 to 1, got 2"),
-        ("no sample", "(ValueError: features: no sample to fit.*|RuntimeError: rank 0 has failed: ValueError: .*)"),
+        ("no sample", "(ValueError: features: no sample to fit.*|OtherRankError: rank 0 has failed: ValueError: .*)"),
     ],
 )
 def test_ranks_that_differ_raise_one_error_everywhere(two, case, message):
@@ -184,7 +184,7 @@ def test_ranks_that_differ_raise_one_error_everywhere(two, case, message):
 
 def test_what_fails_on_one_rank_is_said_on_the_others(two):
     assert two[1]["spoilt share"].startswith("ValueError: features['text'] has shape (240, 3, 7)")
-    assert two[0]["spoilt share"] == f"RuntimeError: rank 1 has failed: {two[1]['spoilt share']}"
+    assert two[0]["spoilt share"] == f"OtherRankError: rank 1 has failed: {two[1]['spoilt share']}"
 
 
 @pytest.mark.parametrize("call", [build().broadcast_fitted, lambda: build().fit_distributed(sequences())])

@@ -1,7 +1,14 @@
 """Training by several processes: the losses of one, whatever the targets, and a run that goes on after a kill."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ from process_group import run_ranks
 
 from m3er_fast import M3ERConfig, functional
 from m3er_fast.config import LossConfig, NetworkConfig, TrainingConfig
+from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.loss import mean_weight
 from m3er_fast.training import loop, train
@@ -34,9 +42,11 @@ def corpus_of(target):
     return corpus
 
 
-def config_of(target, *, dropout=0.0):
+def config_of(target, *, dropout=0.0, epochs=3):
     loss = LossConfig(activation="sigmoid" if target == "questions" else "softmax")
-    training = TrainingConfig(epochs=3, batch_size=BATCH, learning_rate=0.02, balance_classes=target == "balanced")
+    training = TrainingConfig(
+        epochs=epochs, patience=None, batch_size=BATCH, learning_rate=0.02, balance_classes=target == "balanced"
+    )
     return M3ERConfig(network=replace(NETWORK, dropout=dropout), loss=loss, training=training)
 
 
@@ -162,3 +172,60 @@ def test_weighted_means_of_the_parts_add_up_to_that_of_the_batch(target, weighte
 
     parts = [weighted_mean(slice(start, stop)) for start, stop in ((0, 3), (3, 7), (7, 7), (7, 20))]
     assert weighted_mean(slice(0, 20)) == pytest.approx(sum(parts), rel=1e-5)
+
+
+# --- torchrun ---
+
+PATIENCE = 240  # seconds
+
+
+def torchrun(folder, name, *, restarts=0):
+    """Start the command line in two processes."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += [f"--max-restarts={restarts}", "-m", "m3er_fast.cli"]
+    return subprocess.Popen(
+        [*launcher, "train", folder / "corpus", "--out", folder / name, "--config", folder / "config.json"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(launcher):
+    try:
+        out, err = launcher.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # and the launcher its workers
+        raise
+    assert launcher.returncode == 0, err
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_killed_worker_again_and_the_run_goes_on_to_the_same_bytes(victim, tmp_path):
+    write_parquet(corpus_of("labels"), tmp_path / "corpus")
+    (tmp_path / "config.json").write_text(json.dumps(config_of("labels", dropout=0.3, epochs=60).to_dict()))
+    assert finish(torchrun(tmp_path, "whole")).count("best of 60 epochs") == 1
+
+    launcher, deadline = torchrun(tmp_path, "killed", restarts=1), time.monotonic() + PATIENCE
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = " ".join(path.read_text() for path in Path(f"/proc/{launcher.pid}/task").glob("*/children")).split()
+    ranks = {rank_of(process): int(process) for process in children}
+    os.kill(ranks[str(victim)], signal.SIGKILL)
+    finish(launcher)
+    for name in ("model.safetensors", "history.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def rank_of(process):
+    """The rank that a process was started with, or None."""
+    variables = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in variables if "=" in pair).get("RANK")

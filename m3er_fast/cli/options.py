@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
@@ -17,6 +18,8 @@ from m3er_fast.execution.engine import Engine
 if TYPE_CHECKING:
     from m3er_fast.config import M3ERConfig
     from m3er_fast.scoring import ModelStatistics
+
+_Arguments = ParamSpec("_Arguments")
 
 CorpusArgument = Annotated[
     Path, typer.Argument(metavar="CORPUS", help="Parquet corpus: the folder that convert wrote, or one file.")
@@ -66,6 +69,19 @@ def interruptible(way_on: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(way_on) from error
+
+
+def by_launched_workers(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Let the processes that ``torchrun`` has started run a command together; the first one alone prints."""
+
+    @functools.wraps(command)
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        from m3er_fast.training.workers import launched_workers
+
+        with launched_workers():
+            command(*args, **options)
+
+    return run
 
 
 def use_threads(number: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from operator import itemgetter
@@ -36,7 +37,7 @@ class Workers:
         """Return what ``make`` returns in the first process, which alone calls it.
 
         Raises:
-            Exception: whatever it raises; in the other processes a RuntimeError.
+            Exception: whatever it raises; in the other processes an ``OtherRankError``.
         """
         return make()
 
@@ -89,7 +90,9 @@ class GroupedWorkers(Workers):
     def parallel(self, model: M3ERFusion) -> Callable[..., Any]:
         """Wrap the model in ``DistributedDataParallel``; what is fitted never changes and is not sent at each step."""
         if self._parallel is None or self._parallel.module is not model:
-            self._parallel = data_parallel(model, broadcast_buffers=False)
+            with warnings.catch_warnings():  # torch 2.13 has another name for it
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self._parallel = data_parallel(model, broadcast_buffers=False)
         return self._parallel
 
     def parts(self, model: M3ERFusion, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
@@ -140,10 +143,14 @@ def launched_workers() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, count = next(dist.rendezvous("env://"))
+    # One for each start: in the store of torchrun 2.13, processes that are started again find their predecessors.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
         with contextlib.ExitStack() as stack:
-            if dist.get_rank():
+            if rank:
                 nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123  (a device, not a path)
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
