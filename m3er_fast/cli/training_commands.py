@@ -22,6 +22,7 @@ from m3er_fast.cli.options import (
     ResumeOption,
     ThreadsOption,
     WorkersOption,
+    by_launched_workers,
     chosen_settings,
     interruptible,
     read_for_training,
@@ -53,6 +54,7 @@ def demo(
     _print_ablation(result, out)
 
 
+@by_launched_workers
 def train(
     corpus: CorpusArgument,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the model, its history and plots.")],
@@ -70,6 +72,9 @@ def train(
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Train a model, stopping early on the validation loss.
 
@@ -107,6 +112,9 @@ def train(
             out=out,
             resume=resume,
             device=device,
+            engine=engine,
+            address=address,
+            workers=workers,
             progress=show,
             resumed=lambda epochs: display.note(f"{out} goes on after epoch {epochs}"),
         )

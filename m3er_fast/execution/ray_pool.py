@@ -118,7 +118,7 @@ def run_tasks(
     function_bytes = len(pickle.dumps(function))
     total_cpus = None if workers is None else workers * cpus
     with _connection(ray, total_cpus, _OBJECT_STORE_BYTES + 2 * function_bytes):
-        workers = min(workers or _count_possible_workers(ray, cpus, gpus_per_worker), len(tasks))
+        workers = min(workers or count_possible_workers(ray, cpus, gpus_per_worker), len(tasks))
         limit = len(tasks) if tasks_ahead is None else tasks_ahead * workers
         pool = _Pool(ray, function, tasks, cpus, gpus_per_worker, limit)
         try:
@@ -312,7 +312,7 @@ class _Pool:
         return LostTask(f"its worker was lost {_MAX_ATTEMPTS} times ({type(error).__name__}); was it out of memory?")
 
 
-def _count_possible_workers(ray: Any, cpus: int, gpus: int) -> int:
+def count_possible_workers(ray: Any, cpus: int, gpus: int) -> int:
     """Return the number of workers that the connected machines have room for, at least 1."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     counts = (int(machine.get("GPU", 0)) if gpus else int(machine.get("CPU", 0) // cpus) for machine in machines)

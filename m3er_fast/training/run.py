@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus.base import Corpus
+from m3er_fast.execution.engine import Engine, check_engine
 from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.data import MemoryData, TrainingData
@@ -54,6 +56,9 @@ def train(
     out: str | Path | None = None,
     resume: bool = True,
     device: str = "auto",
+    engine: Engine = "local",
+    address: str | None = None,
+    workers: int | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
     resumed: Callable[[int], None] | None = None,
 ) -> TrainingResult:
@@ -78,6 +83,10 @@ def train(
         resume: continue the run in ``out``; False begins anew.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one. The network is trained there; the
             rest is fitted on the CPU, to the same result everywhere. A run may go on on another device.
+        engine: "local" (this process, or those of its process group) or "ray", which trains in workers and starts them
+            again from the checkpoint in ``out`` when one is lost. All of them must reach ``out``.
+        address: of a Ray cluster; None starts Ray on this machine.
+        workers: number of Ray workers; None uses as many as there is room for.
         progress: called after every epoch.
         resumed: called once with the number of epochs that an earlier run has done, if it has done any.
 
@@ -88,18 +97,36 @@ def train(
         ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, naming what
             differs, or its files are damaged.
         TrainingError: if the loss is no longer finite.
+        ImportError: engine is "ray", and Ray is missing.
+        RuntimeError: Ray workers were lost repeatedly.
     """
+    check_engine(engine, address, workers)
+    if engine == "ray":
+        from m3er_fast.training.ray import train_on_ray
+
+        out = None if out is None else Path(out).absolute()
+        result: TrainingResult = train_on_ray(
+            partial(train, corpus, config, statistics=statistics, out=out, device=device),
+            out=out,
+            resume=resume,
+            device=device,
+            address=address,
+            workers=workers,
+            progress=progress,
+            resumed=resumed,
+        )
+        return result
     config = default_config(corpus, statistics) if config is None else config
-    workers, on = current_workers(), find_device(device)
-    out = workers.first_only(None if out is None else Path(out))
-    progress, resumed = workers.first_only(progress), workers.first_only(resumed)
+    group, on = current_workers(), find_device(device)
+    out = group.first_only(None if out is None else Path(out))
+    progress, resumed = group.first_only(progress), group.first_only(resumed)
     data = MemoryData(corpus, config.training.seed)
     _check_task(data, config)
     if config.training.balance_classes and config.loss.class_weight is None:
         config = config.replace(loss=replace(config.loss, class_weight=data.class_weights()))
 
     fingerprint = run_fingerprint(config, data.fingerprint(), None if statistics is None else statistics.digest)
-    finished = workers.from_first(lambda: _finished(out, fingerprint) if resume else None)
+    finished = group.from_first(lambda: _finished(out, fingerprint) if resume else None)
     if finished is not None:
         if resumed is not None:
             resumed(len(finished.history["train_loss"]))
@@ -108,12 +135,12 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
-        model = workers.from_first(lambda: _fitted_model(data, config, statistics))
+        model = group.from_first(lambda: _fitted_model(data, config, statistics))
         state = TrainingState(model.to(on), fingerprint)
         checkpoint = out / CHECKPOINT_FILE if out is not None and resume else None
-        if state.load(checkpoint, workers) and resumed is not None:
+        if state.load(checkpoint, group) and resumed is not None:
             resumed(state.epoch)
-        run_epochs(state, data, workers, out, progress)
+        run_epochs(state, data, group, out, progress)
     model.network.load_state_dict(state.best)
     model.cpu().eval()
     history = state.history()
