@@ -1,13 +1,10 @@
 """The whole model: its output, what must not change it, training, and saving."""
 
 import copy
-import datetime
 import json
-import os
 import pickle
 import re
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process_group import run_ranks
 from safetensors.torch import load_file, save_file
 from sklearn.exceptions import NotFittedError
 from torch import nn
@@ -592,38 +590,18 @@ def test_fitting_leaves_the_weights_alone_and_streams():
         build().fit(iter(batches))
 
 
-PATIENCE = 60  # seconds; a dead rank must not keep the others waiting
-
-
-def _train_one_step(rank, port, folder):
-    """Save the gradients and learned buffers after one step on this rank's half of the batch."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=PATIENCE)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timeout)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+def train_one_step(rank, _):
+    """The gradients and learned buffers after one step on this rank's half of the batch."""
     model = build(seed=rank).fit(sequences(100, seed=rank)).train()  # the ranks begin with different models
     parallel = nn.parallel.DistributedDataParallel(model)
     half = slice(rank * 4, rank * 4 + 4)
     output = parallel(rows_of(sequences(8, seed=5), half))
     model.loss(output, (torch.arange(8) % 3)[half]).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    torch.save((gradients, dict(model.named_buffers())), folder / f"{rank}.pt")
-    store.set(f"done {rank}", "")
-    store.wait([f"done {1 - rank}"])  # neither leaves while the other may still need its messages
-    os._exit(0)  # gloo's destructor may wait forever for its own threads
+    return {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
 
 
 def test_two_processes_train_as_one_and_share_buffers(tmp_path):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
-    ranks = torch.multiprocessing.spawn(_train_one_step, args=(store.port, tmp_path), nprocs=2, join=False)
-    deadline = time.monotonic() + 2 * PATIENCE
-    try:
-        while not ranks.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the two processes did not finish"
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    (gradients, buffers), (their_gradients, their_buffers) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (gradients, buffers), (their_gradients, their_buffers) = run_ranks(train_one_step, 2, tmp_path)
     alone = build(seed=0).fit(sequences(100, seed=0)).train()
     alone.loss(alone(sequences(8, seed=5)), torch.arange(8) % 3).backward()
     for name, parameter in alone.named_parameters():
