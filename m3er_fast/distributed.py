@@ -20,7 +20,15 @@ from m3er_fast.inputs import FeatureSource, iterate_batches
 from m3er_fast.proxy import ProxyGenerator, count_paired
 from m3er_fast.standardize import Standardizer
 
-__all__ = ["DifferentRanksError", "OtherRankError", "agree", "broadcast_state", "data_parallel", "fit_shares"]
+__all__ = [
+    "DifferentRanksError",
+    "OtherRankError",
+    "agree",
+    "broadcast_state",
+    "check_same",
+    "data_parallel",
+    "fit_shares",
+]
 
 _PIECE_BYTES = 64 * 2**20  # sent at a time: a bank that stays in host memory must not be on the device as a whole
 
@@ -48,7 +56,7 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         DifferentRanksError: if a buffer has another size elsewhere, naming it.
         RuntimeError: if there is no process group.
     """
-    _check_same(
+    check_same(
         {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
         "data_parallel: {name} has shape {first} on rank 0, but {other} on rank {rank}: the ranks are fitted "
         "differently. Call broadcast_fitted() of the M3ERFusion on every rank first",
@@ -74,7 +82,7 @@ def broadcast_state(parts: nn.Module, settings: Mapping[str, Any], src: int) -> 
     if not isinstance(src, int) or not 0 <= src < ranks:
         raise ValueError(f"src must be a rank from 0 to {ranks - 1}, got {src!r}")
     state = parts.state_dict()
-    _check_same(
+    check_same(
         {**settings, **{f"dtype of {name}": value.dtype for name, value in state.items()}},
         "broadcast_fitted: {name} is {first} on rank 0, but {other} on rank {rank}: wanted the same on all ranks",
     )
@@ -182,8 +190,14 @@ def agree(function: Callable[[], _Result]) -> _Result:
     return result  # type: ignore[return-value]
 
 
-def _check_same(values: Mapping[str, Any], message: str) -> None:
-    """Raise a DifferentRanksError on every rank unless all have the same values by the same names."""
+def check_same(values: Mapping[str, Any], message: str) -> None:
+    """Raise a DifferentRanksError on every rank unless all have the same values by the same names.
+
+    Args:
+        values: plain values, which are sent to all ranks.
+        message: of the error, with fields for the first ``name`` that differs, what ``first`` (rank 0) and ``other``
+            (of ``rank``) have.
+    """
     _check_group()
     first, *others = _gather(dict(values))
     for rank, other in enumerate(others, start=1):

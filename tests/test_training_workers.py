@@ -19,6 +19,7 @@ from m3er_fast import M3ERConfig, functional
 from m3er_fast.config import LossConfig, NetworkConfig, TrainingConfig
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.distributed import DifferentRanksError
 from m3er_fast.loss import mean_weight
 from m3er_fast.training import loop, train
 
@@ -87,6 +88,10 @@ def trained(rank, folder, *, targets):
     resumed = train(corpus, config, out=folder / "killed", resumed=calls.append)
     for name, result in {"dropout": uninterrupted, "finished": again, "resumed": resumed}.items():
         found[name] = {"history": result.history, "state": result.model.state_dict()}
+    try:
+        train(corpus, config.replace(training=replace(config.training, seed=rank)))
+    except DifferentRanksError as error:
+        found["other settings"] = str(error)
     found["calls"] = len(calls), calls[-1:]
     return found
 
@@ -148,6 +153,13 @@ def test_the_first_process_alone_writes_and_tells(two):
     assert not (folder / "nothing").exists()
     assert first["calls"] == (4, [1])  # three epochs, and once that one epoch was there
     assert second["calls"] == (0, [])
+
+
+def test_processes_with_other_settings_are_one_error_everywhere(two):
+    for found in two[0]:
+        assert found["other settings"].startswith(
+            "train: training.seed is 0 on rank 0, but 1 on rank 1: wanted the same"
+        )
 
 
 @pytest.mark.parametrize("weighted", [False, True])

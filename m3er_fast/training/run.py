@@ -92,8 +92,8 @@ def train(
 
     Raises:
         ValueError: if the corpus has no labels, no splits or no labelled training samples, or its task does not fit
-            the configuration's activation; ``statistics`` are of other modalities or settings; or there is no such
-            device.
+            the configuration's activation; ``statistics`` are of other modalities or settings; there is no such device;
+            or the processes of a group differ in corpus or settings.
         ResumeMismatchError: if ``out`` was begun with another corpus, configuration or other statistics, naming what
             differs, or its files are damaged.
         TrainingError: if the loss is no longer finite.
@@ -126,6 +126,7 @@ def train(
         config = config.replace(loss=replace(config.loss, class_weight=data.class_weights()))
 
     fingerprint = run_fingerprint(config, data.fingerprint(), None if statistics is None else statistics.digest)
+    group.check_same(fingerprint)
     finished = group.from_first(lambda: _finished(out, fingerprint) if resume else None)
     if finished is not None:
         if resumed is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from m3er_fast.distributed import agree, data_parallel
+from m3er_fast.distributed import agree, check_same, data_parallel
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.loss import mean_weight
 from m3er_fast.training.data import TrainingBatch
@@ -40,6 +40,9 @@ class Workers:
             Exception: whatever it raises; in the other processes an ``OtherRankError``.
         """
         return make()
+
+    def check_same(self, run: dict[str, Any]) -> None:
+        """Raise a DifferentRanksError unless all processes train with the same corpus and settings."""
 
     def first_only(self, value: _Value) -> _Value | None:
         """Return the value in the first process, and None in the others."""
@@ -82,6 +85,14 @@ class GroupedWorkers(Workers):
         dist.broadcast_object_list(held, src=0)
         value: _Value = held[0]
         return value
+
+    def check_same(self, run: dict[str, Any]) -> None:
+        """Raise a DifferentRanksError unless all processes train with the same corpus and settings."""
+        check_same(
+            run,
+            "train: {name} is {first} on rank 0, but {other} on rank {rank}: wanted the same corpus and settings "
+            "everywhere",
+        )
 
     def first_only(self, value: _Value) -> _Value | None:
         """Return the value in the first process, and None in the others."""
