@@ -115,8 +115,8 @@ class LossSum:
     def mean(self) -> float:
         """Return the mean loss per utterance of all processes, for which the host waits."""
         sums = torch.stack([self.total, torch.full_like(self.total, self.rows)])
-        total, rows = self._workers.total(sums).tolist()
-        return float(total / rows)
+        total, rows = self._workers.total(sums)
+        return (total / rows).item()
 
 
 def _loss(model: M3ERFusion, batch: TrainingBatch, forward: Callable[..., Any]) -> Tensor:
