@@ -116,7 +116,7 @@ class LossSum:
         """Return the mean loss per utterance of all processes, for which the host waits."""
         sums = torch.stack([self.total, torch.full_like(self.total, self.rows)])
         total, rows = self._workers.total(sums)
-        return (total / rows).item()
+        return float((total / rows).item())
 
 
 def _loss(model: M3ERFusion, batch: TrainingBatch, forward: Callable[..., Any]) -> Tensor:
