@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Run every kernel's tests and then every benchmark with a goal on an NVIDIA GPU, and write one JSON with the results.
+# Verify every implementation on an NVIDIA GPU, run every kernel's tests there and then every benchmark with a goal, and
+# write one JSON with the results.
 #   benchmarks/gpu.sh OUT.json [pytest arguments for the benchmarks]
 # It takes at most SECONDS_IN_ALL (560), and 20 more to end. PYTHON names the interpreter (python3), DEVICE the device
 # (cuda; cpu to try this script), M3ER_COMMIT the commit where there is no git. It needs PyTorch, Triton, pytest and
-# pytest-benchmark. Tests and contestants whose libraries are missing, such as hypothesis or pyarrow, are skipped.
+# pytest-benchmark; the verification also typer and rich. Tests and contestants whose libraries are missing, such as hypothesis or pyarrow, are skipped.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT.json}")
 shift
@@ -28,6 +29,10 @@ part() {
   echo $? >"$work/$1.code"
 }
 
+# Which implementations are right here, in at most a minute; the rest runs whatever comes out.
+timeout -s INT -k 20 100 "$python" -m m3er_fast.cli info --verify --json >"$work/verification.info"
+echo $? >"$work/verification.code"
+
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8) # kernels are compiled in parallel
@@ -46,4 +51,4 @@ for number in "${!operations[@]}"; do
   part "$operation" $((seconds > 1 ? seconds : 1)) "benchmarks/speed/test_$operation.py" --benchmark-only \
     --benchmark-json="$work/$operation.json" "$@"
 done
-"$python" -m benchmarks.report.merge "$out" "$work" tests large "${operations[@]}"
+"$python" -m benchmarks.report.merge "$out" "$work" verification tests large "${operations[@]}"

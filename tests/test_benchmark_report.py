@@ -539,6 +539,35 @@ def test_successful_parts_become_one_run_that_can_be_reported(parts, command):
     assert command(run) == 0
 
 
+def test_what_was_verified_is_kept_and_a_wrong_result_is_named(parts, capsys):
+    mistake = {"case": "one sample", "place": "loss[0]", "got": "1", "wanted": "2", "share": None}
+    verdict = {"operation": "class_costs", "implementation": "triton", "device": "cuda:0"}
+    verified = [
+        verdict | {"cases": 3, "mistakes": [mistake]},
+        verdict | {"operation": "fusion_loss", "cases": 5, "mistakes": []},
+        verdict | {"implementation": "cupy", "cases": 0, "mistakes": []},
+    ]
+    info = {"versions": [{"name": "torch"}], "verified": verified}
+    parts.add("verification", 1, info=json.dumps(info))
+    parts.add("loss", 0, json=a_part("loss"))
+    code, run = parts.merge()
+    assert code == 1
+    assert run["machine"] == info
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "verification: exit code 1; 1 implementations are right; "
+        "class_costs by triton on cuda:0, case 'one sample': loss[0]: got 1, wanted 2"
+    )
+
+
+def test_a_killed_verification_leaves_the_rest(parts, capsys):
+    parts.add("verification", 124, info='{"versi')
+    parts.add("loss", 0, json=a_part("loss"))
+    code, run = parts.merge()
+    assert code == 1
+    assert "machine" not in run
+    assert capsys.readouterr().out.splitlines()[1:] == ["verification: exit code 124", "loss: exit code 0"]
+
+
 def test_a_killed_or_truncated_part_leaves_the_others_complete(parts, capsys):
     parts.add("tests", 1, xml=JUNIT)
     parts.add("large", 137, xml="<testsui")

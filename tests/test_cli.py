@@ -377,7 +377,7 @@ def test_info_shows_what_works_and_the_reason_for_the_rest(run):
 
 
 def test_info_tries_every_back_end_of_every_operation():
-    tried = [finding.name for finding in environment.describe_environment()["backends"]]
+    tried = [finding.name for finding in environment.try_backends()]
     dispatched = [f"{operation} {name}" for operation in OPERATIONS for name in backends(operation)]
     searches = [f"nearest_neighbors {engine}" for engine in get_args(NeighborEngine) if engine != "auto"]
     assert sorted(tried) == sorted(dispatched + searches)

@@ -24,7 +24,7 @@ LAYERS = (
     "fitting",
     "execution shards",
     "corpus corruption metrics plots",
-    "export",
+    "export verification",
     "fusion",
     "hub distributed",
     "check proxy network loss cuda_graphs",

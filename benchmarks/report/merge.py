@@ -1,10 +1,11 @@
-"""One JSON from the parts of a run: the outcome of the tests, and the results of every benchmark that was measured.
+"""One JSON from the parts of a run: what was verified, the tests' outcome, and the results of every benchmark.
 
     python -m benchmarks.report.merge OUT.json FOLDER PART...
 
 The folder holds files named after each part of the run: ``.code`` with pytest's exit code, ``.xml`` with the outcome of
-tests in JUnit's format, and ``.json`` with pytest-benchmark's results. A part that was killed may lack the last two; an
-interrupted part has fewer results. Neither affects the other parts, and the JSON says how each part ended.
+tests in JUnit's format, ``.json`` with pytest-benchmark's results, and ``.info`` with what ``m3er-fast info --verify
+--json`` printed. A part that was killed may lack all but the first; an interrupted part has fewer results. Neither
+affects the other parts, and the JSON says how each part ended.
 
 Exit codes: 0 if the exit code of every part is 0; else 1.
 """
@@ -39,6 +40,13 @@ def tests_of(path: Path) -> dict[str, Any] | None:
     }
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing or truncated
+        return None
+
+
 def merged(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Return the parts in a folder as one run for the report; the first benchmarks describe the machine."""
     codes = {name: int((folder / f"{name}.code").read_text()) for name in parts}
@@ -47,14 +55,30 @@ def merged(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     for name in parts:
         if (folder / f"{name}.xml").exists():
             run["tests"][name] = tests_of(folder / f"{name}.xml")
-        try:
-            part = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # missing or truncated
+        info = _read_json(folder / f"{name}.info")
+        if info is not None:
+            run["machine"] = info
+        part = _read_json(folder / f"{name}.json")
+        if part is None:
             continue
         run = {key: value for key, value in part.items() if key not in run} | run
         run["benchmarks"] += part["benchmarks"]
         run |= {key: run[key] | part[key] for key in ("skipped", "failed", "not_run")}
     return run
+
+
+def _verified(verdicts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return how many implementations are right, and the first mistake of each that is wrong."""
+    wrong = [verdict for verdict in verdicts if verdict["mistakes"]]
+    right = sum(bool(verdict["cases"]) for verdict in verdicts) - len(wrong)
+    said = [f"{right} implementations are right"] if verdicts else []
+    for verdict in wrong:
+        mistake = verdict["mistakes"][0]
+        said.append(
+            f"{verdict['operation']} by {verdict['implementation']} on {verdict['device']}, case {mistake['case']!r}: "
+            f"{mistake['place']}: got {mistake['got']}, wanted {mistake['wanted']}"
+        )
+    return said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tests = run["tests"].get(name)
         outcome = [f"exit code {code}"]
         outcome += [f"{tests['tests']} tests, {tests['skipped']} skipped", *tests["failed"]] if tests else []
+        if name == "verification":
+            outcome += _verified(run.get("machine", {}).get("verified", []))
         outcome += [f"{len(run['not_run'][name])} not run"] if name in run["not_run"] else []
         outcome += [f"{test}: {reason}" for test, reason in run["failed"].get(name, {}).items()]
         print(f"{name}: {'; '.join(outcome)}")

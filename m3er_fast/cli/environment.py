@@ -6,17 +6,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from m3er_fast import functional
-from m3er_fast.functional import CheckProjections
-from m3er_fast.functional._dispatch import OPERATIONS, backends
-from m3er_fast.neighbors import NeighborEngine
-from m3er_fast.network import MemoryFusionNetwork
+from m3er_fast.verification import VERIFIED, Operation, backend_names, try_backend
 
 # The modules to try, each with the extra that installs it, or None for a dependency of the base.
 _PACKAGES = {
@@ -44,10 +39,10 @@ class Finding(NamedTuple):
 
 
 def describe_environment() -> dict[str, list[Finding]]:
-    """Try every version, device, package and back end, rather than only look it up.
+    """Try every device and package, rather than only look it up.
 
     Returns:
-        Findings under the headings "versions", "devices", "packages" and "backends".
+        Findings under the headings "versions", "devices" and "packages".
     """
     from m3er_fast import __version__
 
@@ -60,12 +55,12 @@ def describe_environment() -> dict[str, list[Finding]]:
         ],
         "devices": [Finding("cpu", True, f"{torch.get_num_threads()} threads"), *_cuda_devices()],
         "packages": [_package(name, extra, distributions.get(name, ())) for name, extra in _PACKAGES.items()],
-        "backends": [
-            _backend(operation, example, name)
-            for operation, example in _EXAMPLES.items()
-            for name in _backend_names(operation)
-        ],
     }
+
+
+def try_backends() -> list[Finding]:
+    """Compute the smallest case of every operation by each back end that may be requested."""
+    return [_backend(operation, name) for operation in VERIFIED for name in backend_names(operation.name)]
 
 
 def _cuda_devices() -> list[Finding]:
@@ -95,75 +90,14 @@ def _package(module: str, extra: str | None, distributions: Sequence[str]) -> Fi
     return Finding(module, True, versions)
 
 
-def _backend_names(operation: str) -> Sequence[str]:
-    """Return the back ends that may be requested for an operation, without "auto"."""
-    if operation in OPERATIONS:
-        return backends(operation)
-    return [engine for engine in get_args(NeighborEngine) if engine != "auto"]
-
-
-def _backend(operation: str, example: Callable[[str, str], Any], backend: str) -> Finding:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _backend(operation: Operation, name: str) -> Finding:
     try:
-        example(backend, device)
+        reason = try_backend(operation, name)
     except Exception as error:  # the user wants to read the reason, whatever it is
-        return Finding(f"{operation} {backend}", False, _line(error).removeprefix(f"{operation}: "))
-    return Finding(f"{operation} {backend}", True, f"on {device}")
+        reason = _line(error)
+    note = f"on {'cuda' if torch.cuda.is_available() else 'cpu'}" if reason is None else reason
+    return Finding(f"{operation.name} {name}", reason is None, note)
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# --- Each operation, called once on the smallest possible input ---
-
-
-def _fusion_loss(backend: str, device: str) -> Tensor:
-    target = torch.zeros(1, dtype=torch.int64, device=device)
-    return functional.fusion_loss(torch.zeros(2, 1, 2, device=device), target, backend=backend)
-
-
-def _class_costs(backend: str, device: str) -> Tensor:
-    return functional.class_costs(torch.zeros(2, 1, 2, device=device), backend=backend)
-
-
-def _check_statistics(backend: str, device: str) -> Any:
-    vector, matrix = torch.zeros(1, device=device), torch.ones(1, 1, device=device)
-    projections = CheckProjections(
-        [vector] * 2, [matrix], [vector], [matrix], [vector], [matrix] * 2, [vector], [vector]
-    )
-    return functional.check_statistics([matrix] * 2, projections, backend=backend)
-
-
-def _sequence_statistics(backend: str, device: str) -> Any:
-    frames = torch.zeros(1, 1, 1, device=device)
-    valid = torch.ones(1, 1, dtype=torch.bool, device=device)
-    return functional.sequence_statistics(frames, valid, backend=backend)
-
-
-def _nearest_neighbors(engine: str, device: str) -> Any:
-    row = torch.zeros(1, 1, device=device)
-    return functional.nearest_neighbors(row, row, 1, engine=engine)
-
-
-def _local_least_squares(backend: str, device: str) -> Any:
-    row = torch.zeros(1, 1, device=device)
-    neighbor = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    return functional.local_least_squares(row, row, row, neighbor, backend=backend)
-
-
-def _memory_scan(backend: str, device: str) -> Any:
-    weights = MemoryFusionNetwork({"a": 1, "b": 1}, 2).to(device).scan_weights()
-    frames, lengths = torch.zeros(1, 1, 1, device=device), torch.ones(1, dtype=torch.int64, device=device)
-    return functional.memory_scan([frames, frames], lengths, weights, backend=backend)
-
-
-_EXAMPLES: dict[str, Callable[[str, str], Any]] = {
-    "fusion_loss": _fusion_loss,
-    "class_costs": _class_costs,
-    "check_statistics": _check_statistics,
-    "sequence_statistics": _sequence_statistics,
-    "nearest_neighbors": _nearest_neighbors,
-    "local_least_squares": _local_least_squares,
-    "memory_scan": _memory_scan,
-}

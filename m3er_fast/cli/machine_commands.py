@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from m3er_fast.cli.exit_codes import INTERNAL
 from m3er_fast.cli.options import usable_devices
 
 
@@ -68,16 +68,36 @@ def bench(
     print(f"{number} results{written}")
 
 
-def info() -> None:
+def info(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every back end with its definition, within a minute.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Show what works on this machine.
 
-    Lists versions, devices, packages and back ends. Each is tried, and a failure is shown with its reason.
+    Lists versions, devices, packages and back ends. Each is tried, and a failure is shown with its reason. With
+    --verify every implementation is also run on small hard inputs, compared with the reference in float64, and timed.
+    The exit code is then 1 if any is wrong.
     """
-    from m3er_fast.cli.environment import describe_environment
+    from m3er_fast.cli.environment import describe_environment, try_backends
+    from m3er_fast.cli.environment_display import EnvironmentDisplay, as_object
+    from m3er_fast.verification import Verdict
+    from m3er_fast.verification import verify as verdicts_of_this_machine
 
-    console = Console(soft_wrap=True, highlight=False)
-    for heading, findings in describe_environment().items():
-        console.print(Text(heading, "bold"))
-        for name, works, note in findings:
-            verdict = Text("works  ", "green") if works else Text("no     ", "yellow")
-            console.print(Text.assemble(f"  {name:<30}", verdict, note))
+    display = None if as_json else EnvironmentDisplay()
+    findings, verdicts = describe_environment(), list[Verdict]()
+    if not verify:
+        findings["backends"] = try_backends()
+    if display:
+        display.show_findings(findings)
+    for verdict in verdicts_of_this_machine() if verify else ():
+        verdicts.append(verdict)
+        if display:
+            display.show_verdict(verdict)
+    if display:
+        display.show_mistakes(verdicts)
+    else:
+        print(json.dumps(as_object(findings, verdicts if verify else None), indent=1, allow_nan=False))
+    if any(verdict.mistakes for verdict in verdicts):
+        raise typer.Exit(INTERNAL)

@@ -123,6 +123,7 @@ def _faiss_index(faiss: Any, engine: str, rows: int, features: int) -> Any:
     if engine == "faiss-ivf":
         lists = max(1, min(round(_LISTS_PER_ROOT * rows**0.5), rows // _ROWS_PER_LIST))
         index = faiss.index_factory(features, f"IVF{lists},Flat")
+        index.cp.min_points_per_centroid = 1  # fewer rows than a list's make one list: nothing to warn of
         index.nprobe = min(lists, max(_LEAST_PROBED, lists // _LISTS_PER_PROBE))
         return index
     if engine == "faiss-hnsw":
