@@ -201,6 +201,14 @@ def test_a_column_of_several_chunks_gives_any_of_its_rows(layout):
     np.testing.assert_array_equal(column.present, row_of < 2)
 
 
+def test_features_that_a_model_does_not_take_are_named_with_both_counts(tmp_path):
+    write_parquet(make_corpus(), tmp_path)
+    with pytest.raises(
+        CorpusError, match=r"column 'audio' has 2 features per frame, but the model \(input_dims\) takes 3"
+    ):
+        read_parquet(tmp_path, input_dims={"face": 5, "audio": 3})
+
+
 def test_a_flat_column_takes_its_feature_count_from_input_dims(tmp_path):
     path = write_table(tmp_path / "x.parquet", {"id": pa.array(["a", "b", "c"]), "m": LAYOUTS["list"][0]})
     with pytest.raises(CorpusError, match=r"x\.parquet: column 'm' has no feature count .*input_dims must give it"):

@@ -79,7 +79,10 @@ def with_features(table, features):
         (lambda table: table.append_column("id", table["id"]), "there are 2 columns 'id'"),
         (lambda table: table.append_column("text", table["text"]), "there are 2 columns 'text'"),
         (with_two_lengths, "there are 2 columns 'length'"),
-        (lambda table: with_features(table, "7"), "conflicting feature counts"),
+        (
+            lambda table: with_features(table, "7"),
+            "column 'text' has 7 features per frame, but the model (input_dims) takes 6",
+        ),
     ],
     ids=["two ids", "two texts", "two lengths", "other features"],
 )

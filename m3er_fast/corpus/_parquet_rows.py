@@ -370,7 +370,12 @@ def _frames(table: pa.Table, name: str, wanted: int | None, ids: Any, problems: 
         if pa.types.is_fixed_size_list(column.type) and not is_list(column.type.value_type):
             fixed = int(column.type.list_size)
     if wanted is not None:
-        counts.add(wanted)
+        if counts - {wanted}:
+            found = " or ".join(map(str, sorted(counts)))
+            raise CorpusError(
+                f"column {name!r} has {found} features per frame, but the model (input_dims) takes {wanted}"
+            )
+        counts = {wanted}
     if not counts:  # flat lists of one width hold one frame each
         counts = {fixed} if fixed is not None else {int(count) for count in np.unique(items[present & (items > 0)])}
         counts = counts if len(counts) == 1 else set()
