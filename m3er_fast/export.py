@@ -12,11 +12,15 @@ from pathlib import Path
 import torch
 import torch.fx.experimental._config as shapes_config
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from m3er_fast.atomic_files import replacing
 from m3er_fast.fusion import M3ERFusion, M3EROutput
 
 __all__ = ["export_onnx", "export_program"]
+
+# The name of a program's result in the files of torch.export.save.
+pytree._register_namedtuple(M3EROutput, serialized_type_name="m3er_fast.M3EROutput")
 
 
 def export_program(model: M3ERFusion) -> ExportedProgram:
@@ -26,7 +30,8 @@ def export_program(model: M3ERFusion) -> ExportedProgram:
     dict of one (B, T, d_m) tensor per modality, in the model's order, ``lengths`` (B,) int64 and ``available`` (B, M)
     bool, for any B and T from 1 on. A modality that is missing is a tensor of any content, NaN too, that is not
     ``available``. Features are float32, or float64 if the model is. Lengths beyond 0..T are clamped, without an error.
-    Results have no gradients. ``torch.export.save`` does not write such a program.
+    Results have no gradients. ``torch.export.save`` writes such a program; a process that loads it imports
+    ``m3er_fast.export`` first, which makes the type of its result known.
 
     Args:
         model: fitted and in eval mode. Proxies of a bank of neighbours cannot be exported.

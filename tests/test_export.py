@@ -1,6 +1,9 @@
 """The whole model as a program of torch.export and as an ONNX file answers as the model does, for any batch."""
 
 import functools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -56,8 +59,13 @@ def fitted():
 
 
 @pytest.fixture(scope="module")
-def program():
-    return export_program(fitted()).module()
+def exported():
+    return export_program(fitted())
+
+
+@pytest.fixture(scope="module")
+def program(exported):
+    return exported.module()
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +83,23 @@ def test_a_program_answers_as_the_model_does(program, case):
     inputs = case()
     with torch.no_grad():
         assert_same(program(*inputs), fitted()(*inputs))
+
+
+def test_a_program_that_was_saved_and_loaded_answers_in_another_process(exported, tmp_path):
+    inputs = CASES["one lost by the check"]()
+    torch.export.save(exported, tmp_path / "model.pt2")
+    torch.save(inputs, tmp_path / "inputs")
+    code = """
+        import sys, torch, m3er_fast.export
+        inputs = torch.load(sys.argv[2])
+        answer = torch.export.load(sys.argv[1]).module()(*inputs)
+        assert isinstance(answer, m3er_fast.M3EROutput)
+        torch.save(tuple(answer), sys.argv[3])
+    """
+    paths = [str(tmp_path / name) for name in ("model.pt2", "inputs", "answer")]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *paths], check=True, timeout=300)
+    with torch.no_grad():
+        assert_same(torch.load(paths[2]), fitted()(*inputs))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
