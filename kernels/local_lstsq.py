@@ -37,8 +37,12 @@ def _magnitude(x, inside):
 
 @triton.jit
 def _power_of_two(x):
-    """Return a power of two close to a positive x. Its reciprocal is finite, and multiplying by either is exact."""
-    return tl.exp2(tl.minimum(tl.maximum(tl.floor(tl.log2(x)), -126.0), 126.0))
+    """Return the largest power of two up to a positive normal x, at most 2^126, and its reciprocal.
+
+    Both are exact, being made of an exponent's bits: the hardware's 2^x may be a hair low, and flush 2^-126 to zero.
+    """
+    exponent = tl.minimum(x.to(tl.int32, bitcast=True) >> 23, 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,27 +100,31 @@ def local_lstsq_fwd_kernel(
         v = tl.load(bank_ptr + (row[:, None] * BANK_STRIDE + d[None, :]), mask=here, other=0.0).to(tl.float32)
         f = tl.load(query_ptr + q * query_stride + d, mask=d < D, other=0.0).to(tl.float32)
         row_largest = tl.maximum(row_largest, _magnitude(v, here))
-        scale = _power_of_two(row_largest)
-        shrink = row_scale / scale
+        scale, inverse = _power_of_two(row_largest)
+        shrink = row_scale * inverse
         row_scale = scale
-        v = v * (1.0 / scale)
+        v = v * inverse
         size = size * shrink * shrink + tl.sum(tl.sum(v * v, axis=1), axis=0)
         if AFFINE:
             center = tl.sum(v, axis=0) / K
             v = tl.where(here, v - center[None, :], 0.0)
             f = f - center * scale
         query_largest = tl.maximum(query_largest, _magnitude(f, d < D))
-        scale = _power_of_two(query_largest)
-        right = right * (shrink * (query_scale / scale)) + tl.sum(v * (f * (1.0 / scale))[None, :], axis=1)
+        scale, inverse = _power_of_two(query_largest)
+        right = right * (shrink * (query_scale * inverse)) + tl.sum(v * (f * inverse)[None, :], axis=1)
         query_scale = scale
         gram = tl.dot(v, tl.trans(v), gram * (shrink * shrink), input_precision=PRECISION)
     # For rows of zeros alone the solution is zero, whatever the ridge.
     penalty = tl.maximum(ridge * size / K, 1e-30)
     gram += tl.where(k[:, None] == k[None, :], tl.where(inside, penalty, 1.0)[:, None], 0.0)
     a = _eliminated(gram, right, k, K)
-    a = tl.where(inside, a, 0.0) * (query_scale / row_scale)
+    a = tl.where(inside, a, 0.0)
     if AFFINE:  # without rounding Σ b would be 0 already
-        a = a - tl.sum(a, axis=0) / K + 1.0 / K
+        a = a - tl.sum(a, axis=0) / K
+    # The ratio of the scales may overflow, as the solution then does, but for zeros.
+    a = tl.where(a == 0.0, 0.0, a * (query_scale / row_scale))
+    if AFFINE:
+        a = a + 1.0 / K
     largest = tl.maximum(row_largest, query_largest)  # inf where an entry was not finite
     a = tl.where(inside, tl.where(largest <= LARGEST, a, 0.0), 0.0)
     tl.store(coefficient_ptr + q * K + k, a, mask=inside)

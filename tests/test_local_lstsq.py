@@ -22,8 +22,16 @@ BACKENDS = [
     pytest.param("triton", marks=needs_triton),
     pytest.param("cupy", marks=[pytest.mark.gpu, needs_cupy]),
 ]
-# Largest error of a coefficient, relative to the largest coefficient of its query. The kernel solves in float32.
-TOLERANCE = {"torch": 2e-6, "auto": 2e-6, "triton": 1e-3, "cupy": 1e-5}
+# Largest error of a coefficient, relative to the largest coefficient of its query.
+TOLERANCE = {"torch": 2e-6, "auto": 2e-6, "cupy": 1e-5}
+# The kernel rounds the Gram matrix to float32, so its error grows with the matrix's condition number, as that of any
+# Cholesky factorisation in float32 does: over a hundred seeds up to 3.4 times 2^-24 of it.
+ROUNDING = 2.0**-21
+
+
+def tolerance_of(backend, condition):
+    """Tolerances (Q, 1) of the queries' coefficients, for systems of these condition numbers."""
+    return ROUNDING * condition[:, None] if backend == "triton" else TOLERANCE[backend]
 
 
 def draw(*shape, seed=0):
@@ -38,24 +46,34 @@ def problem(queries=5, rows=90, d=12, e=(4,), k=5, seed=0):
 
 
 def oracle(query, bank, targets, neighbors, ridge, affine):
-    """One dense least squares per query: rows augmented by sqrt(λ·tr(G)/K)·I; Σ a = 1 eliminated by a = 1/K + N b."""
+    """Proxies, coefficients, and the condition number of each query's normal equations.
+
+    One dense least squares per query: rows augmented by sqrt(λ·tr(G)/K)·I; Σ a = 1 eliminated by a = 1/K + N b.
+    """
     query, bank = query.double().cpu().numpy(), bank.double().cpu().numpy()
     targets = [target.double().cpu().numpy() for target in targets]
-    coefficients = []
+    coefficients, condition = [], []
     for f, row in zip(query, neighbors.cpu().numpy(), strict=True):
         v, k = bank[row], len(row)
-        augmented = np.vstack([v.T, np.sqrt(ridge * (v**2).sum() / k) * np.eye(k)])
+        penalty = ridge * (v**2).sum() / k
+        augmented = np.vstack([v.T, np.sqrt(penalty) * np.eye(k)])
         wanted = np.concatenate([f, np.zeros(k)])
         if affine:
             start = np.full(k, 1 / k)
             # Orthonormal vectors that each sum to 0: the complement of (1, ..., 1).
             null = np.linalg.svd(np.ones((1, k)))[2][1:].T
-            b = np.linalg.lstsq(augmented @ null, wanted - augmented @ start, rcond=None)[0]
-            coefficients.append(start + null @ b)
+            augmented, wanted = augmented @ null, wanted - augmented @ start
+            coefficients.append(start + null @ np.linalg.lstsq(augmented, wanted, rcond=None)[0])
         else:
             coefficients.append(np.linalg.lstsq(augmented, wanted, rcond=None)[0])
+        # Neither rows of zeros nor a single coefficient that sums to 1 leave anything to solve. The Gram matrix of
+        # centred rows sends (1, ..., 1) to zero, so the penalty is the smallest eigenvalue.
+        eigenvalues = np.linalg.svd(augmented, compute_uv=False) ** 2
+        smallest = penalty if affine else eigenvalues.min(initial=np.inf)
+        condition.append(eigenvalues.max() / smallest if augmented.any() else 1.0)
     a = np.array(coefficients).reshape(len(query), neighbors.shape[1])
-    return [np.einsum("qk,qke->qe", a, target[neighbors.cpu().numpy()]) for target in targets], a
+    proxies = [np.einsum("qk,qke->qe", a, target[neighbors.cpu().numpy()]) for target in targets]
+    return proxies, a, np.array(condition)
 
 
 def assert_solves(device, query, bank, targets, neighbors, *, backend, ridge=1e-2, affine=False):
@@ -63,14 +81,13 @@ def assert_solves(device, query, bank, targets, neighbors, *, backend, ridge=1e-
     proxies, coefficients = local_least_squares(
         moved[0], moved[1], [x.to(device) for x in targets], moved[2], ridge=ridge, affine=affine, backend=backend
     )
-    wanted_proxies, wanted = oracle(query, bank, targets, neighbors, ridge, affine)
-    tolerance = TOLERANCE[backend]
-    scale = np.abs(wanted).max(axis=1, keepdims=True, initial=1e-30)
-    np.testing.assert_allclose(coefficients.cpu().numpy() / scale, wanted / scale, rtol=0, atol=tolerance)
+    wanted_proxies, wanted, condition = oracle(query, bank, targets, neighbors, ridge, affine)
+    scale = np.abs(wanted).max(axis=1, keepdims=True, initial=1e-30) * tolerance_of(backend, condition)
+    np.testing.assert_allclose(coefficients.cpu().numpy() / scale, wanted / scale, rtol=0, atol=1)
     for proxy, target, got in zip(wanted_proxies, targets, proxies, strict=True):
         # The errors of K coefficients add up, times the size of the targets' rows.
         size = scale * target.double().norm(dim=1).max().numpy() * neighbors.shape[1]
-        np.testing.assert_allclose(got.cpu().numpy() / size, proxy / size, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(got.cpu().numpy() / size, proxy / size, rtol=0, atol=1)
         assert got.dtype == torch.float32
     return proxies, coefficients
 
@@ -118,9 +135,35 @@ def test_no_scale_is_special(device, backend, what, scale, affine):
     _, coefficients = local_least_squares(
         *(x.to(device) for x in (query, bank, targets[0], neighbors)), ridge=1e-2, affine=affine, backend=backend
     )
-    _, wanted = oracle(query, bank, targets, neighbors, 1e-2, affine)
-    size = np.abs(wanted).max(axis=1, keepdims=True)
-    np.testing.assert_allclose(coefficients.cpu().numpy() / size, wanted / size, rtol=0, atol=TOLERANCE[backend])
+    _, wanted, condition = oracle(query, bank, targets, neighbors, 1e-2, affine)
+    size = np.abs(wanted).max(axis=1, keepdims=True) * tolerance_of(backend, condition)
+    np.testing.assert_allclose(coefficients.cpu().numpy() / size, wanted / size, rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e30])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beside_neighbors_of_zeros_no_query_is_too_large(device, backend, scale, affine):
+    query, bank, targets, neighbors = problem(k=8, d=20)
+    assert_solves(device, query * scale, torch.zeros_like(bank), targets, neighbors, backend=backend, affine=affine)
+
+
+@needs_triton
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_power_of_two_that_the_hardware_rounds_down_changes_nothing(device, monkeypatch, affine):
+    """The hardware's 2^x is off by up to 2^-22.5 of it, and flushes what is below 2^-126 to zero."""
+    if device.type != "cpu":
+        pytest.skip("only the interpreter's 2^x can be replaced")
+    query, bank, targets, neighbors = problem(k=8, d=20)
+    exact = np.exp2
+
+    def hair_low(x):
+        power = exact(x) * np.float32(1 - 2.0**-22.5)
+        return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power)
+
+    monkeypatch.setattr(np, "exp2", hair_low)
+    for rows in (bank, torch.zeros_like(bank)):
+        assert_solves(device, query, rows, targets, neighbors, backend="triton", affine=affine)
 
 
 @pytest.mark.parametrize("affine", [False, True])
