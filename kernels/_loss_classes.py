@@ -17,7 +17,14 @@ from m3er_fast.kernels._loss_inputs import (
     offsets_of,
     presence,
 )
-from m3er_fast.kernels._loss_math import BOUND, bounded, cost_and_slopes, one_against_rest, zero_where_clamped
+from m3er_fast.kernels._loss_math import (
+    BOUND,
+    bounded,
+    cost_and_slopes,
+    is_ahead,
+    one_against_rest,
+    zero_where_clamped,
+)
 from m3er_fast.kernels._math import exp
 
 
@@ -239,7 +246,7 @@ def fusion_loss_classes_fwd_kernel(
             rate = tl.where(valid, scale, 0.0)
             if HAS_MARGIN:
                 # A margin must not hide a label out of range, whose weight is NaN.
-                rate = tl.where((own + margin < best_other) & (weight == weight), 0.0, rate)
+                rate = tl.where(is_ahead(own, best_other, margin) & (weight == weight), 0.0, rate)
             loss = tl.where(rate != 0, loss * rate, 0.0)
             if REDUCTION == "none":
                 tl.store(loss_ptr + b, loss, mask=inside)

@@ -71,6 +71,15 @@ def one_against_rest(lead, rest):
 
 
 @triton.jit
+def is_ahead(own, best_other, margin):
+    """Return whether the cost of the target is below the best other one by more than the margin.
+
+    What rounding cannot tell from a tie counts as one, so that an exact tie is never ahead.
+    """
+    return own + margin < best_other * (1.0 - 2.0**-20)
+
+
+@triton.jit
 def cost_and_slopes(
     log_p,
     log_not_p,

@@ -16,7 +16,7 @@ from m3er_fast.kernels._loss_inputs import (
     modality_factors,
     presence,
 )
-from m3er_fast.kernels._loss_math import bounded, cost_and_slopes, one_against_rest, zero_where_clamped
+from m3er_fast.kernels._loss_math import bounded, cost_and_slopes, is_ahead, one_against_rest, zero_where_clamped
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -122,7 +122,7 @@ def fusion_loss_questions_fwd_kernel(
         if HAS_MARGIN:
             right = tl.where(answer >= 0.5, yes, no)
             wrong = tl.where(answer >= 0.5, no, yes)
-            rate = tl.where((right + margin < wrong) & (weight == weight), 0.0, rate)
+            rate = tl.where(is_ahead(right, wrong, margin) & (weight == weight), 0.0, rate)
         loss = tl.where(rate != 0, (answer * yes + (1.0 - answer) * no) * rate, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + q, loss, mask=inside)

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from loss_problems import problem
@@ -129,6 +130,28 @@ def test_finite_and_equal_at_extreme_logits(device, backend, variant, activation
         gradients = [torch.autograd.grad(loss.sum(), y)[0].cpu() for loss, y in ((got, x), (wanted, exact))]
         assert torch.isfinite(gradients[0]).all()
         torch.testing.assert_close(*gradients, rtol=3e-5, atol=1e-30)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("off", [-1, 1])
+def test_equal_costs_are_a_tie_within_the_hardwares_rounding(device, monkeypatch, off):
+    """A sample whose cost equals that of another class is not ahead by any margin: its loss is not zero."""
+    if device.type != "cpu":
+        pytest.skip("only the interpreter's 2^x can be replaced")
+    # Class 0 costs 1·BOUND, and class 1 half of 2·BOUND: the half is 2^x of a logarithm.
+    logits = torch.tensor([[[-3e38, 0.0, 0.0]], [[3e38, -3e38, -3e38]]])
+    target = torch.tensor([0])
+    options = {"variant": "m3er_cross", "margin": 0.1, "reduction": "none"}
+    wanted = reference.fusion_loss(logits, target, **options)
+    assert wanted > 1e37
+    exact = np.exp2
+
+    def off_by_its_bound(x):
+        power = exact(x)
+        return np.where(power == 1, power, power * np.float32(1 + off * 2.0**-22.5))
+
+    monkeypatch.setattr(np, "exp2", off_by_its_bound)
+    torch.testing.assert_close(fusion_loss(logits, target, backend="triton", **options), wanted, rtol=1e-5, atol=0)
 
 
 def test_nan_stays_with_its_sample(device, backend):
