@@ -68,6 +68,8 @@ def _projected(
 @triton.jit
 def _centered(x, weight_ptr, k, K: tl.constexpr):
     """Return the weighted components (ROWS, COLUMNS) without their mean over the K that there are."""
+    if K == 1:  # fused into one instruction with the weight, the subtraction would leave the product's rounding
+        return tl.zeros_like(x)
     inside = (k < K)[None, :]
     x = x * tl.load(weight_ptr + k, mask=k < K, other=0.0)[None, :]
     return tl.where(inside, x - (tl.sum(x, axis=1) / max(K, 1))[:, None], 0.0)

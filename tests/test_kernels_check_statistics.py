@@ -14,8 +14,10 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 PAPER = (300, 74, 35)
-# Absolute error of ρ and relative error of an energy.
+# Relative error of an energy, and absolute error of a ρ of projections that hardly cancel.
 CLOSE = 1e-5
+# Error of a component in float32, relative to the root sum of squares of the products that it adds up.
+ROUNDING = 2.0**-20
 
 
 @pytest.fixture(params=["triton", "auto"])
@@ -68,6 +70,26 @@ def oracle(features, projections):
     return next(of_pairs), np.array(energy).T, next(of_pairs)
 
 
+def correlation_tolerance(features, projections):
+    """Errors of ρ (B, P) that float32 may make: of each side's components, relative to their length once centred.
+
+    Where a side's products cancel, or its components hardly differ, its direction is rounding: ρ can be any number.
+    """
+    x = [f.double().cpu().numpy() - c.double().numpy() for f, c in zip(features, projections.center, strict=True)]
+    tolerance = np.zeros((len(x[0]), len(projections.left)))
+    for p, pair in enumerate(itertools.combinations(range(len(x)), 2)):
+        weight = projections.weight[p].double().numpy()
+        for m, matrices, biases in zip(
+            pair, (projections.left, projections.right), (projections.left_bias, projections.right_bias), strict=True
+        ):
+            matrix, bias = matrices[p].double().numpy(), biases[p].double().numpy()
+            size = np.linalg.norm(np.sqrt(x[m] ** 2 @ (matrix**2).T + bias**2) * weight, axis=1)
+            length = np.linalg.norm(centered((x[m] @ matrix.T + bias) * weight), axis=1)
+            # Without two components ρ is zero by definition.
+            tolerance[:, p] += ROUNDING * (size / length if len(weight) > 1 else 1.0)
+    return tolerance
+
+
 def centered(x):
     return x - x.mean(axis=1, keepdims=True) if x.shape[1] else x
 
@@ -95,7 +117,8 @@ def assert_equals_oracle(device, features, projections, backend="triton"):
     )
     assert correlation.dtype == energy.dtype == likelihood.dtype == torch.float32
     wanted_correlation, wanted_energy, wanted_likelihood = oracle(features, projections)
-    np.testing.assert_allclose(correlation.cpu().numpy(), wanted_correlation, rtol=0, atol=CLOSE)
+    tolerance = correlation_tolerance(features, projections)
+    np.testing.assert_allclose(correlation.cpu().numpy() / tolerance, wanted_correlation / tolerance, rtol=0, atol=1)
     np.testing.assert_allclose(energy.cpu().numpy(), wanted_energy, rtol=CLOSE, atol=1e-30)
     # Divided by 1 - s², down to 0.04.
     np.testing.assert_allclose(likelihood.cpu().numpy(), wanted_likelihood, rtol=20 * CLOSE, atol=20 * CLOSE)
