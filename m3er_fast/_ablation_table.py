@@ -94,7 +94,8 @@ class AblationResult:
     def _score_table(self) -> str:
         names = [_escape(name) for name in self.classes]
         header = ["Ineffectual modalities?", "Experiment"]
-        header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")] + ["Accuracy"]
+        header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")]
+        header.append(self.rows[0].reports[0].accuracy_name.capitalize())
         lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
         ineffectual = "Yes" if self.other_corruption is None else f"Yes: {self.other_corruption}"
         for row in self.all_rows:

@@ -75,7 +75,8 @@ def evaluate(
             verdicts = None if effective is None else torch.from_numpy(effective[rows])
             output = model(features, lengths, available, effective=verdicts)
             answers = {
-                "probabilities": model.probabilities(output),
+                "probabilities": output.probabilities,
+                "uncalibrated": model.probabilities(output, calibrate=False),
                 "modality_probabilities": model.modality_probabilities(output).transpose(0, 1),
                 "effective": output.effective,
                 "p_value": output.p_value,
@@ -87,11 +88,15 @@ def evaluate(
                 parts.setdefault(name, []).append(values.cpu().numpy())
     whole = {name: np.concatenate(values) for name, values in parts.items()}
     whole["modality_probabilities"] = whole["modality_probabilities"].swapaxes(0, 1)
-    report = None
+    uncalibrated, report = whole.pop("uncalibrated"), None
     if corpus.target is not None and labelled(corpus).any():
         known = labelled(corpus)
         report = classification_report(
-            whole["probabilities"][known], corpus.target[known], corpus.classes, task=corpus.task
+            whole["probabilities"][known],
+            corpus.target[known],
+            corpus.classes,
+            task=corpus.task,
+            uncalibrated=uncalibrated[known],
         )
     return Prediction(**whole, report=report)
 

@@ -26,6 +26,7 @@ from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.operands import LossOptions, modality_pairs, upcast
 from m3er_fast.proxy import ProxyGenerator, ReplacedBatch
 from m3er_fast.standardize import StandardizedBatch, Standardizer
+from m3er_fast.temperature import TemperatureScaling
 
 
 class M3EROutput(NamedTuple):
@@ -41,6 +42,14 @@ class M3EROutput(NamedTuple):
     abstained: Tensor  # (B,) bool, no modality was effective: the sample was classified as it came
     available: Tensor  # (B, M) bool, the modalities that had a valid frame and were known from training
     reason: Tensor  # (B, M) int64, why a modality was rejected, an index of ``ModalityCheck.reasons``; 0 if it was not
+    probabilities: Tensor  # (B, C), of the fused head, calibrated if the model's temperature is fitted
+
+
+class _Answer(NamedTuple):
+    """What the network says, and how sure it is."""
+
+    network: NetworkOutput
+    probabilities: Tensor  # (B, C)
 
 
 class M3ERFusion(
@@ -102,6 +111,7 @@ class M3ERFusion(
         self.standardizer = Standardizer(self.input_dims)
         self.modality_check = None if config.check is None else ModalityCheck(self.input_dims, **vars(config.check))
         self.proxy_generator = None if config.proxy is None else ProxyGenerator(self.input_dims, **vars(config.proxy))
+        self.calibration = TemperatureScaling()
         options: Any = {name: value for name, value in vars(config.loss).items() if name in LossOptions._fields}
         self.criterion = MultiplicativeFusionLoss(
             class_weight=_weights("class_weight", config.loss.class_weight, num_classes),
@@ -209,8 +219,7 @@ class M3ERFusion(
         else:
             verdict = _trust_available(batch)
             replaced = ReplacedBatch(batch.features, ~batch.available.any(dim=1))
-        answer = self.network.classify(replaced.features, batch.lengths)
-        return self._output(batch, verdict, replaced, answer)
+        return self._output(batch, verdict, replaced, self._classify(replaced.features, batch.lengths))
 
     def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
         """Return the features as check, proxies and network see them: the first step of :meth:`forward`.
@@ -253,24 +262,53 @@ class M3ERFusion(
         )
         return fusion + self.config.loss.head_weight * head
 
+    def fit_temperature(self, logits: Any, target: Any) -> Self:
+        """Calibrate the probabilities: fit the temperature that divides the fused head's logits.
+
+        Logits, losses and predictions stay as they are. ``m3er_fast.training`` does this after training.
+
+        Args:
+            logits: (N, C) logits of outputs in eval mode, of utterances that the model was not trained on.
+            target: their labels, as for :meth:`loss`.
+
+        Raises:
+            ValueError: if they do not fit each other, or a logit is not finite.
+        """
+        logits = torch.as_tensor(logits)
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes or not logits.is_floating_point():
+            raise ValueError(
+                f"logits must be floats of shape (N, {self.num_classes}), got {logits.dtype} of {tuple(logits.shape)}"
+            )
+        self.calibration.fit(logits, as_target(target, logits), self.config.loss.activation)
+        return self
+
     @torch.no_grad()
     def predict_proba(
-        self, features: Features, lengths: Any = None, available: Any = None, *, effective: Any = None
+        self,
+        features: Features,
+        lengths: Any = None,
+        available: Any = None,
+        *,
+        effective: Any = None,
+        calibrate: bool = True,
     ) -> Tensor:
         """Return class probabilities (B, C), in eval mode whatever mode the model is in.
 
-        Arguments are those of :meth:`forward`. With ``activation="softmax"`` the probabilities sum to 1; with
-        "sigmoid" they are independent answers.
+        Arguments are those of :meth:`forward`, and ``calibrate``: False leaves the temperature out. With
+        ``activation="softmax"`` the probabilities sum to 1; with "sigmoid" they are independent answers.
         """
         with eval_mode(self):
-            return self.probabilities(self(features, lengths, available, effective=effective))
+            return self.probabilities(self(features, lengths, available, effective=effective), calibrate=calibrate)
 
-    def probabilities(self, output: M3EROutput) -> Tensor:
-        """Return (B, C) probabilities of an output's fused head."""
-        return self._activate(output.logits)
+    def probabilities(self, output: M3EROutput, *, calibrate: bool = True) -> Tensor:
+        """Return (B, C) probabilities of an output's fused head; ``calibrate=False`` leaves the temperature out."""
+        return self._activate(self.calibration(output.logits) if calibrate else output.logits)
 
     def modality_probabilities(self, output: M3EROutput) -> Tensor:
-        """Return (M, B, C) probabilities of an output's modality heads, each of which reads its modality alone."""
+        """Return (M, B, C) probabilities of an output's modality heads, each of which reads its modality alone.
+
+        The temperature is the fused head's: these are as the heads give them.
+        """
         return self._activate(output.modality_logits)
 
     def _activate(self, logits: Tensor) -> Tensor:
@@ -302,9 +340,7 @@ class M3ERFusion(
         }
         with torch.no_grad():
             self(example)  # raises if a fit is missing
-        stages = Stages(
-            self, self.standardize, self._judge, self._replace_ineffectual, self.network.classify, self._output
-        )
+        stages = Stages(self, self.standardize, self._judge, self._replace_ineffectual, self._classify, self._output)
         return CompiledInference(stages, self.input_dims, batch_size, steps, self.standardizer.count.device)
 
     def ablated(self, *, check: bool | ModalityCheck = True, proxy: bool = True) -> Self:
@@ -353,12 +389,18 @@ class M3ERFusion(
         filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
         return ReplacedBatch(filled, abstained)
 
+    def _classify(self, features: Sequence[Tensor], lengths: Tensor) -> _Answer:
+        answer = self.network.classify(features, lengths)
+        return _Answer(answer, self._activate(self.calibration(answer.logits)))
+
     @staticmethod
-    def _output(
-        batch: StandardizedBatch, verdict: CheckResult, replaced: ReplacedBatch, answer: NetworkOutput
-    ) -> M3EROutput:
+    def _output(batch: StandardizedBatch, verdict: CheckResult, replaced: ReplacedBatch, answer: _Answer) -> M3EROutput:
         return M3EROutput(
-            **answer._asdict(), **verdict._asdict(), abstained=replaced.abstained, available=batch.available
+            **answer.network._asdict(),
+            **verdict._asdict(),
+            abstained=replaced.abstained,
+            available=batch.available,
+            probabilities=answer.probabilities,
         )
 
 

@@ -5,6 +5,7 @@ Dimension legend: N samples, C classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3er_fast._answer_counts import AnswerCounts, Reliability
 from m3er_fast._validation import check_choice
+
+__all__ = ["ClassScores", "ClassificationReport", "Reliability", "auroc", "classification_report", "mean_std"]
 
 IGNORE_INDEX = -100
 TASKS = ("single", "multi", "distribution")
@@ -54,13 +58,61 @@ class ClassificationReport:
     jensen_shannon: float | None
     """Mean Jensen-Shannon divergence in nats, 0 to log 2; None unless task is "distribution"."""
 
+    calibration: Reliability
+    """How far the confidence of the answers can be believed."""
+    before_calibration: Reliability | None
+    """The same of the probabilities before calibration; None if they were not given."""
+
+    @property
+    def accuracy_name(self) -> str:
+        """What ``accuracy`` is called: "exact match" if it wants several questions answered correctly at once."""
+        return "exact match" if self.task == "multi" else "accuracy"
+
+    @classmethod
+    def of_counts(cls, counts: AnswerCounts) -> ClassificationReport:
+        """Return the scores that follow from counts.
+
+        Raises:
+            ValueError: if there is no sample, or no class that occurs.
+        """
+        if not counts.rows:
+            raise ValueError("there must be at least one sample with a label to score")
+        n, is_multi = counts.rows, counts.task == "multi"
+        hits, support, answered = counts.hits, counts.support, counts.answered
+        occurs = support > 0
+        if not occurs.any():
+            raise ValueError("target must hold at least one class to score, but no class occurs in it")
+        # Counted here, not by scikit-learn: it reads answers of shape (N, 1) as labels of two classes, warns of a
+        # confusion matrix of one class, and has no MA.
+        f1 = 2 * hits / (support + answered).clip(min=1)
+        rejected = n - support - answered + hits  # neither of the class nor predicted to be
+        mean_accuracy = (hits + rejected) / n
+        recall = hits / support.clip(min=1)
+        if is_multi:
+            negatives = n - support
+            recall = np.where(negatives > 0, (recall + rejected / negatives.clip(min=1)) / 2, recall)
+        per_class = zip(counts.classes, support, f1, mean_accuracy, strict=True)
+        is_distribution = counts.task == "distribution"
+        return cls(
+            task=counts.task,
+            per_class=tuple(ClassScores(name, int(s), float(f), float(ma)) for name, s, f, ma in per_class),
+            overall=ClassScores("Overall", n, float(f1[occurs].mean()), float(mean_accuracy[occurs].mean())),
+            accuracy=counts.exact / n,
+            balanced_accuracy=float(recall[occurs].mean()),
+            confusion=None if is_multi else tuple(tuple(row) for row in counts.confusion.tolist()),
+            cross_entropy=counts.cross_entropy / n if is_distribution else None,
+            jensen_shannon=counts.jensen_shannon / n if is_distribution else None,
+            calibration=counts.bins.reliability(),
+            before_calibration=None if counts.uncalibrated is None else counts.uncalibrated.reliability(),
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as dicts, lists, strings and numbers, ready for JSON."""
-        report = asdict(self)
-        report["per_class"] = list(report["per_class"])
-        if self.confusion is not None:
-            report["confusion"] = [list(row) for row in self.confusion]
-        return report
+        """Return the report as dicts, lists, strings and numbers, ready for JSON.
+
+        ``accuracy`` has the key "exact_match" in task "multi".
+        """
+        report: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {self.accuracy_name.replace(" ", "_") if key == "accuracy" else key: v for key, v in report.items()}
 
     def to_markdown(self) -> str:
         """Return a table in Table 2's number formats, a row per class and one for "Overall", and other scores below."""
@@ -69,7 +121,10 @@ class ClassificationReport:
             f"| {row.name.replace('|', chr(92) + '|')} | {row.support} | {row.f1:.3f} | {row.mean_accuracy:.1%} |"
             for row in (*self.per_class, self.overall)
         ]
-        further = [f"Accuracy {self.accuracy:.1%}", f"balanced accuracy {self.balanced_accuracy:.1%}"]
+        further = [f"{self.accuracy_name.capitalize()} {self.accuracy:.1%}"]
+        further.append(f"balanced accuracy {self.balanced_accuracy:.1%}")
+        before = "" if self.before_calibration is None else f" ({self.before_calibration.ece:.3f} before calibration)"
+        further.append(f"ECE {self.calibration.ece:.3f}{before}")
         if self.cross_entropy is not None:
             further.append(f"cross entropy {self.cross_entropy:.3f} nats")
         if self.jensen_shannon is not None:
@@ -78,9 +133,9 @@ class ClassificationReport:
 
 
 def classification_report(
-    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None
+    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None, uncalibrated: Any = None
 ) -> ClassificationReport:
-    """Score predictions: F1, MA and support of each class, means over classes, accuracy and divergences.
+    """Score predictions: F1, MA and support of each class, means over classes, accuracy, divergences and calibration.
 
     Table 2 prints F1 and MA of every class without defining them. Here both score the question "is it this class?",
     asked of all N samples: F1 of the answer "yes", and MA = (TP + TN) / N. MA is therefore not recall, whose mean over
@@ -97,6 +152,7 @@ def classification_report(
         classes: the C class names in the order of the columns.
         task: "single", "multi" or "distribution". None infers it from the target: one dimension is "single", zeros and
             ones alone are "multi", anything else is "distribution". Name the task if distributions may all be one-hot.
+        uncalibrated: (N, C) probabilities before calibration, whose reliability is reported beside the other.
 
     Raises:
         ValueError: if there is no sample or no class to score, if shapes, ranges or class names are wrong, or if a
@@ -107,53 +163,35 @@ def classification_report(
         >>> report.per_class[1]
         ClassScores(name='yes', support=2, f1=0.6666666666666666, mean_accuracy=0.6666666666666666)
     """
+    counts = count_answers(probabilities, target, classes, task=task, uncalibrated=uncalibrated)
+    if not counts.rows:
+        raise ValueError(f"target must label at least one sample to score, but every label is {IGNORE_INDEX}")
+    return ClassificationReport.of_counts(counts)
+
+
+def count_answers(
+    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None, uncalibrated: Any = None
+) -> AnswerCounts:
+    """Return the counts behind :func:`classification_report`, which checks its arguments here.
+
+    Counts of several calls with the same classes and task add up by ``merge``.
+    """
     names = _check_classes(classes)
-    p, t = _check_probabilities(probabilities, len(names)), _as_array(target)
+    p, t = _check_probabilities("probabilities", probabilities, len(names)), _as_array(target)
     if len(p) == 0:
         raise ValueError("probabilities must hold at least one sample to score, got none")
+    before = None if uncalibrated is None else _check_probabilities("uncalibrated", uncalibrated, len(names))
+    if before is not None and before.shape != p.shape:
+        raise ValueError(f"uncalibrated must have the shape of probabilities, {p.shape}, got {before.shape}")
     task = _infer_task(t) if task is None else task
     check_choice("task", task, TASKS)
     if task == "single":
-        labels = _check_labels(t, len(p), len(names))
-        p, labels = p[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
-        if len(p) == 0:
-            raise ValueError(f"target must label at least one sample to score, but every label is {IGNORE_INDEX}")
+        t = _check_labels(t, len(p), len(names))
+        kept = t != IGNORE_INDEX
+        p, t, before = p[kept], t[kept], None if before is None else before[kept]
     else:
         t = _check_rows(t, p.shape, task)
-        labels = t.argmax(axis=1)
-
-    if task == "multi":
-        truth, answer = t == 1, p >= 0.5
-    else:
-        identity = np.eye(len(names), dtype=bool)
-        truth, answer = identity[labels], identity[p.argmax(axis=1)]
-    # Counted here, not by scikit-learn: it reads answers of shape (N, 1) as labels of two classes, warns of a confusion
-    # matrix of one class, and has no MA.
-    hits, support = (truth & answer).sum(axis=0), truth.sum(axis=0)
-    occurs = support > 0
-    if not occurs.any():
-        raise ValueError("target must hold at least one class to score, but no class occurs in it")
-    f1 = 2 * hits / (support + answer.sum(axis=0)).clip(min=1)
-    mean_accuracy = (truth == answer).mean(axis=0)
-    recall = hits / support.clip(min=1)
-    if task == "multi":
-        negatives = len(p) - support
-        recall_no = (~truth & ~answer).sum(axis=0) / negatives.clip(min=1)
-        recall = np.where(negatives > 0, (recall + recall_no) / 2, recall)
-    confusion = None if task == "multi" else truth.T.astype(np.int64) @ answer.astype(np.int64)
-
-    return ClassificationReport(
-        task=task,
-        per_class=tuple(
-            ClassScores(name, int(support[c]), float(f1[c]), float(mean_accuracy[c])) for c, name in enumerate(names)
-        ),
-        overall=ClassScores("Overall", len(p), float(f1[occurs].mean()), float(mean_accuracy[occurs].mean())),
-        accuracy=float((truth == answer).all(axis=1).mean()),
-        balanced_accuracy=float(recall[occurs].mean()),
-        confusion=None if confusion is None else tuple(tuple(row) for row in confusion.tolist()),
-        cross_entropy=_cross_entropy(p, t) if task == "distribution" else None,
-        jensen_shannon=_jensen_shannon(p, t) if task == "distribution" else None,
-    )
+    return AnswerCounts(task, names).add(p, t, before)
 
 
 def auroc(scores: Any, positives: Any) -> float:
@@ -207,12 +245,12 @@ def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_probabilities(probabilities: Any, num_classes: int) -> NDArray[np.float64]:
+def _check_probabilities(name: str, probabilities: Any, num_classes: int) -> NDArray[np.float64]:
     p = _as_array(probabilities)
     if p.ndim != 2 or p.shape[1] != num_classes or p.dtype.kind != "f":
-        raise ValueError(f"probabilities must be floats of shape (N, {num_classes}), got {p.dtype} of shape {p.shape}")
+        raise ValueError(f"{name} must be floats of shape (N, {num_classes}), got {p.dtype} of shape {p.shape}")
     if not ((p >= 0) & (p <= 1 + ROUNDING)).all():
-        raise ValueError("probabilities must be finite and lie in [0, 1]: logits need a softmax or sigmoid first")
+        raise ValueError(f"{name} must be finite and lie in [0, 1]: logits need a softmax or sigmoid first")
     return p.astype(np.float64)
 
 
@@ -241,15 +279,3 @@ def _check_rows(target: NDArray[Any], shape: tuple[int, ...], task: str) -> NDAr
     elif not np.isfinite(rows).all() or (rows < 0).any() or (abs(rows.sum(axis=1) - 1) > ROUNDING).any():
         raise ValueError("target of task 'distribution' must be finite, not negative, and sum to one in every row")
     return rows
-
-
-def _cross_entropy(p: NDArray[np.float64], t: NDArray[np.float64]) -> float:
-    floor = float(np.finfo(np.float32).tiny)
-    return float(-(t * np.log(p.clip(min=floor))).sum(axis=1).mean())
-
-
-def _jensen_shannon(p: NDArray[np.float64], t: NDArray[np.float64]) -> float:
-    from scipy.special import rel_entr
-
-    middle = (p + t) / 2
-    return float((rel_entr(p, middle) + rel_entr(t, middle)).sum(axis=1).mean() / 2)

@@ -34,6 +34,7 @@ FIELDS = (
     "abstained",
     "available",
     "reason",
+    "probabilities",
 )
 
 
@@ -105,6 +106,7 @@ def test_every_field_has_its_shape_and_dtype(model, batch, mode):
         "abstained": (batch,),
         "available": (batch, 3),
         "reason": (batch, 3),
+        "probabilities": (batch, 3),
     }
     assert output.reason.dtype == torch.int64
     masks = {"effective", "abstained", "available"}

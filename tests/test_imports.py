@@ -23,11 +23,11 @@ LAYERS = (
     "scoring",
     "fitting",
     "execution shards",
-    "corpus corruption metrics plots",
+    "corpus corruption metrics _answer_counts plots",
     "export verification",
     "fusion",
     "hub distributed",
-    "check proxy network loss cuda_graphs",
+    "check proxy network loss temperature cuda_graphs",
     "standardize _check_calibration _combined_score _conformal _cross_fitting _symptoms "
     "_proxy_bank _proxy_basis _proxy_maps _proxy_operator _proxy_regression",
     "_canonical cca moments inputs config",

@@ -184,7 +184,7 @@ def test_to_markdown_prints_table_2_formats():
         "| sad | 0 | 0.000 | 90.0% |",
         "| Overall | 10 | 0.739 | 83.3% |",
         "",
-        "Accuracy 70.0%, balanced accuracy 69.4%.",
+        "Accuracy 70.0%, balanced accuracy 69.4%, ECE 0.300.",
     ]
 
 
