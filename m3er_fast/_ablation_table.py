@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from m3er_fast.corruption import PAPER_CORRUPTION
 from m3er_fast.metrics import ClassificationReport, mean_std
-
-PAPER_CORRUPTION = "gaussian_noise"
-"""White noise at an SNR of 0.01, as in the paper's protocol."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from m3er_fast._ablation_figures import Regenerated, draw_ablation, draw_proxies, examples, regenerate
-from m3er_fast._ablation_table import PAPER_CORRUPTION, AblationResult, AblationRow, CheckQuality
+from m3er_fast._ablation_table import AblationResult, AblationRow, CheckQuality
 from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
 from m3er_fast.baselines import fit_baselines, labelled_part, utterances_of
@@ -27,8 +27,8 @@ from m3er_fast.check import ModalityCheck
 from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
-from m3er_fast.corruption import Corruption, corrupt, named, takes_groups
-from m3er_fast.evaluation import Prediction, evaluate, standardize_corpus
+from m3er_fast.corruption import PAPER_CORRUPTION
+from m3er_fast.evaluation import Prediction, corrupt_corpus, evaluate, find_corruption, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, classification_report, mean_std
 from m3er_fast.training import HISTORY_FILE, EpochRecord, default_config, train
@@ -161,7 +161,7 @@ def run_ablation(
     if config.check is None or config.proxy is None:
         raise ValueError("config must have both the check and the proxies, for an ablation to remove them")
     check_positive_int("seeds", seeds)
-    _find_corruption(corpus, corruption)
+    find_corruption(corpus, corruption)
     test = corpus.subset("test")
     if not len(test):
         raise ValueError("the corpus has no test split to score")
@@ -232,52 +232,6 @@ def _rows(reports: dict[_Experiment, list[ClassificationReport]]) -> tuple[Ablat
         AblationRow(ineffectual=experiment.ineffectual, label=experiment.label, reports=tuple(values))
         for experiment, values in reports.items()
     )
-
-
-def corrupt_corpus(
-    model: M3ERFusion, corpus: Corpus, seed: int, *, corruption: str | Corruption = PAPER_CORRUPTION
-) -> tuple[Corpus, NDArray[np.bool_]]:
-    """Corrupt a corpus by the paper's protocol, applied to standardised features, with any kind of corruption.
-
-    Scores on corrupted utterances are two lines::
-
-        corrupted, truth = corrupt_corpus(model, corpus.subset("test"), seed=0, corruption="freeze")
-        report = evaluate(model, corrupted).report
-
-    Args:
-        model: fitted; its standardiser gives the features that are corrupted.
-        corpus: utterances with the model's modalities.
-        seed: decides which modalities of which utterances are corrupted, and how.
-        corruption: the kind of corruption, as for :func:`m3er_fast.corruption.corrupt`.
-
-    Returns:
-        The corrupted corpus and the (N, M) mask of corrupted modalities.
-
-    Raises:
-        ValueError: if the corpus does not have the model's modalities or lacks the groups that the corruption needs,
-            or if there is no such corruption.
-    """
-    kind = _find_corruption(corpus, corruption)
-    batch = standardize_corpus(model, corpus)
-    features = dict(zip(corpus.features, batch.features, strict=True))
-    noisy, truth = corrupt(
-        features, seed, kind=kind, lengths=batch.lengths, available=batch.available, groups=corpus.group
-    )
-    raw = model.standardizer.unstandardize([noisy[name] for name in corpus.features])
-    mask = batch.frame_valid
-    changed = {}
-    for m, (name, values) in enumerate(corpus.features.items()):
-        hit = (mask[:, :, m] & truth[:, m, None])[:, :, None].numpy()
-        changed[name] = np.where(hit, raw[m].to(torch.float32).numpy(), values)
-    return replace(corpus, features=changed), truth.numpy()
-
-
-def _find_corruption(corpus: Corpus, corruption: str | Corruption) -> Corruption:
-    """Return a corruption by name; refuse one that needs groups if the corpus has none."""
-    kind = named(corruption, argument="corruption") if isinstance(corruption, str) else corruption
-    if corpus.group is None and takes_groups(kind):
-        raise ValueError(f"corruption {corruption!r} needs a corpus with groups, but this one has none")
-    return kind
 
 
 def _train_and_predict(

@@ -289,6 +289,12 @@ class TrainingConfig:
     gradient_norm: float | None = setting(
         1.0, _optional(_above(0.0)), "the gradient's norm is clipped to this; None does not clip."
     )
+    calibrate: bool = setting(
+        True,
+        check_boolean,
+        "fit a temperature to the validation split after training, so that the probabilities are as sure as they are\n"
+        "right; predictions stay the same.",
+    )
     seed: int = setting(0, _seed, "seed of weights, shuffling and dropout.")
     precision: Precision = setting(
         "float32",

@@ -476,6 +476,9 @@ KINDS: dict[str, Corruption] = {
 }
 """The corruptions by name, at the default severity of `corrupt`; ``functools.partial`` gives any other severity."""
 
+PAPER_CORRUPTION = "gaussian_noise"
+"""The kind that the paper's protocol uses: white noise, at an SNR of 0.01."""
+
 
 def named(name: str, *, argument: str = "kind") -> Corruption:
     """Return a corruption by its name in `KINDS`, or by its name and severity in `SEVERITIES`.

@@ -6,7 +6,7 @@ Dimension legend: N utterances, M modalities, T time steps, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus.base import Corpus
+from m3er_fast.corruption import PAPER_CORRUPTION, Corruption, corrupt, named, takes_groups
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, classification_report
@@ -96,7 +97,7 @@ def evaluate(
             corpus.target[known],
             corpus.classes,
             task=corpus.task,
-            uncalibrated=uncalibrated[known],
+            uncalibrated=uncalibrated[known] if model.calibration.is_fitted else None,
         )
     return Prediction(**whole, report=report)
 
@@ -118,6 +119,52 @@ def standardize_corpus(model: M3ERFusion, corpus: Corpus) -> StandardizedBatch:
     """
     check_modalities(model, corpus)
     return model.standardize(corpus.features, corpus.lengths, corpus.available)
+
+
+def corrupt_corpus(
+    model: M3ERFusion, corpus: Corpus, seed: int, *, corruption: str | Corruption = PAPER_CORRUPTION
+) -> tuple[Corpus, NDArray[np.bool_]]:
+    """Corrupt a corpus by the paper's protocol, applied to standardised features, with any kind of corruption.
+
+    Scores on corrupted utterances are two lines::
+
+        corrupted, truth = corrupt_corpus(model, corpus.subset("test"), seed=0, corruption="freeze")
+        report = evaluate(model, corrupted).report
+
+    Args:
+        model: fitted; its standardiser gives the features that are corrupted.
+        corpus: utterances with the model's modalities.
+        seed: decides which modalities of which utterances are corrupted, and how.
+        corruption: the kind of corruption, as for :func:`m3er_fast.corruption.corrupt`.
+
+    Returns:
+        The corrupted corpus and the (N, M) mask of corrupted modalities.
+
+    Raises:
+        ValueError: if the corpus does not have the model's modalities or lacks the groups that the corruption needs,
+            or if there is no such corruption.
+    """
+    kind = find_corruption(corpus, corruption)
+    batch = standardize_corpus(model, corpus)
+    features = dict(zip(corpus.features, batch.features, strict=True))
+    noisy, truth = corrupt(
+        features, seed, kind=kind, lengths=batch.lengths, available=batch.available, groups=corpus.group
+    )
+    raw = model.standardizer.unstandardize([noisy[name] for name in corpus.features])
+    mask = batch.frame_valid
+    changed = {}
+    for m, (name, values) in enumerate(corpus.features.items()):
+        hit = (mask[:, :, m] & truth[:, m, None])[:, :, None].numpy()
+        changed[name] = np.where(hit, raw[m].to(torch.float32).numpy(), values)
+    return replace(corpus, features=changed), truth.numpy()
+
+
+def find_corruption(corpus: Corpus, corruption: str | Corruption) -> Corruption:
+    """Return a corruption by name; refuse one that needs groups if the corpus has none."""
+    kind = named(corruption, argument="corruption") if isinstance(corruption, str) else corruption
+    if corpus.group is None and takes_groups(kind):
+        raise ValueError(f"corruption {corruption!r} needs a corpus with groups, but this one has none")
+    return kind
 
 
 def corpus_batches(corpus: Corpus, order: NDArray[np.int64], size: int) -> Iterator[CorpusBatch]:

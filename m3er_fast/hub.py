@@ -18,6 +18,7 @@ from m3er_fast.config import Bank, M3ERConfig
 from m3er_fast.fitted_module import LastingModule
 from m3er_fast.proxy import ProxyGenerator
 from m3er_fast.standardize import Standardizer
+from m3er_fast.temperature import TemperatureScaling
 
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
@@ -31,6 +32,7 @@ class HubModel(LastingModule, ModelHubMixin):
     classes: tuple[str, ...]
     config: M3ERConfig
     standardizer: Standardizer
+    calibration: TemperatureScaling
     modality_check: ModalityCheck | None
     proxy_generator: ProxyGenerator | None
 
@@ -240,6 +242,17 @@ _KINDS: dict[Bank, str] = {
 
 
 def _describe_steps(model: HubModel) -> str:
+    """Return what the check, the proxies and the probabilities rest on."""
+    calibrated = (
+        "Its probabilities are calibrated: the fused head's logits are divided by "
+        f"{model.calibration.temperature.item():.3g}."
+        if model.calibration.is_fitted
+        else "Its probabilities are not calibrated."
+    )
+    return f"{_describe_check_and_proxies(model)} {calibrated}"
+
+
+def _describe_check_and_proxies(model: HubModel) -> str:
     check, proxies = model.modality_check, model.proxy_generator
     if check is None:
         checked = "It has no modality check"

@@ -17,7 +17,15 @@ from torch import Tensor
 from m3er_fast._answer_counts import AnswerCounts, Reliability
 from m3er_fast._validation import check_choice
 
-__all__ = ["ClassScores", "ClassificationReport", "Reliability", "auroc", "classification_report", "mean_std"]
+__all__ = [
+    "ClassScores",
+    "ClassificationReport",
+    "Reliability",
+    "auroc",
+    "classification_report",
+    "count_answers",
+    "mean_std",
+]
 
 IGNORE_INDEX = -100
 TASKS = ("single", "multi", "distribution")

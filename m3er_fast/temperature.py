@@ -38,6 +38,11 @@ class TemperatureScaling(PreciseModule):
         super().__init__()
         self.register_buffer("temperature", torch.ones(()))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the temperature differs from 1, at which probabilities stay as they are."""
+        return self.temperature.item() != 1.0
+
     def forward(self, logits: Tensor) -> Tensor:
         """Return ``logits`` / T, in at least float32."""
         return upcast(logits) / self.temperature
@@ -48,17 +53,14 @@ class TemperatureScaling(PreciseModule):
         self.temperature.fill_(fit_temperature(logits, target, activation))
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = f"{prefix}temperature"
-        if strict:
-            state_dict.setdefault(name, torch.ones_like(self.temperature))
-        value = state_dict.get(name)
+        value = state_dict.setdefault(name, torch.ones_like(self.temperature))
         if isinstance(value, Tensor) and (value.numel() != 1 or not 0.0 < value.item() < math.inf):
-            lists[-1].append(f"{name} must be one positive number, got {value.tolist()}")
+            error_messages = args[-1]
+            error_messages.append(f"{name} must be one positive number, got {value.tolist()}")
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return the temperature, for ``print(module)``."""

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from sklearn import metrics as sklearn_metrics
 
-from m3er_fast.metrics import auroc, classification_report, mean_std
+from m3er_fast.metrics import ClassificationReport, auroc, classification_report, count_answers, mean_std
 
 EMOTIONS = ("angry", "happy", "neutral", "sad")
 # Ten samples. True: 4 angry, 3 happy, 3 neutral, no sad; predicted: 4 angry, 3 happy, 2 neutral, 1 sad.
@@ -272,3 +272,99 @@ def test_the_deviation_of_one_value_is_none():
 def test_mean_std_refuses_nothing_and_not_a_number(values):
     with pytest.raises(ValueError, match="one or more finite numbers"):
         mean_std(values)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def expected_calibration_error(confidence, is_right, bins=15):
+    """Counted answer by answer, with exact edges: an answer belongs to the first bin whose upper edge it reaches."""
+    sums = [[0, 0.0, 0] for _ in range(bins)]
+    for c, right in zip(confidence, is_right, strict=True):
+        number = next(i for i in range(bins) if c * bins <= i + 1)
+        for place, value in enumerate((1, c, int(right))):
+            sums[number][place] += value
+    error = sum(abs(right - c) for _, c, right in sums) / len(confidence)
+    return error, [n for n, _, _ in sums]
+
+
+@pytest.mark.parametrize("samples", [1, 7, 500])
+def test_calibration_error_equals_a_count_answer_by_answer(samples):
+    probabilities, target = random_case(samples=samples)
+    found = classification_report(probabilities, target, EMOTIONS).calibration
+    confidence = probabilities.max(axis=1)
+    is_right = probabilities.argmax(axis=1) == target
+    error, answers = expected_calibration_error(confidence, is_right)
+    assert found.ece == pytest.approx(error, abs=1e-14)
+    assert list(found.answers) == answers
+    assert found.mean_confidence == pytest.approx(confidence.mean(), abs=1e-14)
+    assert [value is None for value in found.accuracy] == [n == 0 for n in answers]
+
+
+def test_a_question_counts_with_the_probability_of_the_answer_given():
+    found = classification_report([[0.9, 0.2], [0.4, 0.5]], [[1, 1], [0, 1]], ["a", "b"]).calibration
+    # Yes at 0.9 (right), no at 0.8 (wrong), no at 0.6 (right), yes at 0.5 (right), each in a bin of its own.
+    assert found.ece == pytest.approx((0.1 + 0.8 + 0.4 + 0.5) / 4, abs=1e-14)
+    assert sum(found.answers) == 4
+
+
+def test_ignored_labels_do_not_count_as_answers():
+    found = classification_report([[0.9, 0.1], [0.6, 0.4]], [0, -100], ["a", "b"], task="single")
+    assert found.calibration.answers == (*[0] * 13, 1, 0)
+    assert found.calibration.ece == pytest.approx(0.1, abs=1e-14)
+
+
+def test_answers_whose_confidence_is_right_have_the_error_expected_by_chance():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, 2000)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    errors, chance = [], []
+    for _ in range(50):
+        target = (rng.random(2000) > confidence).astype(int)
+        found = classification_report(probabilities, target, ["a", "b"]).calibration
+        errors.append(found.ece)
+        chance.append(found.ece_by_chance)
+    assert np.mean(errors) == pytest.approx(np.mean(chance), rel=0.1)
+
+
+def test_probabilities_before_calibration_are_reported_beside_the_others():
+    probabilities, target = random_case()
+    sharper = probabilities**3 / (probabilities**3).sum(axis=1, keepdims=True)
+    both = classification_report(probabilities, target, EMOTIONS, uncalibrated=sharper)
+    assert both.before_calibration == classification_report(sharper, target, EMOTIONS).calibration
+    error = both.calibration.ece, both.before_calibration.ece
+    assert both.to_markdown().endswith(f"ECE {error[0]:.3f} ({error[1]:.3f} before calibration).")
+    with pytest.raises(ValueError, match="uncalibrated must have the shape of probabilities"):
+        classification_report(probabilities, target, EMOTIONS, uncalibrated=sharper[:3])
+    with pytest.raises(ValueError, match="uncalibrated must be finite"):
+        classification_report(probabilities, target, EMOTIONS, uncalibrated=-sharper)
+
+
+@pytest.mark.parametrize("task", ["single", "multi", "distribution"])
+def test_counts_of_parts_add_up_to_those_of_the_whole(task):
+    probabilities, target = random_case()
+    if task != "single":
+        target = np.eye(4)[target] if task == "multi" else np.random.default_rng(1).dirichlet(np.ones(4), 500)
+    whole = classification_report(probabilities, target, EMOTIONS, task=task, uncalibrated=probabilities)
+    parts = [slice(0, 120), slice(120, 121), slice(121, 500)]
+    first, *rest = (
+        count_answers(probabilities[part], target[part], EMOTIONS, task=task, uncalibrated=probabilities[part])
+        for part in parts
+    )
+    for part in rest:
+        first.merge(part)
+    found = ClassificationReport.of_counts(first).to_dict()
+    wanted = whole.to_dict()
+    for name in ("accuracy", "exact_match", "balanced_accuracy", "confusion", "per_class", "overall"):
+        assert found.get(name) == wanted.get(name), name
+    for name in ("cross_entropy", "jensen_shannon"):
+        assert found[name] == pytest.approx(wanted[name], abs=1e-12)
+    for name in ("calibration", "before_calibration"):
+        assert found[name]["ece"] == pytest.approx(wanted[name]["ece"], abs=1e-12)
+
+
+def test_several_questions_answered_correctly_at_once_are_an_exact_match():
+    report = classification_report(one_hot([0, 1]), one_hot([0, 2]), EMOTIONS)
+    assert report.to_dict()["exact_match"] == 0.5
+    assert "accuracy" not in report.to_dict()
+    assert "\nExact match 50.0%, balanced accuracy" in report.to_markdown()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
-from m3er_fast.evaluation import corpus_batches, evaluate, labelled, labels_of
+from m3er_fast.evaluation import corpus_batches, corrupt_corpus, evaluate, labelled, labels_of
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport
 from m3er_fast.training.fingerprint import array_digest, text_digest
@@ -91,8 +91,8 @@ class TrainingData(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """Return everything of the corpus that decides the result of a training, by name."""
 
-    def report(self, model: M3ERFusion) -> ClassificationReport | None:
-        """Return a model's scores on the validation split."""
+    def report(self, model: M3ERFusion, *, corruption: str | None = None) -> ClassificationReport | None:
+        """Return a model's scores on the validation split, as it is or with a corruption of that name."""
 
     def describe(self) -> str:
         """Return the sizes of both splits in words, for the model card."""
@@ -144,9 +144,12 @@ class MemoryData:
             "labels": array_digest(labels_of(corpus)),
         }
 
-    def report(self, model: M3ERFusion) -> ClassificationReport | None:
-        """Return a model's scores on the validation split."""
-        return evaluate(model, self.validation.corpus).report
+    def report(self, model: M3ERFusion, *, corruption: str | None = None) -> ClassificationReport | None:
+        """Return a model's scores on the validation split, as it is or with a corruption of that name."""
+        corpus = self.validation.corpus
+        if corruption is not None:
+            corpus, _ = corrupt_corpus(model, corpus, seed=0, corruption=corruption)
+        return evaluate(model, corpus).report
 
     def describe(self) -> str:
         """Return the sizes of both splits in words, for the model card."""

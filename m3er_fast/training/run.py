@@ -15,6 +15,7 @@ from m3er_fast.corpus.base import Corpus
 from m3er_fast.execution.engine import Engine, check_engine
 from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.training.calibration import calibrate
 from m3er_fast.training.data import MemoryData, TrainingData
 from m3er_fast.training.device import find_device
 from m3er_fast.training.fingerprint import run_fingerprint
@@ -64,6 +65,7 @@ def train(
 ) -> TrainingResult:
     """Fit and train a model on the train split, stopping early on the loss of the validation split.
 
+    Then its probabilities are calibrated on the validation split, unless ``config.training.calibrate`` is off.
     The validation loss is the network's own: the check and the proxies are off. All randomness comes from
     ``config.training.seed``: the same corpus, configuration and number of threads give the same model, whether or not
     training was interrupted. With ``out``, a checkpoint is written there after every epoch, under a temporary name
@@ -144,6 +146,8 @@ def train(
         run_epochs(state, data, group, out, progress)
     model.network.load_state_dict(state.best)
     model.cpu().eval()
+    if config.training.calibrate:
+        calibrate(model, data.validation)
     history = state.history()
     if out is not None:
         write_run(out, model, history, data, statistics)
