@@ -135,6 +135,7 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (TrainingConfig, "patience", NOT_POSITIVE_INTS),
         (TrainingConfig, "gradient_norm", [0.0, *NOT_NONNEGATIVE]),
         (TrainingConfig, "balance_classes", NOT_BOOLEANS),
+        (TrainingConfig, "calibrate", NOT_BOOLEANS),
         (TrainingConfig, "seed", [1.5, "0", True, None, -1, 2**32]),
         (TrainingConfig, "precision", ["float16", "", None, 32]),
         (M3ERConfig, "check", [ProxyConfig(), "combined"]),
