@@ -36,6 +36,8 @@ class Prediction:
     available: NDArray[np.bool_]  # (N, M), the modalities that had a valid frame and were known from training
     report: ClassificationReport | None
     """None if the corpus has no labels."""
+    uncalibrated: NDArray[np.float32] | None = None
+    """(N, C) probabilities without the model's temperature; None if it has none."""
 
 
 class CorpusBatch(NamedTuple):
@@ -77,7 +79,6 @@ def evaluate(
             output = model(features, lengths, available, effective=verdicts)
             answers = {
                 "probabilities": output.probabilities,
-                "uncalibrated": model.probabilities(output, calibrate=False),
                 "modality_probabilities": model.modality_probabilities(output).transpose(0, 1),
                 "effective": output.effective,
                 "p_value": output.p_value,
@@ -85,11 +86,13 @@ def evaluate(
                 "abstained": output.abstained,
                 "available": output.available,
             }
+            if model.calibration.is_fitted:
+                answers["uncalibrated"] = model.probabilities(output, calibrate=False)
             for name, values in answers.items():
                 parts.setdefault(name, []).append(values.cpu().numpy())
     whole = {name: np.concatenate(values) for name, values in parts.items()}
     whole["modality_probabilities"] = whole["modality_probabilities"].swapaxes(0, 1)
-    uncalibrated, report = whole.pop("uncalibrated"), None
+    uncalibrated, report = whole.get("uncalibrated"), None
     if corpus.target is not None and labelled(corpus).any():
         known = labelled(corpus)
         report = classification_report(
@@ -97,7 +100,7 @@ def evaluate(
             corpus.target[known],
             corpus.classes,
             task=corpus.task,
-            uncalibrated=uncalibrated[known] if model.calibration.is_fitted else None,
+            uncalibrated=None if uncalibrated is None else uncalibrated[known],
         )
     return Prediction(**whole, report=report)
 

@@ -183,6 +183,25 @@ def plot_ablation(rows: Sequence[tuple[str, float, float | None]], path: Path, *
         _save(_ablation_figure(rows, metric), path)
 
 
+def plot_reliability(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw a reliability diagram per report: the share of right answers in every bin of confidence.
+
+    The bars are of the probabilities as they are, the dashed line of those before calibration, where there are any.
+
+    Args:
+        reports: title -> ``calibration`` and ``before_calibration``, as of ``ClassificationReport.to_dict``: mappings
+            with ``answers``, ``confidence`` and ``accuracy`` per bin, and ``ece``; ``before_calibration`` may be None.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there is no report.
+    """
+    if not reports:
+        raise ValueError("reports must hold at least one report, got none")
+    with matplotlib.style.context(_STYLE):
+        _save(_reliability_figure(reports), path)
+
+
 def _history_figure(history: Mapping[str, Any]) -> Figure:
     missing = [name for name in ("train_loss", "valid_loss", "best_epoch") if name not in history]
     if missing:
@@ -295,6 +314,28 @@ def _examples_figure(examples: Sequence[Example]) -> Figure:
         weighing.set_title("weight")
         _draw_bars(weighing, example.weights, [_bar_style(example, m) for m in range(len(modalities))], largest_weight)
         weighing.set_yticks(range(len(modalities)), [_shorten(name, 12) for name in modalities])
+    return figure
+
+
+def _reliability_figure(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(4 * len(reports), 4.2), dpi=_DPI, layout="constrained")
+    for axes, (title, report) in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports.items(), strict=True):
+        after, before = report["calibration"], report["before_calibration"]
+        bins = len(after["answers"])
+        edges = np.arange(bins) / bins
+        heights = np.array([np.nan if value is None else value for value in after["accuracy"]], dtype=np.float64)
+        label = f"{'after calibration' if before else 'model'}: ECE {after['ece']:.3f}"
+        axes.bar(edges, heights, width=1 / bins, align="edge", color=_SKY, edgecolor="white", label=label)
+        axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":")
+        if before:
+            points = [(c, a) for c, a in zip(before["confidence"], before["accuracy"], strict=True) if c is not None]
+            label = f"before: ECE {before['ece']:.3f}"
+            axes.plot(*zip(*points, strict=True), color=_ORANGE, linestyle="--", marker=".", label=label)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
+        axes.set_title(_shorten(title, 40))
+        axes.grid()
+        axes.legend(loc="upper left")
+    figure.axes[0].set_ylabel("share of right answers")
     return figure
 
 

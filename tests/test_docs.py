@@ -22,7 +22,8 @@ from m3er_fast.ablation import AblationResult, CheckQuality
 from m3er_fast.cli.commands import app
 from m3er_fast.corpus import FORMATS, AuditReport, ModalityAudit
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.metrics import ClassificationReport, ClassScores
+from m3er_fast.corpus_evaluation import Condition, CorpusEvaluation, GroupScores, SplitScores
+from m3er_fast.metrics import ClassificationReport, ClassScores, Reliability
 from m3er_fast.scoring import Scorer
 from m3er_fast.training import train
 
@@ -226,10 +227,11 @@ def test_fields_of_history_are_listed(tmp_path):
     ("command", "names"),
     [
         ("ablate", set(AblationResult((), (), {}, (), {}).to_dict())),
-        ("ablate", fields(CheckQuality, ClassificationReport, ClassScores)),
+        ("ablate", fields(CheckQuality, ClassificationReport, ClassScores, Reliability)),
+        ("evaluate", fields(CorpusEvaluation, Condition, SplitScores, GroupScores)),
         ("audit", fields(AuditReport, ModalityAudit)),
     ],
-    ids=["table.json", "reports", "audit"],
+    ids=["table.json", "reports", "evaluation.json", "audit"],
 )
 def test_fields_of_json_are_listed(command, names):
     text = section(page("cli.md"), f"m3er-fast {command}")

@@ -19,6 +19,7 @@ LAYERS = (
     "cli",
     "demo",
     "ablation _ablation_figures _ablation_table baselines",
+    "corpus_evaluation evaluation_page",
     "training evaluation",
     "scoring",
     "fitting",
@@ -35,6 +36,8 @@ LAYERS = (
     "cpu kernels neighbors",
     "reference",
     "operands fitted_module",
+    "report_sections",
+    "html_page",
     "_layer_weights _settings _validation _warnings atomic_files",
 )
 
