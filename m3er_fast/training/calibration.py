@@ -15,7 +15,7 @@ def calibrate(model: M3ERFusion, validation: Split) -> None:
     """Fit a model's temperature to its answers on the validation split, as users get them: check and proxies are on."""
     logits, targets = [], []
     with eval_mode(model), torch.no_grad():
-        for features, lengths, available, target in validation.in_order(_BATCH):
-            logits.append(model(features, lengths, available).logits.cpu())
-            targets.append(target)
+        for batch in validation.in_order(_BATCH):
+            logits.append(model(batch.features, batch.lengths, batch.available).logits)
+            targets.append(batch.target)
     model.fit_temperature(torch.cat(logits), torch.cat(targets))
