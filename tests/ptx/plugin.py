@@ -104,9 +104,10 @@ class Emulation:
         line(f"{launching} of {len(tests)} tests launched kernels, {launches.total()} launches:")
         for kernel, number in sorted(launches.items()):
             line(f"  {number:6d} {kernel}")
-        line("largest share of a tolerance that each test used:")
+        line("largest share of a tolerance that each test used, of those with one:")
         for test, share in shares.most_common():
-            line(f"  {share:6.3f} {test}")
+            if share > 0:
+                line(f"  {share:6.3f} {test}")
         line(f"findings: {len(findings) or 'none'}")
         for finding in sorted(findings):
             line(f"  {finding}")
