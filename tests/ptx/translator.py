@@ -16,9 +16,11 @@ from ptx.findings import Findings, RefusedError
 from ptx.parser import Block, parse
 
 # What the functions may call, and the names of NumPy's types in them.
-_TYPES = {f"{letter.upper()}{bits}": np.dtype(f"{letter}{bits // 8}").type for letter, sizes in (
-    ("u", (8, 16, 32, 64)), ("i", (8, 16, 32, 64)), ("f", (32, 64))) for bits in sizes}  # fmt: skip
-_TYPES = {name.replace("I", "S"): kind for name, kind in _TYPES.items()}
+_TYPES = {
+    **{"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64},
+    **{"S8": np.int8, "S16": np.int16, "S32": np.int32, "S64": np.int64},
+    **{"F32": np.float32, "F64": np.float64},
+}
 _NAMES = {"np": np, "integers": integers, "numerics": numerics, **_TYPES}
 
 _TYPE = re.compile(r"pred|[busf]\d+|bf16|tf32|[bu]?f16x2|bf16x2")
