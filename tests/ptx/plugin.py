@@ -92,16 +92,16 @@ class Emulation:
             for report in terminalreporter.stats.get(outcome, ())
             if report.when == "call" and _PROPERTY in dict(report.user_properties)
         ]
+        launching = [(name, property_) for name, property_ in tests if property_[0]]
         launches, shares, findings = collections.Counter(), collections.Counter(), set()
-        for name, (launched, share, found) in tests:
+        for name, (launched, share, found) in launching:
             launches.update(launched)
             test = name.split("[")[0].split("::", 1)[-1]
             shares[test] = max(shares[test], share)
             findings.update(found)
         line = terminalreporter.write_line
         terminalreporter.section(self._title)
-        launching = sum(bool(launched) for _, (launched, _, _) in tests)
-        line(f"{launching} of {len(tests)} tests launched kernels, {launches.total()} launches:")
+        line(f"{len(launching)} of {len(tests)} tests launched kernels, {launches.total()} launches:")
         for kernel, number in sorted(launches.items()):
             line(f"  {number:6d} {kernel}")
         line("largest share of a tolerance that each test used, of those with one:")
