@@ -52,7 +52,8 @@ def test_a_part_of_the_kernels_tests_on_compiled_code(target):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [(), ("--ptx-order", "ascending"), ("--ptx-order", "descending"), ("--ptx-noise", "1")],
+    # With the noise of seed 2, ex2 flushes 2^-126.
+    [(), ("--ptx-order", "ascending"), ("--ptx-order", "descending"), ("--ptx-noise", "2")],
     ids=["together", "ascending", "descending", "noise"],
 )
 @pytest.mark.parametrize("target", ["ptx", "ptx:90"])

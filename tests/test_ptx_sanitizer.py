@@ -1,4 +1,4 @@
-"""Minutes of checks on compiled PTX: instructions that err, tensors beyond 2^31 elements, barriers that are dropped."""
+"""Minutes of checks on compiled PTX: tensors beyond 2^31 elements, and barriers that are dropped."""
 
 import os
 import pathlib
@@ -12,8 +12,6 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
-KERNEL_TESTS = ["tests/test_local_lstsq.py", *(f"tests/test_kernels_{name}.py" for name in (
-    "loss", "check_statistics", "sequence_statistics", "memory_scan"))]  # fmt: skip
 
 
 def output_of(*arguments, seconds):
@@ -25,14 +23,6 @@ def output_of(*arguments, seconds):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout
-
-
-@pytest.mark.parametrize("file", KERNEL_TESTS)
-def test_tolerances_hold_where_instructions_err_by_their_documented_bounds(file):
-    """Results near an edge, such as the smallest power of two, show when an instruction is a hair off."""
-    options = "--device", "ptx", "--ptx-noise", "2"
-    out = output_of("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file, seconds=3600)
-    assert "findings: none" in out
 
 
 @pytest.mark.parametrize("target", ["80", "90"])
