@@ -218,12 +218,6 @@ def pack(low, high):
     return np.asarray(low, U16).astype(U32) | np.asarray(high, U16).astype(U32) << U32(16)
 
 
-def unpack(bits):
-    """The low and the high half of 32 bits."""
-    bits = np.asarray(bits, U32)
-    return (bits & U32(0xFFFF)).astype(U16), (bits >> U32(16)).astype(U16)
-
-
 def to_integer(x, dtype, rounding="rzi"):
     """Integers of floats, at the ends of the range where they are outside of it; 0 for NaN."""
     whole = _INTEGRAL[rounding](np.asarray(x).astype(F64))
