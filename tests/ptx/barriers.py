@@ -1,7 +1,8 @@
 """Which barriers of the compiled kernels the emulator misses when one of them is dropped.
 
 ``PYTHONPATH=.:tests python -m ptx.barriers [80 | 90]`` drops each barrier in turn and prints a table. A barrier whose
-absence is not noticed is redundant in today's layouts, or orders accesses that the emulator takes to be in order.
+absence is not noticed is redundant in the code at hand: it stands beside the barriers of a layout conversion, or
+between stages of a pipeline, which have buffers of their own.
 """
 
 import itertools
