@@ -156,7 +156,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device_type(config: pytest.Config) -> str:
     """Return the kind of device that is measured, a key of the workloads."""
-    return torch.device(config.getoption("--device")).type
+    device = config.getoption("--device")
+    if device.startswith("ptx"):
+        raise pytest.UsageError(f"speed is measured on 'cpu' or 'cuda', got --device {device!r}: an emulator has none")
+    return torch.device(device).type
 
 
 def import_peer(name: str) -> Any:
