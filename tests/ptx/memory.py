@@ -4,8 +4,8 @@ A tensor has a range of addresses of its own, far from all others, so an address
 bad access is noted and left out: its load gives ``POISON``, and the launch goes on.
 
 Races: every place remembers who wrote and who read it last, as one number for CTA, number of barriers passed, and warp.
-Two accesses of a place, one of them a write that changes it, are in order if one warp made both, or if a barrier of
-their CTA lies between them. Any two CTAs are out of order.
+Two accesses of a place, one of them a write, are in order if one warp made both, or if a barrier of their CTA lies
+between them. Any two CTAs are out of order. Two writes of one value are no race.
 """
 
 import ctypes
@@ -67,16 +67,17 @@ class _History:
     def note_write(self, units, who, changed):
         """Remember a write. Return which lanes raced with a read and which with a write.
 
-        ``changed``: which lanes write another value than the place has; True: all.
+        ``changed``: which lanes write another value than the place has; True: all. Warps that hold copies of the same
+        numbers may all store them.
         """
-        changed = changed | (self.writer[units] == _IN_FLIGHT)
-        raced = [
-            _lanes(_unordered(last[units], who) & changed) if happened else False
-            for last, happened in ((self.reader, self.read), (self.writer, self.written))
-        ]
+        after_read = _lanes(_unordered(self.reader[units], who)) if self.read else False
+        after_write = False
+        if self.written:
+            writer = self.writer[units]
+            after_write = _lanes(_unordered(writer, who) & (changed | (writer == _IN_FLIGHT)))
         self.writer[units] = who
         self.written = True
-        return raced
+        return after_read, after_write
 
 
 def _unordered(last, who):
