@@ -32,7 +32,7 @@ import numpy as np
 
 from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus._labels import class_indices, classes_named
-from m3er_fast.corpus._parquet_labels import labels_are_names, read_labels
+from m3er_fast.corpus._parquet_labels import Labels, labels_are_names, read_labels
 from m3er_fast.corpus._parquet_rows import (
     RESERVED_COLUMNS,
     DecodedRows,
@@ -56,9 +56,12 @@ __all__ = [
     "FORMAT_VERSION",
     "DecodedRows",
     "FrameColumn",
+    "Labels",
     "TableFeatures",
     "decode_rows",
     "features_from_table",
+    "labels_are_names",
+    "labels_from_table",
     "modality_columns",
     "new_folder",
     "read_parquet",
@@ -276,6 +279,24 @@ def features_from_table(table: pa.Table, input_dims: Mapping[str, int] | None = 
         for name in (input_dims or decoded.columns)
     }
     return TableFeatures(ids, features, decoded.lengths, decoded.available)
+
+
+def labels_from_table(table: pa.Table, classes: tuple[str, ...] = (), task: str = "") -> Labels:
+    """Return the labels of a table's rows, with class names and task.
+
+    Args:
+        table: rows in the layout of this module.
+        classes: class names of the corpus; without them, those that the table declares or holds.
+        task: of the corpus; without it, that which the table declares or its labels suggest.
+
+    Raises:
+        CorpusError: naming the row that cannot be read.
+    """
+    declared, declared_task = _declared(table)
+    ids = read_strings(with_ids(table), "id")
+    if ids is None:  # with_ids has added the column
+        raise AssertionError("unreachable")
+    return read_labels(table, ids, classes or declared, task or declared_task)
 
 
 def _pyarrow_parquet() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from m3er_fast.shards.plan import Plan, Shard
 
@@ -31,5 +32,9 @@ def drop_from_page_cache(shard: Shard) -> None:
 
 
 def memory_bytes() -> int:
-    """Return the size of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the size of this machine's memory, or of what a container may take of it."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # not in a container, or one without a limit, which reads "max"
+        return size

@@ -53,6 +53,7 @@ def read_windows(
     *,
     window_bytes: int = WINDOW_BYTES,
     verify: bool = True,
+    frames: bool = True,
     extra_columns: Sequence[str] = (),
     check: Callable[[pa.Schema], object] = bool,
 ) -> Iterator[pa.Table]:
@@ -65,6 +66,7 @@ def read_windows(
         shard: a Parquet or Arrow IPC file.
         window_bytes: approximate size of the decoded frames in a table.
         verify: compare pages of Parquet with their checksums, if they have any.
+        frames: read the columns of the modalities.
         extra_columns: other columns to read if they exist.
         check: called with the schema before anything is decoded; it may raise a CorpusError.
 
@@ -81,9 +83,9 @@ def read_windows(
         with corpus.filesystem.open_input_file(shard.path) as file:
             magic = file.read(6)
         if magic == b"ARROW1":
-            tables = _read_ipc(corpus, shard, window_bytes, extra_columns, check_all)
+            tables = _read_ipc(corpus, shard, window_bytes, frames, extra_columns, check_all)
         else:
-            tables = _read_parquet(corpus, shard, window_bytes, verify, extra_columns, check_all)
+            tables = _read_parquet(corpus, shard, window_bytes, verify, frames, extra_columns, check_all)
         for table in tables:
             table = with_hive_columns(table, {key: value for key, value in values.items() if key in extra_columns})
             yield _with_checked_ids(with_ids(table, row, name))
@@ -95,6 +97,7 @@ def _read_parquet(
     shard: Shard,
     window_bytes: int,
     verify: bool,
+    frames: bool,
     extra_columns: Sequence[str],
     check: Callable[[pa.Schema], object],
 ) -> Iterator[pa.Table]:
@@ -116,7 +119,7 @@ def _read_parquet(
     ):
         schema = file.schema_arrow
         check(schema)
-        columns = _columns_to_read(schema, extra_columns)
+        columns = _columns_to_read(schema, frames, extra_columns)
         row_bytes = _check_claims(file.metadata, schema, columns, shard.size)
         rows = max(1, window_bytes // row_bytes)
         pieces = max(1, window_bytes // max(_PIECE_BYTES, row_bytes))
@@ -153,8 +156,8 @@ def _is_text_column(metadata: Any, name: str) -> bool:
     return any(column.path == name and column.physical_type == "BYTE_ARRAY" for column in columns)
 
 
-def _columns_to_read(schema: pa.Schema, extra_columns: Sequence[str]) -> list[str]:
-    wanted = ("id", "length", *extra_columns, *modality_columns(schema))
+def _columns_to_read(schema: pa.Schema, frames: bool, extra_columns: Sequence[str]) -> list[str]:
+    wanted = ("id", "length", *extra_columns, *(modality_columns(schema) if frames else ()))
     refuse_repeated(schema, wanted)
     return [name for name in schema.names if name in wanted]
 
@@ -235,6 +238,7 @@ def _read_ipc(
     corpus: Location,
     shard: Shard,
     window_bytes: int,
+    frames: bool,
     extra_columns: Sequence[str],
     check: Callable[[pa.Schema], object],
 ) -> Iterator[pa.Table]:
@@ -245,7 +249,7 @@ def _read_ipc(
         _refuse_compressed(source)
         with ipc.open_file(source) as reader:
             check(reader.schema)
-            columns = _columns_to_read(reader.schema, extra_columns)
+            columns = _columns_to_read(reader.schema, frames, extra_columns)
             yielded = False
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index).select(columns)

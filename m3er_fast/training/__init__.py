@@ -7,6 +7,7 @@ from m3er_fast.training.loop import EpochRecord, TrainingError
 from m3er_fast.training.output import HISTORY_FILE, HISTORY_PLOT
 from m3er_fast.training.run import TrainingResult, default_config, train
 from m3er_fast.training.state import CHECKPOINT_FILE
+from m3er_fast.training.stream import StreamedCorpus, fits_into_memory
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -15,11 +16,13 @@ __all__ = [
     "EpochRecord",
     "Prediction",
     "ResumeMismatchError",
+    "StreamedCorpus",
     "TrainingError",
     "TrainingResult",
     "check_modalities",
     "class_weights",
     "default_config",
     "evaluate",
+    "fits_into_memory",
     "train",
 ]

@@ -57,10 +57,10 @@ class Split(Protocol):
     def in_order(self, size: int) -> Iterator[TrainingBatch]:
         """Yield all batches of ``size`` utterances in the order of the corpus; the last one may be smaller."""
 
-    def shuffled(self, size: int, order: torch.Generator) -> Iterator[TrainingBatch]:
-        """Yield all batches in a random order.
+    def shuffled(self, size: int, order: torch.Generator, start: int = 0) -> Iterator[TrainingBatch]:
+        """Yield all batches from number ``start`` on, in a random order.
 
-        Everything that decides the order is drawn from ``order`` before this returns.
+        Everything that decides the order is drawn from ``order`` before this returns, and does not depend on ``start``.
         """
 
 
@@ -133,6 +133,7 @@ class MemoryData:
         """Return everything of the corpus that decides the result of a training, by name."""
         corpus = self._corpus
         return {
+            "reading": "in memory",
             "modalities": [f"{name} ({dim})" for name, dim in self.input_dims.items()],
             "classes": list(self.classes),
             "task": self.task,
@@ -177,9 +178,9 @@ class MemorySplit:
         """Yield all batches in the order of the corpus."""
         return self._batches(self._labelled, size)
 
-    def shuffled(self, size: int, order: torch.Generator) -> Iterator[TrainingBatch]:
-        """Yield all batches in a random order."""
-        return self._batches(self._labelled[torch.randperm(self.rows, generator=order).numpy()], size)
+    def shuffled(self, size: int, order: torch.Generator, start: int = 0) -> Iterator[TrainingBatch]:
+        """Yield all batches from number ``start`` on, in a random order."""
+        return self._batches(self._labelled[torch.randperm(self.rows, generator=order).numpy()][start * size :], size)
 
     def _batches(self, order: NDArray[np.int64], size: int) -> Iterator[TrainingBatch]:
         target = labels_of(self.corpus)

@@ -61,7 +61,7 @@ def text_digest(texts: Iterable[str]) -> str:
 def _is_data(name: str) -> bool:
     """Whether a part of a fingerprint is a digest, which says nothing to a reader."""
     return name.startswith("features of ") or name in {
-        *("utterances", "splits", "lengths", "availability", "labels", "statistics"),
+        *("utterances", "shards", "splits", "lengths", "availability", "labels", "statistics"),
     }
 
 

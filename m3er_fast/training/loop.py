@@ -14,10 +14,10 @@ from torch import Tensor
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.data import Split, TrainingBatch, TrainingData
 from m3er_fast.training.device import batches_on, computing_in
-from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+from m3er_fast.training.state import CHECKPOINT_FILE, EpochPosition, TrainingState
 from m3er_fast.training.workers import ALONE, Workers
 
-_VALIDATION_BATCH = 512
+VALIDATION_BATCH = 512
 
 
 class TrainingError(RuntimeError):
@@ -40,14 +40,18 @@ def run_epochs(
     data: TrainingData,
     workers: Workers,
     out: Path | None,
+    checkpoint_seconds: float,
     progress: Callable[[EpochRecord], None] | None,
 ) -> None:
-    """Train until the state is finished, with a checkpoint in ``out`` and a call of ``progress`` after every epoch."""
+    """Train until the state is finished, with a call of ``progress`` after every epoch.
+
+    A checkpoint is written to ``out`` after every epoch, and within an epoch every ``checkpoint_seconds``.
+    """
     model = state.model
     settings = model.config.training
     while not state.finished():
         start = time.perf_counter()
-        train_loss = train_epoch(state, data.training, workers)
+        train_loss = train_epoch(state, data.training, workers, out, checkpoint_seconds)
         valid_loss = mean_loss(model.ablated(check=False, proxy=False), data.validation, workers)
         if not np.isfinite(train_loss + valid_loss):
             raise TrainingError(
@@ -62,17 +66,27 @@ def run_epochs(
             progress(EpochRecord(state.epoch, settings.epochs, train_loss, valid_loss, best, seconds))
 
 
-def train_epoch(state: TrainingState, split: Split, workers: Workers = ALONE) -> float:
-    """Train on every utterance of a split once, and return the mean loss per utterance."""
+def train_epoch(
+    state: TrainingState,
+    split: Split,
+    workers: Workers = ALONE,
+    out: Path | None = None,
+    checkpoint_seconds: float = np.inf,
+) -> float:
+    """Train on every utterance of a split once, from the state's position on, and return the mean loss of all."""
     model = state.model
     settings = model.config.training
     model.train()
     # Seeded per epoch, not carried over from the last one: a resumed training must draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + state.epoch)
-    total = LossSum(state.device, workers)
+    done = state.position.batches
+    batches = split.shuffled(settings.batch_size, torch.default_generator, start=done)
+    state.position.restore_random(state.device)
+    begun = workers.first_only(state.position) or EpochPosition()
+    total = LossSum(state.device, workers, begun.loss, begun.rows)
     forward = workers.parallel(model)
-    batches = workers.parts(model, split.shuffled(settings.batch_size, torch.default_generator))
-    for batch in batches_on(state.device, batches):
+    saved = time.monotonic()
+    for batch in batches_on(state.device, workers.parts(model, batches)):
         loss = _loss(model, batch, forward) * batch.share
         state.optimizer.zero_grad(set_to_none=True)
         workers.backward(loss)
@@ -80,6 +94,11 @@ def train_epoch(state: TrainingState, split: Split, workers: Workers = ALONE) ->
             torch.nn.utils.clip_grad_norm_(model.network.parameters(), settings.gradient_norm)
         state.optimizer.step()
         total.add(loss, batch)
+        done += 1
+        if out is not None and workers.save_within_epochs and time.monotonic() - saved >= checkpoint_seconds:
+            state.position = EpochPosition.now(done, total.total.item(), total.rows, state.device)
+            state.save(out / CHECKPOINT_FILE)
+            saved = time.monotonic()
     return total.mean()
 
 
@@ -89,7 +108,7 @@ def mean_loss(model: M3ERFusion, split: Split, workers: Workers = ALONE) -> floa
     model.eval()
     device = model.standardizer.count.device
     total = LossSum(device, workers)
-    for batch in batches_on(device, workers.turns(split.in_order(_VALIDATION_BATCH))):
+    for batch in batches_on(device, workers.turns(split.in_order(VALIDATION_BATCH))):
         total.add(_loss(model, batch, model), batch)
     return total.mean()
 
@@ -100,11 +119,13 @@ class LossSum:
     Args:
         device: of the losses.
         workers: the processes whose losses are added up.
+        total: the sum so far.
+        rows: the number of utterances so far.
     """
 
-    def __init__(self, device: torch.device, workers: Workers) -> None:
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.rows = 0
+    def __init__(self, device: torch.device, workers: Workers, total: float = 0.0, rows: int = 0) -> None:
+        self.total = torch.full((), total, dtype=torch.float64, device=device)
+        self.rows = rows
         self._workers = workers
 
     def add(self, loss: Tensor, batch: TrainingBatch) -> None:

@@ -22,6 +22,7 @@ from m3er_fast.training.fingerprint import run_fingerprint
 from m3er_fast.training.loop import EpochRecord, run_epochs
 from m3er_fast.training.output import is_finished, read_run, write_run
 from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+from m3er_fast.training.stream import StreamedCorpus
 from m3er_fast.training.workers import current_workers
 
 
@@ -36,7 +37,7 @@ class TrainingResult:
     best_epoch: int
 
 
-def default_config(corpus: Corpus, statistics: ModelStatistics | None = None) -> M3ERConfig:
+def default_config(corpus: Corpus | StreamedCorpus, statistics: ModelStatistics | None = None) -> M3ERConfig:
     """Return the default settings, with the activation that the task of the corpus requires.
 
     With ``statistics``, the settings of the check and the proxies are those that they were fitted with.
@@ -50,7 +51,7 @@ def default_config(corpus: Corpus, statistics: ModelStatistics | None = None) ->
 
 
 def train(
-    corpus: Corpus,
+    corpus: Corpus | StreamedCorpus,
     config: M3ERConfig | None = None,
     *,
     statistics: ModelStatistics | None = None,
@@ -60,6 +61,7 @@ def train(
     engine: Engine = "local",
     address: str | None = None,
     workers: int | None = None,
+    checkpoint_seconds: float = 300.0,
     progress: Callable[[EpochRecord], None] | None = None,
     resumed: Callable[[int], None] | None = None,
 ) -> TrainingResult:
@@ -68,15 +70,16 @@ def train(
     Then its probabilities are calibrated on the validation split, unless ``config.training.calibrate`` is off.
     The validation loss is the network's own: the check and the proxies are off. All randomness comes from
     ``config.training.seed``: the same corpus, configuration and number of threads give the same model, whether or not
-    training was interrupted. With ``out``, a checkpoint is written there after every epoch, under a temporary name
-    until it is on the disk; a killed training resumes from its last epoch.
+    training was interrupted. With ``out``, a checkpoint is written there after every epoch and, in long epochs, every
+    ``checkpoint_seconds``, under a temporary name until it is on the disk; a killed training resumes from the last one.
 
     Where torch has a process group, every process calls this with the same arguments, and each computes a part of every
     batch: the losses are those of one process, except for rounding, and for dropout, which each process draws by
     itself. The first process alone fits, reads and writes ``out``, and calls ``progress`` and ``resumed``.
 
     Args:
-        corpus: with labels and splits; without a validation split, one is taken from train, by group.
+        corpus: with labels and splits; without a validation split, one is taken from train, by group. A corpus larger
+            than memory is a :class:`StreamedCorpus`.
         config: all settings; None takes :func:`default_config`.
         statistics: standardiser, check and proxies, learned from a larger corpus by
             :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
@@ -89,6 +92,8 @@ def train(
             again from the checkpoint in ``out`` when one is lost. All of them must reach ``out``.
         address: of a Ray cluster; None starts Ray on this machine.
         workers: number of Ray workers; None uses as many as there is room for.
+        checkpoint_seconds: the time between checkpoints within an epoch, which one process alone writes: those of a
+            group write one after each epoch.
         progress: called after every epoch.
         resumed: called once with the number of epochs that an earlier run has done, if it has done any.
 
@@ -108,7 +113,15 @@ def train(
 
         out = None if out is None else Path(out).absolute()
         result: TrainingResult = train_on_ray(
-            partial(train, corpus, config, statistics=statistics, out=out, device=device),
+            partial(
+                train,
+                corpus,
+                config,
+                statistics=statistics,
+                out=out,
+                device=device,
+                checkpoint_seconds=checkpoint_seconds,
+            ),
             out=out,
             resume=resume,
             device=device,
@@ -122,7 +135,7 @@ def train(
     group, on = current_workers(), find_device(device)
     out = group.first_only(None if out is None else Path(out))
     progress, resumed = group.first_only(progress), group.first_only(resumed)
-    data = MemoryData(corpus, config.training.seed)
+    data = MemoryData(corpus, config.training.seed) if isinstance(corpus, Corpus) else corpus
     _check_task(data, config)
     if config.training.balance_classes and config.loss.class_weight is None:
         config = config.replace(loss=replace(config.loss, class_weight=data.class_weights()))
@@ -143,7 +156,7 @@ def train(
         checkpoint = out / CHECKPOINT_FILE if out is not None and resume else None
         if state.load(checkpoint, group) and resumed is not None:
             resumed(state.epoch)
-        run_epochs(state, data, group, out, progress)
+        run_epochs(state, data, group, out, checkpoint_seconds, progress)
     model.network.load_state_dict(state.best)
     model.cpu().eval()
     if config.training.calibrate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,30 @@ from m3er_fast.training.fingerprint import ResumeMismatchError, check_fingerprin
 from m3er_fast.training.workers import Workers
 
 CHECKPOINT_FILE = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class EpochPosition:
+    """What an interrupted epoch has done."""
+
+    batches: int = 0
+    loss: float = 0.0  # sum over its utterances
+    rows: int = 0  # utterances
+    random: Tensor | None = None  # states of torch's generators: of the CPU, and of the GPU that trains
+    device_random: Tensor | None = None
+
+    @classmethod
+    def now(cls, batches: int, loss: float, rows: int, device: torch.device) -> EpochPosition:
+        """Return this moment's position."""
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(batches, loss, rows, torch.get_rng_state(), on_gpu)
+
+    def restore_random(self, device: torch.device) -> None:
+        """Let torch draw the numbers that come next; at the start of an epoch they follow from its seed."""
+        if self.random is not None:
+            torch.set_rng_state(self.random)
+        if self.device_random is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.device_random, device)
 
 
 class TrainingState:
@@ -38,6 +63,7 @@ class TrainingState:
         self.best_epoch = 0
         self.train_loss: list[float] = []
         self.valid_loss: list[float] = []
+        self.position = EpochPosition()  # in the epoch that comes after those that are done
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +86,7 @@ class TrainingState:
         best = not self.valid_loss or valid_loss < min(self.valid_loss)
         self.train_loss.append(train_loss)
         self.valid_loss.append(valid_loss)
+        self.position = EpochPosition()
         if best:
             self.best, self.best_epoch = _copy(self.model.network.state_dict()), self.epoch
         return best
@@ -83,6 +110,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "train_loss": self.train_loss,
             "valid_loss": self.valid_loss,
+            "position": vars(self.position),
             "fingerprint": self.fingerprint,
         }
         # Through memory: torch's own writer hides the error of the file system.
@@ -105,6 +133,7 @@ class TrainingState:
             self.optimizer.load_state_dict(values["optimizer"])
             self.best, self.best_epoch = values["best"], values["best_epoch"]
             self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
+            self.position = EpochPosition(**values["position"])
         return True
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -33,6 +33,9 @@ _Value = TypeVar("_Value")
 class Workers:
     """What training asks of its processes; this class is the answer of a single one."""
 
+    save_within_epochs = True
+    """Whether one process may write a checkpoint while the others do something else."""
+
     def from_first(self, make: Callable[[], _Value]) -> _Value:
         """Return what ``make`` returns in the first process, which alone calls it.
 
@@ -74,6 +77,8 @@ ALONE = Workers()
 
 class GroupedWorkers(Workers):
     """The processes of torch's default process group."""
+
+    save_within_epochs = False  # the others would have to send what they have added up, at the same moment
 
     def __init__(self) -> None:
         self._rank, self._count = dist.get_rank(), dist.get_world_size()
