@@ -441,6 +441,38 @@ def test_train_writes_a_model_that_scores_and_resuming_it_changes_nothing(corpus
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
 
 
+def test_train_streams_a_corpus_that_is_asked_to_be_or_outgrows_memory(corpus_dir, tmp_path, run, monkeypatch):
+    code, out, _ = run("train", corpus_dir, "--out", tmp_path / "a", "--epochs", "1", "--stream", "--buffer", "32")
+    assert code == 0
+    assert "it is streamed" not in out
+    assert "On the test split" in out
+    monkeypatch.setattr("m3er_fast.training.stream.memory_bytes", lambda: 1000)
+    code, out, _ = run("train", corpus_dir, "--out", tmp_path / "b", "--epochs", "1")
+    assert code == 0
+    assert f"{corpus_dir} outgrows the memory of this machine: it is streamed" in out
+    readings = []
+    for name in ("a", "b"):
+        fingerprint = json.loads((tmp_path / name / "history.json").read_text())["fingerprint"]
+        readings.append((fingerprint["reading"], fingerprint["buffer"]))
+    assert readings[0] == ("streamed", 32)
+    assert readings[1][0] == "streamed"
+    assert readings[1][1] > 200  # the whole corpus
+    code, _, error = run("train", corpus_dir, "--out", tmp_path / "c", "--no-stream", "--buffer", "32")
+    assert code == 2
+    assert_one_line(error, "--buffer", "the corpus is not streamed: give --stream too")
+
+
+def test_train_takes_a_device_and_a_precision(corpus_dir, tmp_path, run):
+    options = ("--device", "cpu", "--precision", "bfloat16", "--epochs", "1")
+    assert run("train", corpus_dir, "--out", tmp_path / "a", *options)[0] == 0
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
+    assert config["training"]["precision"] == "bfloat16"
+    for option, value in (("--device", "tpu"), ("--precision", "float16")):
+        code, _, error = run("train", corpus_dir, "--out", tmp_path / "b", option, value)
+        assert code == 2
+        assert_one_line(error, option.strip("-"), repr(value))
+
+
 def test_train_prints_which_splits_it_makes(corpus, tmp_path, run):
     write_parquet(dataclasses.replace(corpus, split=None), tmp_path / "none")
     _, out, _ = run("train", tmp_path / "none", "--out", tmp_path / "a", "--epochs", "1")

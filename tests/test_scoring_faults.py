@@ -711,3 +711,26 @@ def test_a_generated_corpus_does_not_depend_on_the_shards_before(tmp_path):
         generate_corpus(tmp_path / "a", utterances=250)
     with pytest.raises(ValueError, match="utterances must be a positive int, got 0"):
         generate_corpus(tmp_path / "c", utterances=0)
+
+
+def test_a_generated_corpus_may_have_labels_and_splits_that_share_no_video(tmp_path):
+    options = {"utterances": 3000, "rows_per_shard": 1001, "input_dims": {"text": 40, "audio": 30}, "steps": 4}
+    generate_corpus(tmp_path / "plain", **options)
+    generate_corpus(tmp_path / "labelled", num_classes=3, **options)
+    plain, labelled = read_parquet(tmp_path / "plain"), read_parquet(tmp_path / "labelled")
+    assert (plain.target, plain.split) == (None, None)
+    for name, values in plain.features.items():
+        np.testing.assert_array_equal(labelled.features[name], values)
+    assert labelled.classes == ("class_0", "class_1", "class_2")
+    np.testing.assert_allclose(np.bincount(labelled.target) / 3000, 1 / 3, atol=0.04)
+    shares = [(labelled.split == split).mean() for split in ("train", "valid", "test")]
+    np.testing.assert_allclose(shares, (0.8, 0.1, 0.1), atol=0.05)  # of 188 videos
+    groups = [set(labelled.subset(split).group) for split in ("train", "valid", "test")]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+    # The labels can be learned: a linear rule of the mean frame tells them.
+    mean = labelled.features["text"].sum(axis=1) / labelled.lengths[:, None]
+    weights = np.linalg.lstsq(mean, np.eye(3)[labelled.target], rcond=None)[0]
+    assert ((mean @ weights).argmax(axis=1) == labelled.target).mean() > 0.7
+    for number in (0, 17):
+        with pytest.raises(ValueError, match=f"num_classes must be .*, got {number}"):
+            generate_corpus(tmp_path / "c", utterances=1, num_classes=number)

@@ -43,11 +43,14 @@ def generate(
     features: Annotated[str, typer.Option(metavar="NAME=D,...", help="Features of each modality.")] = (
         "text=300,audio=74,face=36"
     ),
+    classes: Annotated[
+        int | None, typer.Option(min=1, max=16, help="Classes of the labels.  [default: no labels, no splits]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random values.")] = 0,
 ) -> None:
-    """Generate an unlabelled corpus of any size.
+    """Generate a corpus of any size.
 
-    It serves to measure the scoring speed of a machine. Generating needs memory for one shard.
+    It serves to measure the speed of a machine. Generating needs memory for one shard.
     """
     from m3er_fast.corpus import generate_corpus
 
@@ -64,6 +67,7 @@ def generate(
             rows_per_shard=rows_per_shard,
             input_dims=dims,
             steps=steps,
+            num_classes=classes,
             seed=seed,
             progress=display.update,
         )

@@ -18,6 +18,7 @@ from m3er_fast.execution.engine import Engine
 if TYPE_CHECKING:
     from m3er_fast.config import M3ERConfig
     from m3er_fast.scoring import ModelStatistics
+    from m3er_fast.training import StreamedCorpus
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -59,6 +60,19 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[
     str | None,
     typer.Option("--precision", metavar="float32|bfloat16", help="Precision of training.  [default: float32]"),
+]
+
+StreamOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read CORPUS shard by shard in every epoch, or hold it in memory.  [default: by its size]",
+        show_default=False,
+    ),
+]
+BufferOption = Annotated[
+    int | None,
+    typer.Option("--buffer", min=1, help="Streamed utterances that are shuffled together.  [default: 256 MiB of them]"),
 ]
 
 
@@ -122,8 +136,21 @@ def read_for_training(path: Path) -> Corpus:
     return corpus
 
 
+def open_for_training(path: Path, stream: bool | None, buffer: int | None) -> Corpus | StreamedCorpus:
+    """Read a corpus, or prepare to stream it: if asked to, and without being asked if it outgrows memory."""
+    from m3er_fast.training import StreamedCorpus, fits_into_memory
+
+    if stream is None:
+        stream = not fits_into_memory(path)
+        if stream:
+            print(f"{path} outgrows the memory of this machine: it is streamed")
+    if buffer is not None and not stream:
+        raise typer.BadParameter("the corpus is not streamed: give --stream too", param_hint="--buffer")
+    return StreamedCorpus(path, buffer=buffer) if stream else read_for_training(path)
+
+
 def training_settings(
-    corpus: Corpus,
+    corpus: Corpus | StreamedCorpus,
     path: Path | None,
     paper: bool,
     statistics: ModelStatistics | None = None,

@@ -11,6 +11,7 @@ import typer
 from m3er_fast.cli.exit_codes import QUARANTINED
 from m3er_fast.cli.options import (
     AddressOption,
+    BufferOption,
     ConfigOption,
     CorpusArgument,
     DeviceOption,
@@ -20,11 +21,13 @@ from m3er_fast.cli.options import (
     PaperOption,
     PrecisionOption,
     ResumeOption,
+    StreamOption,
     ThreadsOption,
     WorkersOption,
     by_launched_workers,
     chosen_settings,
     interruptible,
+    open_for_training,
     read_for_training,
     training_settings,
     use_threads,
@@ -33,8 +36,11 @@ from m3er_fast.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from m3er_fast.ablation import AblationResult
+    from m3er_fast.corpus import Corpus
+    from m3er_fast.fusion import M3ERFusion
+    from m3er_fast.metrics import ClassificationReport
     from m3er_fast.scoring import FitProgress
-    from m3er_fast.training import EpochRecord
+    from m3er_fast.training import EpochRecord, StreamedCorpus
 
 
 def demo(
@@ -69,6 +75,8 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Utterances per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     resume: ResumeOption = True,
+    stream: StreamOption = None,
+    buffer: BufferOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -81,12 +89,11 @@ def train(
     The weights of the best epoch are kept. To resume interrupted training, give the same command again.
     """
     from m3er_fast.scoring import ModelStatistics
-    from m3er_fast.training import evaluate
     from m3er_fast.training import train as train_model
 
     use_threads(threads)
     statistics = None if stats is None else ModelStatistics.load(stats)
-    data = read_for_training(corpus)
+    data = open_for_training(corpus, stream, buffer)
     settings = training_settings(
         data,
         config,
@@ -121,10 +128,19 @@ def train(
     losses = result.history["valid_loss"]
     best = result.best_epoch
     print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
-    test = data.subset("test")
-    report = evaluate(result.model, test).report if len(test) else None
+    report = _score_test_split(result.model, data)
     if report is not None:
         print(f"\nOn the test split:\n\n{report.to_markdown()}")
+
+
+def _score_test_split(model: M3ERFusion, data: Corpus | StreamedCorpus) -> ClassificationReport | None:
+    """Return the scores of a model on the test split, or None if it has no labelled utterance."""
+    from m3er_fast.training import StreamedCorpus, evaluate
+
+    if isinstance(data, StreamedCorpus):
+        return data.report(model, data.test) if data.test.rows else None
+    test = data.subset("test")
+    return evaluate(model, test).report if len(test) else None
 
 
 def fit_stats(
