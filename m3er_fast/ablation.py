@@ -123,6 +123,7 @@ def run_ablation(
     corruption: str = PAPER_CORRUPTION,
     baselines: bool = True,
     resume: bool = True,
+    device: str = "auto",
     progress: Callable[[str], None] | None = None,
     moved: Callable[[int, int], None] | None = None,
     resumed: Callable[[str], None] | None = None,
@@ -148,6 +149,7 @@ def run_ablation(
             severity, such as ``"gain:mild"``.
         baselines: fit the baselines too.
         resume: go on with the trainings in ``out``; False begins anew.
+        device: trains M3ER, as for :func:`m3er_fast.training.train`.
         progress: called with a line of text at every stage.
         moved: called after every epoch of M3ER with the number of epochs that are done and that there will be at most.
         resumed: called once, with a line of text, if an earlier call has begun the trainings.
@@ -183,7 +185,7 @@ def run_ablation(
         settings = config.replace(training=replace(config.training, seed=seed))
         folder = None if out is None else out / UNFINISHED / f"seed-{seed}"
         which = f"seed {number + 1} of {seeds}"
-        run = _train_and_predict(corpus, settings, corruption, baselines, folder, watch, which)
+        run = _train_and_predict(corpus, settings, corruption, baselines, folder, device, watch, which)
         for experiment, prediction in run.predictions.items():
             assert prediction.report is not None
             reports.setdefault(experiment, []).append(prediction.report)
@@ -240,6 +242,7 @@ def _train_and_predict(
     corruption: str,
     baselines: bool,
     folder: Path | None,
+    device: str,
     watch: _Watch,
     which: str,
 ) -> _Run:
@@ -249,10 +252,14 @@ def _train_and_predict(
     watch.say(f"{which}: training with the original loss")
     with_original_loss = config.replace(loss=replace(config.loss, variant="original"))
     original = train(
-        corpus, with_original_loss, out=folder and folder / "original", progress=watch.next_training()
+        corpus,
+        with_original_loss,
+        out=folder and folder / "original",
+        device=device,
+        progress=watch.next_training(),
     ).model
     watch.say(f"{which}: training M3ER")
-    model = train(corpus, config, out=folder and folder / "m3er", progress=watch.next_training()).model
+    model = train(corpus, config, out=folder and folder / "m3er", device=device, progress=watch.next_training()).model
     noisy, truth = corrupt_corpus(model, test, config.training.seed, corruption=corruption)
     with_other = model.ablated(check=_fit_other_check(model, config.check, corpus.subset("train")))
     other = _OTHER_CHECK[_other_statistic(config.check)]

@@ -468,9 +468,10 @@ def test_train_takes_a_device_and_a_precision(corpus_dir, tmp_path, run):
     config = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
     assert config["training"]["precision"] == "bfloat16"
     for option, value in (("--device", "tpu"), ("--precision", "float16")):
-        code, _, error = run("train", corpus_dir, "--out", tmp_path / "b", option, value)
-        assert code == 2
-        assert_one_line(error, option.strip("-"), repr(value))
+        for command in ("train", "ablate"):
+            code, _, error = run(command, corpus_dir, "--out", tmp_path / command, option, value)
+            assert code == 2
+            assert_one_line(error, option.strip("-"), repr(value))
 
 
 def test_train_prints_which_splits_it_makes(corpus, tmp_path, run):

@@ -204,6 +204,8 @@ def ablate(
     ] = "gaussian_noise",
     baselines: Annotated[bool, typer.Option(help="Train simpler models beside M3ER, or leave them out.")] = True,
     resume: ResumeOption = True,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure the contribution of each step of the method.
@@ -220,7 +222,7 @@ def ablate(
         raise typer.BadParameter(str(error), param_hint="--corruption") from error
     use_threads(threads)
     data = read_for_training(corpus)
-    settings = training_settings(data, config, paper, epochs=epochs)
+    settings = training_settings(data, config, paper, epochs=epochs, precision=precision)
     way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
     with ProgressDisplay("ablate", "epochs") as display, interruptible(way_on):
         result = run_ablation(
@@ -231,6 +233,7 @@ def ablate(
             corruption=corruption,
             baselines=baselines,
             resume=resume,
+            device=device,
             progress=display.say,
             moved=display.update,
             resumed=lambda done: display.note(f"{out} goes on: {done}"),
