@@ -12,7 +12,7 @@ import numpy as np
 
 from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
-from m3er_fast.corpus.base import Corpus
+from m3er_fast.corpus.base import SPLITS, Corpus
 from m3er_fast.corpus.parquet import new_folder, write_shard
 
 SCALE_DIMS = {"text": 300, "audio": 74, "face": 36}
@@ -114,4 +114,5 @@ def _split_videos(videos: np.ndarray, seed: int) -> np.ndarray:
     """Return the split (N,) of each utterance, which follows from the number of its video alone."""
     names, utterances = np.unique(videos, return_inverse=True)
     drawn = np.array([np.random.default_rng((seed, 0, video)).random() for video in names.tolist()])
-    return np.array(["train", "valid", "test"], dtype=object)[np.digitize(drawn, (0.8, 0.9))][utterances]
+    split: np.ndarray = np.array(SPLITS, dtype=object)[np.digitize(drawn, (0.8, 0.9))[utterances]]
+    return split
