@@ -140,9 +140,10 @@ class StreamedCorpus:
         """Return a model's scores on a split, by default the validation split."""
         probabilities, targets = [], []
         with eval_mode(model), torch.no_grad():
-            for features, lengths, available, target in (split or self.validation).in_order(_REPORT_BATCH):
-                probabilities.append(model.probabilities(model(features, lengths, available)).numpy())
-                targets.append(target.numpy())
+            for batch in (split or self.validation).in_order(_REPORT_BATCH):
+                output = model(batch.features, batch.lengths, batch.available)
+                probabilities.append(model.probabilities(output).numpy())
+                targets.append(batch.target.numpy())
         return classification_report(
             np.concatenate(probabilities), np.concatenate(targets), self.classes, task=self.task
         )
