@@ -560,8 +560,8 @@ class FakeResult:
 def test_ablate_passes_its_options_and_prints_the_table(monkeypatch, corpus_dir, tmp_path, run):
     calls, with_baselines = [], []
 
-    def run_ablation(data, config, *, seeds, out, corruption, baselines, resume, progress, moved, resumed):
-        assert resume
+    def run_ablation(data, config, *, seeds, out, corruption, baselines, resume, device, progress, moved, resumed):
+        assert (resume, device) == (True, "auto")
         with_baselines.append(baselines)
         calls.append((len(data), config.training.epochs, seeds, out, corruption))
         return FakeResult()
