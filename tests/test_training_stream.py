@@ -15,6 +15,7 @@ from test_training import DIMS, NETWORK, assert_same_result, assert_same_weights
 from m3er_fast.corpus import CorpusError, read_parquet, write_parquet
 from m3er_fast.corpus.parquet import write_shard
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.evaluation import corrupt_corpus, evaluate
 from m3er_fast.scoring import fit_statistics
 from m3er_fast.training import ResumeMismatchError, StreamedCorpus, class_weights, fits_into_memory, train
 from m3er_fast.training.data import MemorySplit
@@ -183,12 +184,21 @@ def test_class_weights_are_those_of_the_corpus_in_memory(folder):
 
 
 def test_the_scores_are_those_of_the_labelled_utterances(folder, statistics):
-    from m3er_fast.training import evaluate
-
     corpus = StreamedCorpus(folder)
     model = train(corpus, settings(full=True, epochs=2), statistics=statistics).model
     for split, part in (("valid", corpus.validation), ("test", corpus.test)):
-        assert corpus.report(model, part).accuracy == evaluate(model, CORPUS.subset(split)).report.accuracy
+        expected = evaluate(model, CORPUS.subset(split)).report
+        assert corpus.report(model, split=part).to_markdown() == expected.to_markdown()
+
+
+def test_a_streamed_split_is_scored_with_a_corruption_too(folder, statistics):
+    """One batch holds the whole split, so that the seed corrupts as in memory, where all have a label."""
+    corpus = StreamedCorpus(folder)
+    model = train(corpus, settings(full=True, epochs=2), statistics=statistics).model
+    part = CORPUS.subset("test")
+    corrupted, _ = corrupt_corpus(model, part.select(part.labelled), seed=0)
+    found = corpus.report(model, split=corpus.test, corruption="gaussian_noise")
+    assert found.accuracy == evaluate(model, corrupted).report.accuracy
 
 
 # --- resuming ---

@@ -138,7 +138,7 @@ def _score_test_split(model: M3ERFusion, data: Corpus | StreamedCorpus) -> Class
     from m3er_fast.training import StreamedCorpus, evaluate
 
     if isinstance(data, StreamedCorpus):
-        return data.report(model, data.test) if data.test.rows else None
+        return data.report(model, split=data.test) if data.test.rows else None
     test = data.subset("test")
     return evaluate(model, test).report if len(test) else None
 

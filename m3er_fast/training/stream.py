@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus._labels import classes_named
-from m3er_fast.corpus.base import NO_LABEL, SPLITS, CorpusError, naming
+from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, naming
 from m3er_fast.corpus.files import decoding
 from m3er_fast.corpus.parquet import (
     DecodedRows,
@@ -31,7 +31,7 @@ from m3er_fast.corpus.parquet import (
     modality_columns,
     read_splits,
 )
-from m3er_fast.fitted_module import eval_mode
+from m3er_fast.evaluation import Prediction, corrupt_corpus, evaluate
 from m3er_fast.fitting.fit import fit_statistics
 from m3er_fast.fitting.training_rows import make_reader
 from m3er_fast.fusion import M3ERFusion
@@ -136,16 +136,40 @@ class StreamedCorpus:
             "buffer": self.buffer,
         }
 
-    def report(self, model: M3ERFusion, split: Split | None = None) -> ClassificationReport:
-        """Return a model's scores on a split, by default the validation split."""
-        probabilities, targets = [], []
-        with eval_mode(model), torch.no_grad():
-            for batch in (split or self.validation).in_order(_REPORT_BATCH):
-                output = model(batch.features, batch.lengths, batch.available)
-                probabilities.append(model.probabilities(output).numpy())
-                targets.append(batch.target.numpy())
+    def report(
+        self, model: M3ERFusion, *, split: Split | None = None, corruption: str | None = None
+    ) -> ClassificationReport:
+        """Return a model's scores on a split, by default that of validation, as it is or with a corruption of a name.
+
+        Each batch is corrupted by itself, with a seed of its own.
+        """
+        answers: list[Prediction] = []
+        targets = []
+        for number, batch in enumerate((split or self.validation).in_order(_REPORT_BATCH)):
+            part = self._corpus_of(batch)
+            if corruption is not None:
+                part, _ = corrupt_corpus(model, part, seed=number, corruption=corruption)
+            answers.append(evaluate(model, part))
+            targets.append(batch.target.numpy())
+        uncalibrated = [answer.uncalibrated for answer in answers if answer.uncalibrated is not None]
         return classification_report(
-            np.concatenate(probabilities), np.concatenate(targets), self.classes, task=self.task
+            np.concatenate([answer.probabilities for answer in answers]),
+            np.concatenate(targets),
+            self.classes,
+            task=self.task,
+            uncalibrated=np.concatenate(uncalibrated) if uncalibrated else None,
+        )
+
+    def _corpus_of(self, batch: TrainingBatch) -> Corpus:
+        """Return the utterances of a batch, without their labels."""
+        return Corpus(
+            ids=np.arange(len(batch.lengths)).astype(str),
+            features={name: values.numpy() for name, values in batch.features.items()},
+            lengths=batch.lengths.numpy(),
+            available=batch.available.numpy(),
+            target=None,
+            classes=self.classes,
+            task=self.task,
         )
 
     def describe(self) -> str:
