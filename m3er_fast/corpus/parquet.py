@@ -58,6 +58,7 @@ __all__ = [
     "FrameColumn",
     "Labels",
     "TableFeatures",
+    "classes_named",
     "decode_rows",
     "features_from_table",
     "labels_are_names",

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3er_fast._validation import check_positive_int
-from m3er_fast.corpus._labels import classes_named
 from m3er_fast.corpus.base import NO_LABEL, SPLITS, Corpus, CorpusError, naming
 from m3er_fast.corpus.files import decoding
 from m3er_fast.corpus.parquet import (
     DecodedRows,
+    classes_named,
     decode_rows,
     labels_are_names,
     labels_from_table,
