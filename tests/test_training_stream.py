@@ -175,7 +175,7 @@ def test_streamed_training_fits_what_training_in_memory_fits(folder):
     found, expected = (train(corpus, settings(full=True, epochs=1)) for corpus in (StreamedCorpus(folder), CORPUS))
     theirs = expected.model.state_dict()
     for name, value in found.model.state_dict().items():
-        if not name.startswith("network."):
+        if not name.startswith(("network.", "calibration.")):  # which are learned, from other orders
             torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
