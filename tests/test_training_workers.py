@@ -111,7 +111,7 @@ def assert_curves_of_one_process(found, target):
     for name in ("train_loss", "valid_loss"):
         np.testing.assert_allclose(found["history"][name], wanted.history[name], rtol=1e-5)
     for name, value in wanted.model.state_dict().items():
-        if name.startswith("network."):
+        if name.startswith(("network.", "calibration.")):  # learned in sums of other orders
             torch.testing.assert_close(found["state"][name], value, rtol=1e-3, atol=1e-4)
         else:
             assert torch.equal(found["state"][name], value), name
