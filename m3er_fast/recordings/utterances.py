@@ -1,0 +1,196 @@
+"""From a recording to utterances of a corpus: which parts of it, which steps of each, and the features of each step.
+
+Dimension legend: N utterances, T steps, d features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3er_fast.corpus.base import Corpus, CorpusError
+from m3er_fast.recordings.decoding import probe
+from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
+from m3er_fast.recordings.word_vectors import WordEncoder
+from m3er_fast.recordings.words import Transcript, Word, with_times
+
+Steps: TypeAlias = float | Literal["words"]
+"""What a step is: a word, or a number of seconds."""
+
+_MOST_STEPS = 2**20  # in one utterance: a step of a microsecond is a slip
+
+
+class Utterance(NamedTuple):
+    """A part of a recording."""
+
+    id: str
+    start: float
+    """Seconds."""
+    end: float
+    label: str | None = None
+    """Name of a class; None without a label."""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The utterances of a recording."""
+
+    corpus: Corpus
+    """Without labels: classes are known once all recordings are."""
+    utterances: tuple[Utterance, ...]
+    report: dict[str, Any]
+    """Seconds, faces, unknown words and the like, for the summary of a run; JSON."""
+
+
+def extract_recording(
+    recording: str | Path,
+    extractors: Mapping[str, FrameExtractor],
+    *,
+    encoder: WordEncoder | None = None,
+    transcript: Transcript | None = None,
+    utterances: Sequence[Utterance] | None = None,
+    steps: Steps = "words",
+) -> Extracted:
+    """Return the features of the utterances of a recording.
+
+    A step is a word, or a stretch of ``steps`` seconds, of which the last of an utterance may be shorter. Its features
+    are the means of the frames whose times lie in it; those of the text are the mean of the words whose middles do. A
+    step without a frame is a row of NaN. A modality is unavailable in an utterance where no step has one.
+
+    Args:
+        recording: a video or a sound file.
+        extractors: modality -> its extractor.
+        encoder: for the modality ``text``, which comes first; None leaves it out.
+        transcript: words, whose missing times are filled in by :func:`with_times`.
+        utterances: parts of the recording; None takes each cue of the transcript, or else the whole recording.
+        steps: "words", or seconds.
+
+    Raises:
+        CorpusError: if the recording cannot be read, or words are wanted and there are none.
+        ValueError: if ``steps`` is neither, or there is nothing to extract.
+    """
+    path = Path(recording)
+    check_steps(steps)
+    if not extractors and encoder is None:
+        raise ValueError("there is nothing to extract: extractors is empty, and encoder is None")
+    header = probe(path)
+    found = {name: extractor.extract(path) for name, extractor in extractors.items()}
+    seconds = _duration(header.seconds, [frames for frames in found.values() if frames is not None])
+    if transcript is not None:
+        untimed = sum(not word.timed for word in transcript.words)
+        transcript = with_times(transcript, seconds)
+    elif steps == "words":
+        raise CorpusError(f"{path} has no transcript: name one, or take steps of a number of seconds")
+    if utterances is None:
+        utterances = _utterances_of(path.stem, transcript, seconds)
+    words = () if transcript is None else tuple(sorted(transcript.words, key=lambda word: word.start))
+    spans = [_steps_of(utterance, words, steps) for utterance in utterances]
+    report: dict[str, Any] = {
+        "seconds_claimed": header.seconds,
+        "seconds": round(seconds, 3),
+        **{name: frames.report if frames is not None else None for name, frames in found.items()},
+    }
+    if encoder is not None:
+        vectors = encoder.encode([word.text for word in words])
+        unknown = int(np.isnan(vectors).any(axis=1).sum())
+        report["text"] = {"words": len(words), "unknown": unknown, "without_time": untimed if transcript else 0}
+        middles = np.array([(word.start + word.end) / 2 for word in words], dtype=np.float64)
+        found = {"text": Frames(middles, vectors) if words else None, **found}
+    dimensions = {} if encoder is None else {"text": encoder.dimension}
+    dimensions |= {name: extractor.dimension for name, extractor in extractors.items()}
+    corpus = _corpus(path.stem, utterances, spans, found, dimensions)
+    report["missing_steps"] = _missing(corpus)
+    return Extracted(corpus, tuple(utterances), report)
+
+
+def check_steps(steps: Steps) -> None:
+    """Raise a ValueError unless ``steps`` is "words" or a positive number of seconds."""
+    number = isinstance(steps, int | float) and not isinstance(steps, bool)
+    if steps != "words" and not (number and math.isfinite(steps) and steps > 0):  # type: ignore[operator]
+        raise ValueError(f"steps must be 'words' or a positive number of seconds, got {steps!r}")
+
+
+def _duration(claimed: float | None, found: Sequence[Frames]) -> float:
+    """Return what was decoded, or else what the container claims, in seconds."""
+    decoded = max((frames.report.get("seconds", 0.0) for frames in found), default=0.0)
+    return float(decoded or claimed or 0.0)
+
+
+def _utterances_of(name: str, transcript: Transcript | None, seconds: float) -> list[Utterance]:
+    if transcript is None or len(transcript.cues) < 2:
+        return [Utterance(name, 0.0, seconds)]
+    return [
+        Utterance(f"{name}_{number:04d}", cue.start, cue.end)
+        for number, cue in enumerate(transcript.cues)
+        if cue.start < cue.end
+    ]
+
+
+def _steps_of(utterance: Utterance, words: Sequence[Word], steps: Steps) -> NDArray[np.float64]:
+    """Return the (T, 2) starts and ends of an utterance's steps."""
+    if steps == "words":
+        own = [word for word in words if utterance.start <= word.start < utterance.end]
+        return np.array([(word.start, word.end) for word in own], dtype=np.float64).reshape(-1, 2)
+    count = math.ceil((utterance.end - utterance.start) / steps * (1 - 1e-9))  # type: ignore[operator]
+    if count > _MOST_STEPS:
+        raise CorpusError(f"utterance {utterance.id} would have {count} steps of {steps} s, at most {_MOST_STEPS} fit")
+    edges = np.minimum(utterance.start + steps * np.arange(count + 1), utterance.end)
+    return np.stack([edges[:-1], edges[1:]], axis=1)
+
+
+def _corpus(
+    group: str,
+    utterances: Sequence[Utterance],
+    spans: Sequence[NDArray[np.float64]],
+    found: Mapping[str, Frames | None],
+    dimensions: Mapping[str, int],
+) -> Corpus:
+    rows, steps = len(utterances), max((len(span) for span in spans), default=0)
+    lengths = np.array([len(span) for span in spans], dtype=np.int64)
+    shape = (rows, max(steps, 1))
+    features = {name: np.zeros((*shape, dimension), dtype=np.float32) for name, dimension in dimensions.items()}
+    available = np.zeros((rows, len(dimensions)), dtype=bool)
+    for column, (name, values) in enumerate(features.items()):
+        frames = found[name]
+        if frames is None or not lengths.any():
+            continue
+        means = means_within(frames, np.concatenate(spans))
+        parts = np.split(means, np.cumsum(lengths)[:-1])
+        for row, part in enumerate(parts):
+            available[row, column] = np.isfinite(part).any()
+            if available[row, column]:
+                values[row, : len(part)] = part
+    return Corpus(
+        ids=np.array([utterance.id for utterance in utterances], dtype=object),
+        features=features,
+        lengths=lengths,
+        available=available,
+        target=None,
+        classes=(),
+        split=_strings([utterance.split for utterance in utterances]),
+        group=np.array([group] * rows, dtype=object),
+    )
+
+
+def _strings(values: Sequence[str | None]) -> NDArray[Any] | None:
+    return np.array(values, dtype=object) if values and all(value is not None for value in values) else None
+
+
+def _missing(corpus: Corpus) -> dict[str, float | None]:
+    """Return the share of steps without a frame, per modality; None where it is unavailable throughout."""
+    real = np.arange(corpus.steps) < corpus.lengths[:, None]
+    shares: dict[str, float | None] = {}
+    for column, (name, values) in enumerate(corpus.features.items()):
+        if not corpus.available[:, column].any():
+            shares[name] = None
+            continue
+        lost = np.isnan(values).any(axis=2) | ~corpus.available[:, column, None]
+        shares[name] = round(float((lost & real).sum() / real.sum()), 4)
+    return shares
