@@ -167,12 +167,14 @@ def read_pictures(decoder: Decoder, *, per_second: float | None, width: int) -> 
         per_second: the most pictures per second; None yields all.
         width: the most pixels in a row; larger pictures are made smaller, in proportion.
     """
-    due = -math.inf
+    last = None
     for time, frame in decoder:
-        if time < due:
-            continue
         if per_second is not None:
-            due = time + (1 - 1e-3) / per_second  # pictures at exactly this rate have timestamps that are rounded
+            # The first picture of each interval; timestamps are rounded, so that one may seem to be a little early.
+            interval = math.floor(time * per_second + 0.05)
+            if interval == last:
+                continue
+            last = interval
         scale = min(1.0, width / frame.width)
         size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
         pixels = frame.reformat(**size, format="rgb24").to_ndarray()

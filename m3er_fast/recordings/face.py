@@ -6,6 +6,7 @@ Dimension legend: N pictures, F faces.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,7 @@ def _mediapipe() -> Any:
     Raises:
         ImportError: if it is missing.
     """
+    os.environ.setdefault("GLOG_minloglevel", "3")  # it writes notes about itself to the terminal
     try:
         import mediapipe
     except ImportError as error:

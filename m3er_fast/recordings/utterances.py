@@ -5,6 +5,7 @@ Dimension legend: N utterances, T steps, d features.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def extract_recording(
         utterances = _utterances_of(path.stem, transcript, seconds)
     words = () if transcript is None else tuple(sorted(transcript.words, key=lambda word: word.start))
     spans = [_steps_of(utterance, words, steps) for utterance in utterances]
+    means = {name: None if frames is None else means_within(frames, _all(spans)) for name, frames in found.items()}
     report: dict[str, Any] = {
         "seconds_claimed": header.seconds,
         "seconds": round(seconds, 3),
@@ -101,11 +103,10 @@ def extract_recording(
         vectors = encoder.encode([word.text for word in words])
         unknown = int(np.isnan(vectors).any(axis=1).sum())
         report["text"] = {"words": len(words), "unknown": unknown, "without_time": untimed if transcript else 0}
-        middles = np.array([(word.start + word.end) / 2 for word in words], dtype=np.float64)
-        found = {"text": Frames(middles, vectors) if words else None, **found}
+        means = {"text": _text_of(utterances, spans, words, vectors, steps), **means}
     dimensions = {} if encoder is None else {"text": encoder.dimension}
     dimensions |= {name: extractor.dimension for name, extractor in extractors.items()}
-    corpus = _corpus(path.stem, utterances, spans, found, dimensions)
+    corpus = _corpus(path.stem, utterances, spans, means, dimensions)
     report["missing_steps"] = _missing(corpus)
     return Extracted(corpus, tuple(utterances), report)
 
@@ -136,8 +137,8 @@ def _utterances_of(name: str, transcript: Transcript | None, seconds: float) -> 
 def _steps_of(utterance: Utterance, words: Sequence[Word], steps: Steps) -> NDArray[np.float64]:
     """Return the (T, 2) starts and ends of an utterance's steps."""
     if steps == "words":
-        own = [word for word in words if utterance.start <= word.start < utterance.end]
-        return np.array([(word.start, word.end) for word in own], dtype=np.float64).reshape(-1, 2)
+        own = [words[number][1:] for number in _words_of(utterance, words)]
+        return np.array(own, dtype=np.float64).reshape(-1, 2)
     count = math.ceil((utterance.end - utterance.start) / steps * (1 - 1e-9))  # type: ignore[operator]
     if count > _MOST_STEPS:
         raise CorpusError(f"utterance {utterance.id} would have {count} steps of {steps} s, at most {_MOST_STEPS} fit")
@@ -145,11 +146,35 @@ def _steps_of(utterance: Utterance, words: Sequence[Word], steps: Steps) -> NDAr
     return np.stack([edges[:-1], edges[1:]], axis=1)
 
 
+def _words_of(utterance: Utterance, words: Sequence[Word]) -> range:
+    """Return which of the words, which are in the order of their starts, begin in an utterance."""
+    first, last = (bisect.bisect_left(words, time, key=lambda word: word.start) for time in utterance[1:3])
+    return range(first, last)
+
+
+def _text_of(
+    utterances: Sequence[Utterance],
+    spans: Sequence[NDArray[np.float64]],
+    words: Sequence[Word],
+    vectors: NDArray[np.float32],
+    steps: Steps,
+) -> NDArray[np.float32]:
+    """Return the features of the text in all steps: those of its word, or the mean of the words in it."""
+    if steps == "words":
+        return vectors[[number for utterance in utterances for number in _words_of(utterance, words)]]
+    middles = np.array([(word.start + word.end) / 2 for word in words], dtype=np.float64)
+    return means_within(Frames(middles, vectors), _all(spans))
+
+
+def _all(spans: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate([np.empty((0, 2)), *spans])
+
+
 def _corpus(
     group: str,
     utterances: Sequence[Utterance],
     spans: Sequence[NDArray[np.float64]],
-    found: Mapping[str, Frames | None],
+    means: Mapping[str, NDArray[np.float32] | None],
     dimensions: Mapping[str, int],
 ) -> Corpus:
     rows, steps = len(utterances), max((len(span) for span in spans), default=0)
@@ -158,12 +183,10 @@ def _corpus(
     features = {name: np.zeros((*shape, dimension), dtype=np.float32) for name, dimension in dimensions.items()}
     available = np.zeros((rows, len(dimensions)), dtype=bool)
     for column, (name, values) in enumerate(features.items()):
-        frames = found[name]
-        if frames is None or not lengths.any():
+        of_steps = means[name]
+        if of_steps is None:
             continue
-        means = means_within(frames, np.concatenate(spans))
-        parts = np.split(means, np.cumsum(lengths)[:-1])
-        for row, part in enumerate(parts):
+        for row, part in enumerate(np.split(of_steps, np.cumsum(lengths)[:-1])):
             available[row, column] = np.isfinite(part).any()
             if available[row, column]:
                 values[row, : len(part)] = part

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3er_fast.corpus.base import CorpusError
+from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.corpus.files import decoding
 
 
@@ -65,7 +65,7 @@ class TextVectors:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with decoding(path, "not a text file of word vectors"):
+        with naming(path), decoding(path, "not a text file of word vectors"):
             self.dimension, self._hashes, self._places = self._index()
         self._known: dict[str, NDArray[np.float32] | None] = {}
 
@@ -134,9 +134,10 @@ class TextVectors:
         values = line[len(word) :].split()
         if len(values) > self.dimension:  # a word with spaces in it, of which this is the first part
             return None
-        with decoding(self._path, f"the line of {word.decode(errors='replace')!r}"):
+        line_of = f"the line of {word.decode(errors='replace')!r}"
+        with decoding(self._path, line_of):
             if len(values) < self.dimension:
-                raise CorpusError(f"it must have {self.dimension} values as the first line has, got {len(values)}")
+                raise ValueError(f"it must have {self.dimension} values as the first line has, got {len(values)}")
             return np.array([float(value) for value in values], dtype=np.float32)
 
 
@@ -162,7 +163,7 @@ class StaticTable:
         for name in ("tokenizer.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise CorpusError(f"{folder} has no {name}: wanted a folder that holds a static table of vectors")
-        with decoding(folder, "not a static table of vectors"):
+        with naming(folder), decoding(folder, "not a static table of vectors"):
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()

@@ -108,7 +108,7 @@ def _spread(words: Sequence[Word], start: float, end: float) -> list[Word]:
         letters = sum(len(word.text) for word in waiting)
         length = max(0.0, until - begin) / max(1, letters)
         for word in waiting:
-            begin, last = begin + length * len(word.text), begin
+            begin, last = min(begin + length * len(word.text), max(begin, until)), begin
             spread.append(Word(word.text, last, begin))
         waiting.clear()
 
@@ -245,8 +245,7 @@ def _read_ctm(path: Path) -> list[Cue]:
         if len(fields) < 5:
             raise CorpusError(f"line {number}: wanted file, channel, start, duration and word, got {line!r}")
         start, duration = _seconds(fields[2], number), _seconds(fields[3], number)
-        for text in split_words(fields[4]):
-            words.append(Word(text, start, start + duration))
+        words += [Word(text, start, start + duration) for text in split_words(fields[4])]
     return _one_cue(words)
 
 

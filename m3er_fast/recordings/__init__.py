@@ -1,0 +1,32 @@
+"""From recordings to a corpus: sound, face and words of videos, as features of utterances.
+
+The extractors of this package need ``pip install 'm3er-fast[extract]'``; one of your own needs two methods
+(:class:`FrameExtractor`, :class:`WordEncoder`).
+"""
+
+from m3er_fast.recordings.face import FaceFeatures
+from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
+from m3er_fast.recordings.sound import SoundFeatures
+from m3er_fast.recordings.utterances import Extracted, Utterance, extract_recording
+from m3er_fast.recordings.word_vectors import StaticTable, TextVectors, WordEncoder, word_vectors
+from m3er_fast.recordings.words import Cue, Transcript, Word, read_transcript, with_times
+
+__all__ = [
+    "Cue",
+    "Extracted",
+    "FaceFeatures",
+    "FrameExtractor",
+    "Frames",
+    "SoundFeatures",
+    "StaticTable",
+    "TextVectors",
+    "Transcript",
+    "Utterance",
+    "Word",
+    "WordEncoder",
+    "extract_recording",
+    "means_within",
+    "read_transcript",
+    "with_times",
+    "word_vectors",
+]
