@@ -21,7 +21,7 @@ LAYERS = (
     "ablation _ablation_figures _ablation_table baselines",
     "corpus_evaluation evaluation_page",
     "training evaluation",
-    "scoring",
+    "recordings scoring",
     "fitting",
     "execution shards",
     "corpus corruption metrics _answer_counts plots",

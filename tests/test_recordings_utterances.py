@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("av")
 
 from recording_files import tone, write_recording
+from recording_problems import Letters
 
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.recordings.frames import Frames
@@ -35,18 +36,6 @@ class Clock:
         for start, end in self.lost:
             values[(times >= start) & (times < end)] = np.nan
         return Frames(times, values, {"seconds": self.end})
-
-
-class Letters:
-    """A word's length; words of one letter are unknown."""
-
-    dimension = 1
-
-    def describe(self):
-        return {"features": "letters"}
-
-    def encode(self, words):
-        return np.array([[len(word) if len(word) > 1 else np.nan] for word in words], np.float32).reshape(-1, 1)
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_empty_transcripts_have_no_words(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.doc", "x", r"a\.doc is no transcript: the name must end with \.csv, \.vtt"),
+        ("a.doc", "x", r"a\.doc is no transcript: the name must end with \.textgrid, \.ctm"),
         ("a.csv", "token\nx\n", "columns must be word, start and end, got token"),
         ("a.csv", "word,start,end\nx,soon,2\n", r"a\.csv: line 2: a time must be a number of seconds, got 'soon'"),
         ("a.ctm", "file 1 0.5 hello\n", "line 1: wanted file, channel, start, duration and word"),

@@ -142,17 +142,23 @@ def new_folder(path: str | Path) -> Path:
     return folder
 
 
-def write_shard(corpus: Corpus, path: str | Path) -> None:
+def write_shard(corpus: Corpus, file: str | Path | Any, about: Mapping[bytes, bytes] | None = None) -> None:
     """Write one file, in the fast layout and with page checksums.
+
+    Args:
+        corpus: the utterances.
+        file: a path, or a file that is open for writing.
+        about: further metadata of the file.
 
     Raises:
         OSError: if it cannot be written, for example for lack of space.
     """
     table = _to_table(corpus)
+    table = table.replace_schema_metadata({**table.schema.metadata, **(about or {})})
     frame_bytes = 4 * corpus.steps
     _pyarrow_parquet().write_table(
         table,
-        path,
+        file,
         row_group_size=max(1, _ROW_GROUP_BYTES // (frame_bytes * sum(corpus.input_dims.values()))),
         data_page_size=_PAGE_BYTES,
         write_batch_size=max(1, _PAGE_BYTES // (frame_bytes * max(corpus.input_dims.values()))),

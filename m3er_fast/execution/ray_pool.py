@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from m3er_fast._validation import check_positive_int
+from m3er_fast.execution.tasks import LostTask
 
 WARN_AFTER_S = 60.0
 """Seconds without a single running worker after which a warning is issued."""
@@ -43,12 +44,6 @@ class WorkerFunction(Protocol):
 
     def __call__(self, task: Any, is_canceled: Callable[[], bool]) -> Any:
         """Return the result of a task; ``is_canceled`` says whether it is no longer needed."""
-
-
-class LostTask(NamedTuple):
-    """Stands in for the result of a task that has lost several workers."""
-
-    reason: str
 
 
 def ray_map(

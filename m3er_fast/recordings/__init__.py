@@ -6,24 +6,29 @@ The extractors of this package need ``pip install 'm3er-fast[extract]'``; one of
 
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
+from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
-from m3er_fast.recordings.utterances import Extracted, Utterance, extract_recording
+from m3er_fast.recordings.utterances import Extracted, Steps, Utterance, extract_recording
 from m3er_fast.recordings.word_vectors import StaticTable, TextVectors, WordEncoder, word_vectors
 from m3er_fast.recordings.words import Cue, Transcript, Word, read_transcript, with_times
 
 __all__ = [
     "Cue",
+    "ExtractProgress",
+    "ExtractSummary",
     "Extracted",
     "FaceFeatures",
     "FrameExtractor",
     "Frames",
     "SoundFeatures",
     "StaticTable",
+    "Steps",
     "TextVectors",
     "Transcript",
     "Utterance",
     "Word",
     "WordEncoder",
+    "extract",
     "extract_recording",
     "means_within",
     "read_transcript",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3er_fast.recordings.decoding import Decoder, read_pictures
+from m3er_fast.recordings.decoding import Decoder, probe, read_pictures
 from m3er_fast.recordings.frames import Frames
 from m3er_fast.recordings.model_files import FACE_LANDMARKER, find
 from m3er_fast.recordings.word_vectors import sha256
@@ -71,12 +72,14 @@ class FaceFeatures:
         Raises:
             CorpusError: if it cannot be read.
         """
+        if not probe(recording).has_pictures:
+            return None
         decoder = Decoder(recording, "video")
         times: list[float] = []
         rows: list[NDArray[np.float32] | None] = []
         faces_seen: dict[int, int] = {}
         names: Sequence[str] = ()
-        with self._landmarker() as detect:
+        with _silenced(), self._landmarker() as detect:
             box = None
             for picture in read_pictures(decoder, per_second=self._per_second, width=_WIDTH):
                 found = detect(picture.time, picture.pixels)
@@ -132,6 +135,21 @@ class FaceFeatures:
             yield detect
 
 
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Drop what is written to the standard error: MediaPipe's own notes, which no setting turns off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nothing)
+        os.close(kept)
+
+
 def choose_face(boxes: NDArray[np.float64], before: NDArray[np.float64] | None) -> int:
     """Return which of F faces is the one that is followed.
 
@@ -172,7 +190,6 @@ def _mediapipe() -> Any:
     Raises:
         ImportError: if it is missing.
     """
-    os.environ.setdefault("GLOG_minloglevel", "3")  # it writes notes about itself to the terminal
     try:
         import mediapipe
     except ImportError as error:

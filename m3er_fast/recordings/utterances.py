@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from m3er_fast.corpus._labels import class_indices
 from m3er_fast.corpus.base import Corpus, CorpusError
 from m3er_fast.recordings.decoding import probe
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
@@ -34,9 +35,12 @@ class Utterance(NamedTuple):
     start: float
     """Seconds."""
     end: float
+    """Seconds; infinity is the end of the recording."""
     label: str | None = None
     """Name of a class; None without a label."""
     split: str | None = None
+    group: str | None = None
+    """What splits must not share; None is the recording."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,6 @@ class Extracted:
     """The utterances of a recording."""
 
     corpus: Corpus
-    """Without labels: classes are known once all recordings are."""
     utterances: tuple[Utterance, ...]
     report: dict[str, Any]
     """Seconds, faces, unknown words and the like, for the summary of a run; JSON."""
@@ -58,6 +61,8 @@ def extract_recording(
     transcript: Transcript | None = None,
     utterances: Sequence[Utterance] | None = None,
     steps: Steps = "words",
+    name: str | None = None,
+    classes: Sequence[str] = (),
 ) -> Extracted:
     """Return the features of the utterances of a recording.
 
@@ -72,6 +77,8 @@ def extract_recording(
         transcript: words, whose missing times are filled in by :func:`with_times`.
         utterances: parts of the recording; None takes each cue of the transcript, or else the whole recording.
         steps: "words", or seconds.
+        name: of the recording, from which ids and groups are made; None takes the name of the file.
+        classes: of the labels; without any, the corpus has no labels.
 
     Raises:
         CorpusError: if the recording cannot be read, or words are wanted and there are none.
@@ -82,22 +89,26 @@ def extract_recording(
     if not extractors and encoder is None:
         raise ValueError("there is nothing to extract: extractors is empty, and encoder is None")
     header = probe(path)
-    found = {name: extractor.extract(path) for name, extractor in extractors.items()}
+    found = {modality: extractor.extract(path) for modality, extractor in extractors.items()}
     seconds = _duration(header.seconds, [frames for frames in found.values() if frames is not None])
     if transcript is not None:
         untimed = sum(not word.timed for word in transcript.words)
         transcript = with_times(transcript, seconds)
     elif steps == "words":
         raise CorpusError(f"{path} has no transcript: name one, or take steps of a number of seconds")
+    name = path.stem if name is None else name
     if utterances is None:
-        utterances = _utterances_of(path.stem, transcript, seconds)
+        utterances = _utterances_of(name, transcript, seconds)
+    utterances = [part if math.isfinite(part.end) else part._replace(end=seconds) for part in utterances]
     words = () if transcript is None else tuple(sorted(transcript.words, key=lambda word: word.start))
     spans = [_steps_of(utterance, words, steps) for utterance in utterances]
-    means = {name: None if frames is None else means_within(frames, _all(spans)) for name, frames in found.items()}
+    means = {
+        modality: None if frames is None else means_within(frames, _all(spans)) for modality, frames in found.items()
+    }
     report: dict[str, Any] = {
         "seconds_claimed": header.seconds,
         "seconds": round(seconds, 3),
-        **{name: frames.report if frames is not None else None for name, frames in found.items()},
+        **{modality: None if frames is None else frames.report for modality, frames in found.items()},
     }
     if encoder is not None:
         vectors = encoder.encode([word.text for word in words])
@@ -105,8 +116,8 @@ def extract_recording(
         report["text"] = {"words": len(words), "unknown": unknown, "without_time": untimed if transcript else 0}
         means = {"text": _text_of(utterances, spans, words, vectors, steps), **means}
     dimensions = {} if encoder is None else {"text": encoder.dimension}
-    dimensions |= {name: extractor.dimension for name, extractor in extractors.items()}
-    corpus = _corpus(path.stem, utterances, spans, means, dimensions)
+    dimensions |= {modality: extractor.dimension for modality, extractor in extractors.items()}
+    corpus = _corpus(name, utterances, spans, means, dimensions, tuple(classes))
     report["missing_steps"] = _missing(corpus)
     return Extracted(corpus, tuple(utterances), report)
 
@@ -114,7 +125,7 @@ def extract_recording(
 def check_steps(steps: Steps) -> None:
     """Raise a ValueError unless ``steps`` is "words" or a positive number of seconds."""
     number = isinstance(steps, int | float) and not isinstance(steps, bool)
-    if steps != "words" and not (number and math.isfinite(steps) and steps > 0):  # type: ignore[operator]
+    if steps != "words" and not (number and math.isfinite(steps) and steps > 0):
         raise ValueError(f"steps must be 'words' or a positive number of seconds, got {steps!r}")
 
 
@@ -139,7 +150,7 @@ def _steps_of(utterance: Utterance, words: Sequence[Word], steps: Steps) -> NDAr
     if steps == "words":
         own = [words[number][1:] for number in _words_of(utterance, words)]
         return np.array(own, dtype=np.float64).reshape(-1, 2)
-    count = math.ceil((utterance.end - utterance.start) / steps * (1 - 1e-9))  # type: ignore[operator]
+    count = math.ceil((utterance.end - utterance.start) / steps * (1 - 1e-9))
     if count > _MOST_STEPS:
         raise CorpusError(f"utterance {utterance.id} would have {count} steps of {steps} s, at most {_MOST_STEPS} fit")
     edges = np.minimum(utterance.start + steps * np.arange(count + 1), utterance.end)
@@ -176,6 +187,7 @@ def _corpus(
     spans: Sequence[NDArray[np.float64]],
     means: Mapping[str, NDArray[np.float32] | None],
     dimensions: Mapping[str, int],
+    classes: tuple[str, ...],
 ) -> Corpus:
     rows, steps = len(utterances), max((len(span) for span in spans), default=0)
     lengths = np.array([len(span) for span in spans], dtype=np.int64)
@@ -195,10 +207,10 @@ def _corpus(
         features=features,
         lengths=lengths,
         available=available,
-        target=None,
-        classes=(),
+        target=class_indices([utterance.label for utterance in utterances], classes) if classes else None,
+        classes=classes,
         split=_strings([utterance.split for utterance in utterances]),
-        group=np.array([group] * rows, dtype=object),
+        group=np.array([utterance.group or group for utterance in utterances], dtype=object),
     )
 
 

@@ -94,7 +94,7 @@ class TextVectors:
                 vectors[row] = vector
         return vectors
 
-    def _index(self) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    def _index(self) -> tuple[int, NDArray[np.uint64], NDArray[np.int64]]:
         """Return d, and the sorted hashes of the words with the places of their lines."""
         hashes, places, place, features = [], [], 0, 0
         with self._path.open("rb") as file:
@@ -106,18 +106,20 @@ class TextVectors:
                     if count <= 1:  # the number of words and d, or nothing
                         continue
                     features = count
-                hashes.append(hash(word))
+                hashes.append(_hash(word))
                 places.append(start)
         if not features:
             raise CorpusError("it has no line with a word and its values")
-        order = np.argsort(np.array(hashes), kind="stable")
-        return features, np.array(hashes)[order], np.array(places)[order]
+        numbers = np.array(hashes, dtype=np.uint64)
+        order = np.argsort(numbers, kind="stable")
+        return features, numbers[order], np.array(places, dtype=np.int64)[order]
 
     def _look_up(self, word: str) -> NDArray[np.float32] | None:
         for spelling in spellings(word):
             wanted = spelling.encode()
-            row = int(np.searchsorted(self._hashes, hash(wanted)))
-            while row < len(self._hashes) and self._hashes[row] == hash(wanted):
+            number = _hash(wanted)
+            row = int(np.searchsorted(self._hashes, number))
+            while row < len(self._hashes) and self._hashes[row] == number:
                 vector = self._read(int(self._places[row]), wanted)
                 if vector is not None:
                     return vector
@@ -210,6 +212,11 @@ def spellings(word: str) -> Iterator[str]:
         if spelling and spelling not in seen:
             seen.add(spelling)
             yield spelling
+
+
+def _hash(word: bytes) -> np.uint64:
+    """Return a number for a word that is the same in every process, as Python's own hash is not."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(word, digest_size=8).digest()))
 
 
 def sha256(path: Path) -> str:

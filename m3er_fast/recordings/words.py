@@ -274,11 +274,13 @@ def _read_text(path: Path) -> list[Cue]:
 
 
 _READERS: dict[str, Callable[[Path], list[Cue]]] = {
-    ".csv": _read_csv,
-    ".vtt": _read_subtitles,
-    ".srt": _read_subtitles,
     ".textgrid": _read_textgrid,
     ".ctm": _read_ctm,
+    ".csv": _read_csv,
     ".json": _read_whisper,
+    ".vtt": _read_subtitles,
+    ".srt": _read_subtitles,
     ".txt": _read_text,
 }
+TRANSCRIPT_SUFFIXES = tuple(_READERS)
+"""Endings of transcripts, in lower case; those that have times of words come first."""

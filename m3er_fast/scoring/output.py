@@ -1,51 +1,30 @@
-"""The folder that scores are written to, from which a killed run can be resumed and a finished one recognised.
+"""The folder that scores are written to.
 
-* ``_manifest.json``: version, signature of the model, settings that scores depend on, and the shards of the corpus with
-  sizes and checksums: the *fingerprint* of the run. It is written first;
-* one Parquet file per shard of the corpus, of the same name (columns: :mod:`m3er_fast.scoring.columns`). It gets its
-  name when it is complete and on the disk, so a file with that name is finished;
-* ``_quarantine.json``, unless it would be empty: the shards that could not be read, each with the reason;
-* ``_summary.json`` and ``_summary.html``: the counts of the scores (:mod:`m3er_fast.scoring.summary`);
-* ``_SUCCESS``, empty, written last: every shard is either scored or in quarantine.
-
-The names of files that hold no scores begin with ``_``: pandas, pyarrow and Hugging Face datasets then read the folder
-as one data set. Folders of earlier versions, without the ``_``, are resumed.
+It is a :class:`~m3er_fast.execution.run_folder.RunFolder`, with one Parquet file per shard of the corpus, of the same
+name (columns: :mod:`m3er_fast.scoring.columns`). The manifest holds the version, the signature of the model, the
+settings that scores depend on, and the shards of the corpus with sizes and checksums.
 
 Everything but the summary's times depends only on the model and the corpus: a run that was interrupted and resumed
-leaves the same bytes as one that was not.
-
-The folder may be on any Arrow filesystem. On a local filesystem, files are synced before they get their names. On an
-object store the name is given by a copy, which appears as a whole.
+leaves the same bytes as one that was not. Folders of earlier versions, whose manifest has no ``_``, are resumed.
 """
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from m3er_fast.atomic_files import sync
+from m3er_fast.execution.run_folder import OutputMismatchError, RunFolder
 from m3er_fast.scoring.columns import ScoreColumns
 from m3er_fast.scoring.scorer import SIGNATURE_KEY
-from m3er_fast.shards.plan import Location, QuarantinedShard, Shard
+from m3er_fast.shards.plan import Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MANIFEST, QUARANTINE, SUCCESS = "_manifest.json", "_quarantine.json", "_SUCCESS"
-SUMMARY, SUMMARY_PAGE = "_summary.json", "_summary.html"
-_EARLIER_MANIFEST = "manifest.json"
-_EARLIER_NAMES = (_EARLIER_MANIFEST, "quarantine.json", "summary.json", "summary.html")
 INPUT_KEY = b"m3er_fast.input"
-_PARTIAL = ".partial"
 _ROW_GROUP_ROWS = 2**16  # so many that a row group outweighs its metadata
-
-
-class OutputMismatchError(RuntimeError):
-    """A folder of scores was made with another model or corpus than the one it is to be resumed with."""
 
 
 class FinishedShard(NamedTuple):
@@ -56,8 +35,8 @@ class FinishedShard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OutputFolder:
-    """A folder of scores, with the files that the module lists. It can be pickled.
+class OutputFolder(RunFolder):
+    """A folder of scores. It can be pickled.
 
     Args:
         location: path of the folder, which need not exist.
@@ -66,30 +45,34 @@ class OutputFolder:
         settings: other things that scores depend on.
     """
 
-    location: Location
     shards: tuple[Shard, ...]
     signature: str
     settings: dict[str, Any]
 
-    def begin(self, *, resume: bool) -> None:
-        """Prepare the folder for writing. Shards that an earlier run put in quarantine will be tried again.
+    contents: ClassVar[str] = "scores"
+    kinds: ClassVar[dict[str, str]] = {
+        "signature": "model",
+        "shards": "corpus",
+        "version": "version of m3er-fast",
+        "settings": "setting",
+    }
+    shown: ClassVar[tuple[str, ...]] = ("settings", "version")
+    earlier_names: ClassVar[tuple[str, ...]] = ("manifest.json", "quarantine.json", "summary.json", "summary.html")
 
-        Raises:
-            ValueError: the folder is a file, or it is not empty and ``resume`` is False.
-            OutputMismatchError: the folder holds scores of another model, corpus, setting or version.
-            OSError: the folder cannot be written to.
-        """
-        existing = check_folder(self.location, resume=resume)
-        if existing:
-            self._check_fingerprint()
-        self.location.filesystem.create_dir(self.location.path, recursive=True)
-        for name in existing:
-            if name in (SUCCESS, QUARANTINE, SUMMARY, SUMMARY_PAGE) or name.endswith(_PARTIAL):
-                self._delete(name)
-        self._write_json(MANIFEST, self._fingerprint())
-        for name in _EARLIER_NAMES:  # only now: an interrupted start leaves a manifest under one of its names
-            if name in existing:
-                self._delete(name)
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that the scores depend on, as JSON."""
+        from m3er_fast import __version__
+
+        return {
+            "version": __version__,
+            "signature": self.signature,
+            "settings": self.settings,
+            "shards": [{"name": s.name, "bytes": s.size, "checksum": s.checksum} for s in self.shards],
+        }
+
+    def comparable(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Compare shards by name: a changed one is refused when it has scores, but may repair one in quarantine."""
+        return {**fingerprint, "shards": _names(fingerprint.get("shards"))}
 
     def finished(self, shard: Shard) -> FinishedShard | None:
         """Return the counts of a shard that has been scored already, or None.
@@ -129,85 +112,10 @@ class OutputFolder:
             OSError: they cannot be written.
         """
         schema = schema.with_metadata({**(schema.metadata or {}), INPUT_KEY: _input_of(shard)})
-        with self._atomic_file(shard.output_name) as file, _parquet_writer(file, schema) as parquet:
+        with self.atomic_file(shard.output_name) as file, _parquet_writer(file, schema) as parquet:
             writer = ScoreWriter(parquet, schema)
             yield writer
             writer.flush(last=True)
-
-    def quarantine(self, entries: Iterable[QuarantinedShard]) -> None:
-        """Replace the quarantine list."""
-        self._write_json(QUARANTINE, [entry._asdict() for entry in entries])
-
-    def write_summary(self, summary: Mapping[str, Any], page: str) -> None:
-        """Write the summary, as JSON and as a page.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self._write_json(SUMMARY, summary)
-        with self._atomic_file(SUMMARY_PAGE) as file:
-            file.write(page.encode())
-
-    def finish(self) -> None:
-        """Remove files that lost workers left incomplete, and mark the folder as finished."""
-        for name in _list_folder(self.location):
-            if name.endswith(_PARTIAL):
-                self._delete(name)
-        with self._atomic_file(SUCCESS):
-            pass
-
-    def _fingerprint(self) -> dict[str, Any]:
-        from m3er_fast import __version__
-
-        return {
-            "version": __version__,
-            "signature": self.signature,
-            "settings": self.settings,
-            "shards": [{"name": s.name, "bytes": s.size, "checksum": s.checksum} for s in self.shards],
-        }
-
-    def _check_fingerprint(self) -> None:
-        found, wanted = read_manifest(self.location), self._fingerprint()
-        if found is None:
-            raise OutputMismatchError(f"{self.location} holds no scores to resume: it has no {MANIFEST}")
-        # Compared by name: a changed shard is refused when it has scores already, but may repair one in quarantine.
-        found["shards"], wanted["shards"] = _names(found.get("shards")), _names(wanted["shards"])
-        kinds = {"signature": "model", "shards": "corpus", "version": "version of m3er-fast", "settings": "setting"}
-        for key, kind in kinds.items():
-            if found.get(key) != wanted[key]:
-                detail = f": {found.get(key)}, now {wanted[key]}" if key in ("settings", "version") else ""
-                raise OutputMismatchError(
-                    f"{self.location} holds scores made with another {kind}{detail}; name another folder"
-                )
-
-    def _write_json(self, name: str, value: Any) -> None:
-        with self._atomic_file(name) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
-
-    @contextmanager
-    def _atomic_file(self, name: str) -> Iterator[Any]:
-        """Open a file under a temporary name, and give it its name once it has reached the disk."""
-        filesystem, path = self.location.filesystem, self.location.join(name)
-        # Unique: if a worker was considered lost too early, two workers may write the same shard.
-        partial = self.location.join(f".{name}.{uuid.uuid4().hex}{_PARTIAL}")
-        try:
-            with filesystem.open_output_stream(partial) as file:
-                yield file
-            self._sync(partial)
-            filesystem.move(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                filesystem.delete_file(partial)
-            raise
-        self._sync(self.location.path)
-
-    def _sync(self, path: str) -> None:
-        if self.location.is_local:
-            sync(path)
-
-    def _delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self.location.filesystem.delete_file(self.location.join(name))
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> Any:
@@ -256,51 +164,6 @@ class ScoreWriter:
         complete = rows if last else rows - rows % _ROW_GROUP_ROWS
         self._parquet.write_table(table.slice(0, complete), row_group_size=_ROW_GROUP_ROWS)
         self._waiting = [table.slice(complete)] if complete < rows else []
-
-
-def check_folder(location: Location, *, resume: bool) -> list[str]:
-    """Return the names in a folder of scores, if it may be written to.
-
-    Raises:
-        ValueError: the folder is a file, or it is not empty and ``resume`` is False.
-    """
-    from pyarrow import fs
-
-    found = location.filesystem.get_file_info(location.path)
-    if found.type == fs.FileType.File:
-        raise ValueError(f"{location} is a file, wanted a folder to write scores to")
-    if found.type != fs.FileType.Directory:
-        return []
-    names = _list_folder(location)
-    if names and not resume:
-        raise ValueError(f"{location} is not empty: resume the run (--resume), or name another folder")
-    return names
-
-
-def _list_folder(location: Location) -> list[str]:
-    from pyarrow import fs
-
-    return [str(file.base_name) for file in location.filesystem.get_file_info(fs.FileSelector(location.path))]
-
-
-def read_manifest(location: Location) -> dict[str, Any] | None:
-    """Return the manifest of a folder, or None if there is none.
-
-    Raises:
-        OutputMismatchError: it is not a manifest.
-    """
-    for name in (MANIFEST, _EARLIER_MANIFEST):
-        try:
-            with location.filesystem.open_input_file(location.join(name)) as file:
-                found = json.loads(file.read())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except ValueError as error:
-            raise OutputMismatchError(f"{location.join(name)} is not a manifest: {error}") from error
-        if not isinstance(found, dict):
-            raise OutputMismatchError(f"{location.join(name)} is not a manifest")
-        return found
-    return None
 
 
 def _names(shards: Any) -> Sequence[Any] | None:

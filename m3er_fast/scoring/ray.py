@@ -12,7 +12,8 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
-from m3er_fast.execution.ray_pool import LostTask, run_tasks
+from m3er_fast.execution.ray_pool import run_tasks
+from m3er_fast.execution.tasks import LostTask
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.scorer import Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, score_shards

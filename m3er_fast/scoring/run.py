@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from m3er_fast.corpus.base import CorpusError, naming
 from m3er_fast.execution.engine import Engine, check_engine
 from m3er_fast.execution.ray_pool import check_ray, ray_cluster, ray_map
+from m3er_fast.execution.run_folder import OutputMismatchError
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.scoring.counts import MapFunction
 from m3er_fast.scoring.local import make_scorers, run_local
-from m3er_fast.scoring.output import OutputFolder, OutputMismatchError, check_folder, read_manifest
+from m3er_fast.scoring.output import OutputFolder
 from m3er_fast.scoring.scorer import Precision, Scorer
 from m3er_fast.scoring.shard import ScoringJob, ShardResult, read_tables, score_parts
 from m3er_fast.scoring.summary import RunRecord, map_in_threads, write_summary
 from m3er_fast.shards.page_cache import outgrows_page_cache
-from m3er_fast.shards.plan import Checksum, Location, Plan, QuarantinedShard, Shard, Source, locate, plan_shards
+from m3er_fast.shards.plan import Checksum, Plan, QuarantinedShard, Shard, Source, locate, plan_shards
 from m3er_fast.shards.reader import read_schema
 
 if TYPE_CHECKING:
@@ -110,17 +111,17 @@ def score(
         if devices is not None and len(devices) > 1:
             raise ValueError(f"devices: each worker of engine 'ray' has one device, got {list(devices)}")
     plan = plan_shards(corpus, checksum)
-    location = locate(out)
-    check_folder(location, resume=resume)
+    output = OutputFolder(locate(out), plan.shards, signature="", settings={})
+    output.check(resume=resume)
     if batch_frames == "auto":
-        batch_frames = _batch_frames_of(location) or "auto"
+        batch_frames = _batch_frames_of(output) or "auto"
     scorers = make_scorers(model, devices, batch_frames, dtype)
     least = min(scorer.batch_frames for scorer in scorers)
     for scorer in scorers:
         scorer.batch_frames = least
     check_model_fits(plan, scorers[0])
     settings = {"batch_frames": least, "dtype": dtype, "checksum": checksum}
-    output = OutputFolder(location, plan.shards, scorers[0].signature, settings)
+    output = replace(output, signature=scorers[0].signature, settings=settings)
     job = ScoringJob(plan, output, verify, keep_cached=not outgrows_page_cache(plan))
     # A cluster that does not answer is an error before anything is written.
     with nullcontext() if address is None else ray_cluster(address):
@@ -290,10 +291,10 @@ def check_model_fits(plan: Plan, scorer: Scorer) -> None:
         raise misfit
 
 
-def _batch_frames_of(location: Location) -> int | None:
+def _batch_frames_of(output: OutputFolder) -> int | None:
     """Return the number that an earlier run in this folder used, or None: other batches would round differently."""
     try:
-        manifest: dict[str, Any] = read_manifest(location) or {}
+        manifest: dict[str, Any] = output.manifest() or {}
     except OutputMismatchError:
         return None
     settings = manifest.get("settings")

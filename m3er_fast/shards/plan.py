@@ -125,7 +125,7 @@ def plan_shards(source: Source, checksum: Checksum = "sampled") -> Plan:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{corpus}: holds a file whose name is not UTF-8: {error.object!r}") from error
     with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda file: _checksum(corpus.filesystem, file[1].path, file[1].size, checksum), files)
+        checksums = pool.map(lambda file: checksum_of(corpus.filesystem, file[1].path, file[1].size, checksum), files)
         shards = tuple(
             Shard(name, file.path, file.size, checksum) for (name, file), checksum in zip(files, checksums, strict=True)
         )
@@ -169,7 +169,8 @@ def _check_names(shards: Iterable[Shard]) -> None:
         seen[shard.output_name] = shard.name
 
 
-def _checksum(filesystem: Any, path: str, size: int, kind: Checksum) -> str:
+def checksum_of(filesystem: Any, path: str, size: int, kind: Checksum) -> str:
+    """Return the checksum of a file, or what stands in for that of one that cannot be read."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     try:
         with filesystem.open_input_file(path) as file:
