@@ -183,10 +183,10 @@ def _read_subtitles(path: Path) -> list[Cue]:
         import webvtt
     except ImportError as error:
         raise ImportError("subtitles need webvtt-py: pip install 'm3er-fast[extract]'") from error
-    captions = webvtt.read(str(path)) if path.suffix.lower() == ".vtt" else webvtt.from_srt(str(path))
+    read = webvtt.read if path.suffix.lower() == ".vtt" else webvtt.from_srt
     cues: list[Cue] = []
     shown = last = ""  # the last lines of the caption before and of all so far
-    for caption in captions:
+    for caption in read(str(path)).captions:
         start, end = caption.start_in_seconds, caption.end_in_seconds
         start += caption.start_time.milliseconds / 1000
         end += caption.end_time.milliseconds / 1000
