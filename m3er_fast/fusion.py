@@ -70,6 +70,8 @@ class M3ERFusion(
         num_classes: C.
         config: all settings; see :class:`m3er_fast.M3ERConfig`.
         classes: names of the C classes, kept with the model; None numbers them.
+        extraction: how its features are made from recordings (``Corpus.extraction``), kept with the model; None for
+            features from elsewhere.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -87,8 +89,10 @@ class M3ERFusion(
         num_classes: int,
         config: M3ERConfig | None = None,
         classes: Sequence[str] | None = None,
+        extraction: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.extraction = None if extraction is None else dict(extraction)
         given: Any = M3ERConfig() if config is None else config
         if not isinstance(given, M3ERConfig):
             way_out = ": M3ERConfig.from_dict(config) makes one" if isinstance(given, Mapping) else ""

@@ -30,6 +30,7 @@ class HubModel(LastingModule, ModelHubMixin):
     input_dims: dict[str, int]
     num_classes: int
     classes: tuple[str, ...]
+    extraction: dict[str, Any] | None
     config: M3ERConfig
     standardizer: Standardizer
     calibration: TemperatureScaling
@@ -45,6 +46,7 @@ class HubModel(LastingModule, ModelHubMixin):
             "input_dims": self.input_dims,
             "num_classes": self.num_classes,
             "classes": self.classes,
+            **({} if self.extraction is None else {"extraction": self.extraction}),
             "config": self.config.to_dict(),
         }
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}

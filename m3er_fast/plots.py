@@ -21,6 +21,7 @@ try:
     import matplotlib.style
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError("m3er_fast.plots needs matplotlib: pip install 'm3er-fast[plot]'") from error
@@ -46,6 +47,9 @@ _STYLE: list[str | dict[str, Any]] = [
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 _MODALITY_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY)
 _FUSED, _FADED = "0.25", "0.5"
+# Classes: light and dark in turn, so that neighbours differ in grey too; beyond six they are hatched.
+_CLASS_COLORS = (_BLUE, _ORANGE, _PURPLE, _SKY, "#D55E00", "#F0E442")
+_HATCHES = ("", "///", "...")
 
 # Figure 7 keeps the slides' blue, red and green; they also differ in width and lightness, for colour-blind readers.
 _ORIGINAL: dict[str, Any] = {"color": "#2A62CC", "linewidth": 3.0, "label": "original"}
@@ -110,6 +114,33 @@ class Example:
     def prediction(self) -> str:
         """The class with the highest fused probability."""
         return self.classes[int(np.argmax(self.fused))]
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """The predictions of a recording over time, for :func:`plot_timeline`.
+
+    Args:
+        title: of the recording.
+        spans: (N, 2), start and end of each utterance in seconds.
+        classes: C class names.
+        probabilities: (N, C) in 0..1.
+        modalities: M modality names.
+        trusted: (N, M), 1 where a modality was judged effective, 0 where it was not, NaN where it is unavailable.
+        abstained: (N,) bool, whether no modality was effective.
+        level: (2, K) times in seconds, and the level of the sound there, from 0; K = 0 draws none.
+        pictures: times in seconds, and (height, width, 3) pictures in 0..255.
+    """
+
+    title: str
+    spans: NDArray[np.float64]
+    classes: tuple[str, ...]
+    probabilities: NDArray[Any]
+    modalities: tuple[str, ...]
+    trusted: NDArray[Any]
+    abstained: NDArray[np.bool_]
+    level: NDArray[Any]
+    pictures: Sequence[tuple[float, NDArray[np.uint8]]] = ()
 
 
 def plot_history(history: Mapping[str, Any], path: Path) -> None:
@@ -200,6 +231,23 @@ def plot_reliability(reports: Mapping[str, Mapping[str, Any]], path: Path) -> No
         raise ValueError("reports must hold at least one report, got none")
     with matplotlib.style.context(_STYLE):
         _save(_reliability_figure(reports), path)
+
+
+def plot_timeline(timeline: Timeline, path: Path) -> None:
+    """Draw the predictions of a recording over time, and when each modality was trusted.
+
+    From above: some pictures, the level of the sound, the probabilities of the classes on top of each other, and a
+    band per modality: full where it was trusted, hatched where it was not, empty where it is unavailable.
+
+    Args:
+        timeline: of at least one utterance.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if there is no utterance, or shapes do not fit.
+    """
+    with matplotlib.style.context(_STYLE):
+        _save(_timeline_figure(timeline), path)
 
 
 def _history_figure(history: Mapping[str, Any]) -> Figure:
@@ -337,6 +385,68 @@ def _reliability_figure(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.legend(loc="upper left")
     figure.axes[0].set_ylabel("share of right answers")
     return figure
+
+
+def _timeline_figure(timeline: Timeline) -> Figure:
+    spans = _numbers("spans", timeline.spans, (None, 2))
+    rows, classes, modalities = len(spans), len(timeline.classes), len(timeline.modalities)
+    probabilities = _numbers("probabilities", timeline.probabilities, (rows, classes))
+    trusted = np.asarray(timeline.trusted, dtype=np.float64)
+    if not rows or trusted.shape != (rows, modalities):
+        raise ValueError(f"trusted must be of shape ({rows}, {modalities}) with N ≥ 1, got {trusted.shape}")
+    # Utterances that do not sum to 1, those of yes/no questions, are drawn in proportion.
+    shares = probabilities / np.maximum(probabilities.sum(axis=1, keepdims=True), 1e-12)
+    heights = [*([1.0] if timeline.pictures else []), *([0.7] if timeline.level.size else []), 2.4, 0.3 * modalities]
+    figure = Figure(figsize=(10, 0.9 + 1.2 * sum(heights)), dpi=_DPI, layout="constrained")
+    remaining = list(figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0])
+    start, end = float(spans[:, 0].min()), float(spans[:, 1].max())
+    if timeline.pictures:
+        _draw_pictures(remaining.pop(0), timeline.pictures, start, end)
+    if timeline.level.size:
+        axes = remaining.pop(0)
+        axes.fill_between(timeline.level[0], 0, timeline.level[1], color=_FADED, linewidth=0)
+        axes.set(ylabel="sound", yticks=[], ylim=(0, None))
+    stack, bands = remaining
+    bottom = np.zeros(rows)
+    widths = spans[:, 1] - spans[:, 0]
+    for number, name in enumerate(timeline.classes):
+        stack.bar(
+            spans[:, 0],
+            shares[:, number],
+            widths,
+            bottom,
+            align="edge",
+            color=_CLASS_COLORS[number % len(_CLASS_COLORS)],
+            hatch=_HATCHES[number // len(_CLASS_COLORS) % len(_HATCHES)],
+            edgecolor="white",
+            linewidth=0.4,
+            label=_shorten(name, 20),
+        )
+        bottom += shares[:, number]
+    for row in np.flatnonzero(timeline.abstained):
+        stack.text(spans[row].mean(), 0.5, "abstained", rotation=90, ha="center", va="center", fontsize=8)
+    stack.set(ylim=(0, 1), ylabel="probability")
+    stack.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    verdicts: dict[bool, dict[str, Any]] = {
+        True: {"facecolor": _GREEN, "edgecolor": "0.3", "label": "trusted"},
+        False: {"facecolor": "white", "edgecolor": "0.3", "hatch": "////", "label": "not trusted"},
+    }
+    for row, m in zip(*np.nonzero(~np.isnan(trusted)), strict=True):
+        bands.barh(m, widths[row], 0.7, spans[row, 0], linewidth=0.5, **verdicts[bool(trusted[row, m])])
+    bands.set(yticks=range(modalities), yticklabels=[_shorten(name, 16) for name in timeline.modalities])
+    bands.set(ylim=(modalities - 0.4, -0.6), xlim=(start, end), xlabel="seconds")
+    bands.legend(handles=[Patch(**style) for style in verdicts.values()], loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(_shorten(timeline.title, 80), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _draw_pictures(axes: Axes, pictures: Sequence[tuple[float, NDArray[np.uint8]]], start: float, end: float) -> None:
+    """Draw pictures in a row, each with its middle at its time, and as wide as all of them fit beside each other."""
+    width = (end - start) / len(pictures) * 0.95
+    for time, picture in pictures:
+        axes.imshow(picture, extent=(time - width / 2, time + width / 2, 0, 1), aspect="auto")
+    axes.set(ylim=(0, 1))
+    axes.axis("off")
 
 
 def _bar_style(example: Example, m: int) -> dict[str, Any]:

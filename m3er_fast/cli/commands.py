@@ -12,7 +12,7 @@ import typer
 from m3er_fast.cli.corpus_commands import audit, convert, generate
 from m3er_fast.cli.evaluation_commands import evaluate
 from m3er_fast.cli.machine_commands import bench, info
-from m3er_fast.cli.recording_commands import extract
+from m3er_fast.cli.recording_commands import extract, predict
 from m3er_fast.cli.scoring_commands import score
 from m3er_fast.cli.training_commands import ablate, demo, fit_stats, train
 
@@ -48,5 +48,19 @@ def _options(
 
 
 # In the order of --help.
-for _command in (demo, convert, extract, train, evaluate, score, fit_stats, generate, ablate, audit, bench, info):
+for _command in (
+    demo,
+    convert,
+    extract,
+    train,
+    evaluate,
+    score,
+    predict,
+    fit_stats,
+    generate,
+    ablate,
+    audit,
+    bench,
+    info,
+):
     app.command()(_command)

@@ -1,7 +1,9 @@
-"""The commands that take recordings: extract."""
+"""The commands that take recordings: extract and predict."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +14,7 @@ from m3er_fast.cli.options import AddressOption, EngineOption, interruptible
 from m3er_fast.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from m3er_fast.recordings import ExtractProgress, FrameExtractor, Steps
+    from m3er_fast.recordings import ExtractProgress, FrameExtractor, PredictedUtterance, Steps
 
 
 def extract(
@@ -108,6 +110,97 @@ def extract(
             err=True,
         )
         raise typer.Exit(QUARANTINED)
+
+
+def predict(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Video or sound file, or a Parquet file of extracted features.")
+    ],
+    model: Annotated[Path, typer.Option(metavar="RUN", help="Folder written by train on an extracted corpus.")],
+    words: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="VECTORS", help="The word vectors that the corpus was extracted with.  [default: no text]"
+        ),
+    ] = None,
+    face_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="face_landmarker.task.  [default: fetched once]")
+    ] = None,
+    transcript: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Transcript.  [default: beside the recording]")
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Score every so many seconds.  [default: each cue, or the whole]"),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="File for the predictions over time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the emotions in one recording.
+
+    Prints each utterance with its time, its probabilities, and the modalities that were trusted. Features are made as
+    those of the model were; where that cannot be, the command says how they differ.
+
+    A prediction is a guess about what is shown, not about what is felt.
+    """
+    from m3er_fast.corpus import read_parquet
+    from m3er_fast.recordings.prediction import predict_recording, predict_utterances
+    from m3er_fast.recordings.run import transcript_of
+    from m3er_fast.recordings.words import read_transcript
+    from m3er_fast.scoring import load_model
+
+    loaded = load_model(model)
+    is_recording = file.suffix != ".parquet"
+    if is_recording:
+        beside = transcript or transcript_of(file.with_suffix(""))
+        found = predict_recording(
+            loaded,
+            file,
+            words=words,
+            face_model=face_model,
+            transcript=None if beside is None else read_transcript(beside),
+            window=window,
+        )
+    else:
+        found = predict_utterances(loaded, read_parquet(file, input_dims=loaded.input_dims))
+    if picture is not None:
+        from m3er_fast.recordings.timeline import draw_timeline
+
+        if not is_recording:
+            raise typer.BadParameter("features have no time: name a recording", param_hint="--picture")
+        draw_timeline(file, found, picture)
+    if as_json:
+        print(json.dumps([{**utterance._asdict(), "scores": vars(utterance.scores)} for utterance in found], indent=2))
+    else:
+        print(_table(found))
+
+
+def _table(found: Sequence[PredictedUtterance]) -> str:
+    """Return a line per utterance, as Markdown."""
+    lines = [
+        "| Utterance | From | To | Prediction | Probability | Trusted | Not trusted |",
+        "|---|---:|---:|---|---:|---|---|",
+    ]
+    for utterance in found:
+        scores = utterance.scores
+        trusted = [name for name, effective in scores.effective.items() if effective]
+        others = [
+            f"{name} ({scores.reason[name] or 'unavailable'})"
+            for name, effective in scores.effective.items()
+            if not effective
+        ]
+        prediction = "abstained" if scores.abstained else scores.prediction
+        cells = [
+            utterance.id,
+            f"{utterance.start:.1f}",
+            f"{utterance.end:.1f}",
+            prediction,
+            f"{scores.probabilities[scores.prediction]:.2f}",
+            ", ".join(trusted),
+            ", ".join(others),
+        ]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def _steps(text: str) -> Steps:

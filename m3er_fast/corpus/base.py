@@ -81,6 +81,8 @@ class Corpus:
         split: (N,) names of splits, as `split_name` reads them, or None. They are kept as ``"train"``, ``"valid"`` and
             ``"test"``.
         group: (N,) strings, the video or speaker that splits must not share, or None.
+        extraction: how the features were made from recordings, as :func:`m3er_fast.recordings.extract` describes it;
+            None for features from elsewhere.
 
     Raises:
         CorpusError: naming the argument, its value and what was wanted.
@@ -95,6 +97,7 @@ class Corpus:
     task: str = "single"
     split: np.ndarray | None = None
     group: np.ndarray | None = None
+    extraction: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_strings("ids", self.ids, None)
@@ -199,6 +202,7 @@ class Corpus:
             task=self.task,
             split=None if self.split is None else self.split[rows],
             group=None if self.group is None else self.group[rows],
+            extraction=self.extraction,
         )
 
     def subset(self, split: str) -> Corpus:
@@ -221,7 +225,7 @@ def concatenate(corpora: Sequence[Corpus]) -> Corpus:
     text, audio, face.
 
     Raises:
-        CorpusError: if the parts differ in task, classes or feature counts, or if only some have splits.
+        CorpusError: if the parts differ in task, classes, feature counts or extraction, or if only some have splits.
     """
     if not corpora:
         raise CorpusError("there is nothing to concatenate")
@@ -238,6 +242,8 @@ def concatenate(corpora: Sequence[Corpus]) -> Corpus:
                 raise CorpusError(f"modality {name!r} has {dims[name]} features in one part and {dim} in another")
     if len({part.split is None for part in corpora}) > 1:
         raise CorpusError("only some of the parts have splits")
+    if any(part.extraction != first.extraction for part in corpora):
+        raise CorpusError("parts were extracted from recordings in different ways")
     steps = max(part.steps for part in corpora)
     rows = [len(part) for part in corpora]
     features = {name: np.zeros((sum(rows), steps, dims[name]), np.float32) for name in names}
@@ -259,6 +265,7 @@ def concatenate(corpora: Sequence[Corpus]) -> Corpus:
         group=None
         if all(part.group is None for part in corpora)
         else np.concatenate([(p.ids if p.group is None else p.group).astype(object) for p in corpora]),
+        extraction=first.extraction,
     )
 
 

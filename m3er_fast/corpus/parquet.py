@@ -10,7 +10,8 @@ Layout: ``part-00000.parquet`` and so on, with the columns
 * ``label`` (optional): int32 class index or null, or list<float> of C answers or probabilities;
 * ``split`` and ``group`` (optional): string;
 
-and the schema metadata ``m3er_fast.format``, ``m3er_fast.classes`` (JSON) and ``m3er_fast.task``.
+and the schema metadata ``m3er_fast.format``, ``m3er_fast.classes`` (JSON), ``m3er_fast.task`` and, for features made
+from recordings, ``m3er_fast.extraction`` (JSON): how they were made.
 
 Other layouts of a modality are read too: ``fixed_size_list``, ``list``, ``list<list>`` and Arrow's
 ``fixed_shape_tensor``, holding float16, float32, float64 or integers; and so are the tables that pandas, polars and
@@ -60,6 +61,7 @@ __all__ = [
     "TableFeatures",
     "classes_named",
     "decode_rows",
+    "extraction_of",
     "features_from_table",
     "labels_are_names",
     "labels_from_table",
@@ -80,6 +82,7 @@ __all__ = [
 FORMAT_VERSION = "1"
 
 _FORMAT, _CLASSES, _TASK = b"m3er_fast.format", b"m3er_fast.classes", b"m3er_fast.task"
+_EXTRACTION = b"m3er_fast.extraction"
 _ROW_GROUP_BYTES = 64 * 2**20
 # A page must stay in a core's first-level cache while it is read, verified and decoded.
 _PAGE_BYTES = 16 * 2**10
@@ -344,7 +347,22 @@ def _to_table(corpus: Corpus) -> pa.Table:
         _CLASSES: json.dumps(corpus.classes),
         _TASK: corpus.task,
     }
+    if corpus.extraction is not None:
+        about[_EXTRACTION] = json.dumps(corpus.extraction)
     return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=about))
+
+
+def extraction_of(schema: pa.Schema) -> dict[str, Any] | None:
+    """Return how the features of a table were made from recordings; None where it does not say.
+
+    Raises:
+        CorpusError: if what it says is no JSON object.
+    """
+    text = (schema.metadata or {}).get(_EXTRACTION)
+    if text is None:
+        return None
+    with decoding("the schema", f"its metadata {_EXTRACTION.decode()!r} are no JSON object"):
+        return dict(json.loads(text))
 
 
 def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:
@@ -360,6 +378,7 @@ def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:
         task=task,
         split=read_splits(table),
         group=read_strings(table, "group"),
+        extraction=extraction_of(table.schema),
     )
 
 

@@ -6,6 +6,7 @@ The extractors of this package need ``pip install 'm3er-fast[extract]'``; one of
 
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
+from m3er_fast.recordings.prediction import PredictedUtterance, predict_recording
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
 from m3er_fast.recordings.utterances import Extracted, Steps, Utterance, extract_recording
@@ -20,6 +21,7 @@ __all__ = [
     "FaceFeatures",
     "FrameExtractor",
     "Frames",
+    "PredictedUtterance",
     "SoundFeatures",
     "StaticTable",
     "Steps",
@@ -31,6 +33,7 @@ __all__ = [
     "extract",
     "extract_recording",
     "means_within",
+    "predict_recording",
     "read_transcript",
     "with_times",
     "word_vectors",

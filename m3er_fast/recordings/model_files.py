@@ -32,7 +32,7 @@ _TIMEOUT_S = 30.0
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched models: ``$M3ER_FAST_CACHE``, or ``m3er-fast`` among the user's caches."""
+    """Return the folder for what later runs use again: ``$M3ER_FAST_CACHE``, or ``m3er-fast`` in the user's caches."""
     own = os.environ.get("M3ER_FAST_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3er-fast"
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,9 +36,6 @@ MEDIA_SUFFIXES = frozenset((
 ))
 # fmt: on
 """Endings of the files in a folder that are taken for recordings."""
-
-RECORDINGS_KEY = b"m3er_fast.recordings"
-"""Metadata of each shard: how its features were made, as JSON."""
 
 _INPUT_KEY, _REPORT_KEY = b"m3er_fast.input", b"m3er_fast.report"
 _THREADS = 16  # checksums wait for storage, not for a core
@@ -204,11 +201,7 @@ def extract(
         check_engine(engine, address, workers)
     table = None if labels is None else read_labels_table(labels)
     found, unnamed = _plan(Path(recordings), None if transcripts is None else Path(transcripts), table)
-    settings = {
-        "steps": steps,
-        "text": None if encoder is None else encoder.describe(),
-        **{name: extractor.describe() for name, extractor in extractors.items()},
-    }
+    settings = describe(extractors, encoder, steps)
     folder = CorpusFolder(locate(out), tuple(found), settings)
     job = _Job(folder, dict(extractors), encoder, table, steps)
     with _cluster(address):
@@ -253,6 +246,22 @@ def _results(
     return run_tasks(_Cancellable(job), pending, workers=workers)
 
 
+def describe(extractors: Mapping[str, FrameExtractor], encoder: WordEncoder | None, steps: Steps) -> dict[str, Any]:
+    """Return everything that the features of a corpus depend on but its recordings, as JSON.
+
+    Raises:
+        ValueError: an extractor describes itself by something that JSON has no form for.
+    """
+    described = {modality: extractor.describe() for modality, extractor in extractors.items()}
+    text = {} if encoder is None else {"text": encoder.describe()}
+    try:
+        # As it is read back: with lists for tuples.
+        settings: dict[str, Any] = json.loads(json.dumps({"steps": steps, "modalities": {**text, **described}}))
+    except TypeError as error:
+        raise ValueError(f"extractors must describe themselves as JSON: {error}") from error
+    return settings
+
+
 class _Result(NamedTuple):
     """The outcome of one recording."""
 
@@ -290,10 +299,9 @@ class _Job:
         about = {
             _INPUT_KEY: recording.input.encode(),
             _REPORT_KEY: json.dumps(report).encode(),
-            RECORDINGS_KEY: json.dumps(self.folder.settings).encode(),
         }
         with self.folder.atomic_file(recording.file.output_name) as file:
-            write_shard(extracted.corpus, file, about)
+            write_shard(replace(extracted.corpus, extraction=self.folder.settings), file, about)
         return _Result(report)
 
 
@@ -407,7 +415,7 @@ def _plan(
 
     def recording(name: str, path: Path) -> Recording:
         file = Shard(path.relative_to(root).as_posix(), str(path.absolute()), *checked(path, "sampled"))
-        words = _transcript_of(path.with_suffix("") if transcripts is None else transcripts / name)
+        words = transcript_of(path.with_suffix("") if transcripts is None else transcripts / name)
         return Recording(name, file, words, None if words is None else checked(words, "full")[1])
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -419,8 +427,12 @@ def _is_recording(path: Path, root: Path) -> bool:
     return path.suffix.lower() in MEDIA_SUFFIXES and not any(map(is_hidden, parts)) and path.is_file()
 
 
-def _transcript_of(stem: Path) -> Path | None:
-    """Return the transcript of a recording: the first there is, those with times of words before those without."""
+def transcript_of(stem: Path) -> Path | None:
+    """Return the transcript of a recording, or None if it has none.
+
+    Args:
+        stem: path of the recording without its ending. Of several transcripts, one with times of words is taken.
+    """
     for suffix in TRANSCRIPT_SUFFIXES:
         found = [
             path for path in sorted(stem.parent.glob(f"{glob.escape(stem.name)}.*")) if path.suffix.lower() == suffix

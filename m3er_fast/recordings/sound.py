@@ -5,15 +5,18 @@ Dimension legend: n samples, N frames.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, Sound, read_sound
 from m3er_fast.recordings.frames import Frames
+from m3er_fast.recordings.model_files import cache_folder
 
 HOP = SAMPLE_RATE // 100  # 10 ms
 _SPECTRUM = 512  # samples of a Fourier transform, of which a window of 25 ms is seen
@@ -186,8 +189,12 @@ def _pitch(samples: NDArray[np.float32], windows: NDArray[np.float32]) -> tuple[
     return pitch, correlation.clip(1e-3, 1 - 1e-4)
 
 
+@functools.cache
 def _librosa() -> Any:
-    """Return the module ``librosa``.
+    """Return the module ``librosa``, one process after the other.
+
+    The first import compiles functions for some seconds and keeps them on the disk. Two processes that do so at once
+    leave a mixture of both on the disk, which ends every later process that calls them.
 
     Raises:
         ImportError: if it is missing.
@@ -196,4 +203,9 @@ def _librosa() -> Any:
         import librosa
     except ImportError as error:
         raise ImportError("features of sound need librosa: pip install 'm3er-fast[extract]'") from error
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "librosa.lock"):
+        for function in (librosa.stft, librosa.yin, librosa.feature.mfcc, librosa.util.normalize):
+            callable(function)  # librosa loads and compiles a module when a name of it is first asked for
     return librosa

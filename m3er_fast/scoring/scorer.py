@@ -22,8 +22,17 @@ from torch import Tensor, nn
 from m3er_fast._validation import check_choice, check_positive_int, not_fitted
 from m3er_fast.check import ModalityCheck
 from m3er_fast.corpus.base import CorpusError
+from m3er_fast.corpus.extraction import extraction_difference
 from m3er_fast.corpus.files import decoding
-from m3er_fast.corpus.parquet import DecodedRows, FrameColumn, decode_rows, modality_columns, string_column, with_ids
+from m3er_fast.corpus.parquet import (
+    DecodedRows,
+    FrameColumn,
+    decode_rows,
+    extraction_of,
+    modality_columns,
+    string_column,
+    with_ids,
+)
 from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
@@ -143,6 +152,11 @@ class Scorer:
         unknown = [name for name in modality_columns(schema) if name not in names]
         if unknown:
             raise CorpusError(f"the corpus has modalities {unknown}, unknown to the model, which knows {names}")
+        extraction = extraction_of(schema)
+        if extraction is not None and self.model.extraction is not None:
+            difference = extraction_difference(self.model.extraction, extraction)
+            if difference is not None:
+                raise CorpusError(f"its features were made in another way than those of the model: {difference}")
 
     @torch.inference_mode()
     def _score_rows(self, rows: DecodedRows, scores: _Scores, is_canceled: Callable[[], bool]) -> None:

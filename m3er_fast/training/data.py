@@ -69,6 +69,7 @@ class TrainingData(Protocol):
 
     task: str  # as of a Corpus
     classes: tuple[str, ...]
+    extraction: dict[str, Any] | None
 
     @property
     def input_dims(self) -> dict[str, int]:
@@ -112,6 +113,7 @@ class MemoryData:
     def __init__(self, corpus: Corpus, seed: int) -> None:
         labels_of(corpus)
         self.task, self.classes, self.input_dims = corpus.task, corpus.classes, corpus.input_dims
+        self.extraction = corpus.extraction
         self._corpus = corpus = ensure_validation(corpus, seed=seed)
         self.training, self.validation = MemorySplit(corpus.subset("train")), MemorySplit(corpus.subset("valid"))
         for name, split in (("train", self.training), ("valid", self.validation)):

@@ -177,7 +177,7 @@ def _finished(out: Path | None, fingerprint: dict[str, Any]) -> TrainingResult |
 
 def _fitted_model(data: TrainingData, config: M3ERConfig, statistics: ModelStatistics | None) -> M3ERFusion:
     """Return a model that is trained no epoch yet."""
-    model = M3ERFusion(data.input_dims, len(data.classes), config, classes=data.classes)
+    model = M3ERFusion(data.input_dims, len(data.classes), config, classes=data.classes, extraction=data.extraction)
     if statistics is None:
         data.fit(model)
     else:
