@@ -11,14 +11,13 @@ from m3er_fast.metrics import ClassificationReport
 from m3er_fast.recordings import (
     FaceFeatures,
     FrameExtractor,
-    PredictedUtterance,
     SoundFeatures,
     extract,
-    predict_recording,
     read_transcript,
     word_vectors,
 )
 from m3er_fast.recordings.generate import generate_recordings, write_video
+from m3er_fast.recordings.prediction import PredictedUtterance, predict_recording
 from m3er_fast.recordings.timeline import draw_timeline
 from m3er_fast.scoring import score
 from m3er_fast.training import train

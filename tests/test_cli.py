@@ -27,7 +27,20 @@ from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.functional._dispatch import OPERATIONS, backends
 from m3er_fast.neighbors import NeighborEngine
 
-COMMANDS = ["demo", "convert", "train", "score", "fit-stats", "generate", "ablate", "audit", "bench", "info"]
+COMMANDS = [
+    "demo",
+    "convert",
+    "extract",
+    "train",
+    "score",
+    "predict",
+    "fit-stats",
+    "generate",
+    "ablate",
+    "audit",
+    "bench",
+    "info",
+]
 DIMS = {"text": 6, "audio": 5, "face": 4}
 
 

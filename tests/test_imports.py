@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "m3er_fast"
 # From top to bottom. A module may import those of its own line and of the lines below.
 LAYERS = (
     "cli",
-    "demo",
+    "demo recordings_demo",
     "ablation _ablation_figures _ablation_table baselines",
     "corpus_evaluation evaluation_page",
     "training evaluation",

@@ -13,7 +13,15 @@ matplotlib = pytest.importorskip("matplotlib", reason="needs the extra m3er-fast
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from m3er_fast.plots import Example, plot_ablation, plot_examples, plot_history, plot_proxies  # noqa: E402
+from m3er_fast.plots import (  # noqa: E402
+    Example,
+    Timeline,
+    plot_ablation,
+    plot_examples,
+    plot_history,
+    plot_proxies,
+    plot_timeline,
+)
 
 HISTORY = {"train_loss": [1.5, 1.1, 0.9, 0.7], "valid_loss": [1.6, 1.2, 1.1, 1.3], "best_epoch": 3}
 ROWS = [("without proxies", 0.634, 0.011), ("full M3ER", 0.761, 0.008), ("true mask", 0.765, None)]
@@ -360,3 +368,52 @@ def test_one_row_of_any_sign_is_drawn(tmp_path, row):
 def test_ablation_refuses_by_name(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         plot_ablation(rows, tmp_path / "ablation.png", metric="score")
+
+
+def timeline(rows=3, classes=2, **changes):
+    generator = np.random.default_rng(0)
+    values = {
+        "title": "talk $1.mp4",
+        "spans": np.stack([np.arange(rows), np.arange(rows) + 1], axis=1).astype(float),
+        "classes": tuple(f"class {c}" for c in range(classes)),
+        "probabilities": generator.dirichlet(np.ones(classes), rows),
+        "modalities": ("text", "audio"),
+        "trusted": np.array([[1, 0], [np.nan, 1], [np.nan, np.nan]] * rows)[:rows],
+        "abstained": np.array([False, False, True] * rows)[:rows],
+        "level": np.array([[0.5, 1.5], [0.1, 0.2]]),
+        "pictures": [(1.0, np.zeros((9, 16, 3), np.uint8))],
+    }
+    return Timeline(**{**values, **changes})
+
+
+def test_timeline_shows_probabilities_and_what_was_trusted(figure_of):
+    figure = figure_of(plot_timeline, timeline())
+    pictures, level, stack, bands = figure.axes
+    heights = np.array([[bar.get_height() for bar in group] for group in stack.containers])
+    np.testing.assert_allclose(heights, timeline().probabilities.T)
+    assert [text.get_text() for text in stack.texts] == ["abstained"]
+    assert [text.get_text() for text in bands.get_yticklabels()] == ["text", "audio"]
+    drawn = [(round(bar.get_y() + 0.35), bar.get_x(), bar.get_hatch()) for bar in bands.patches]
+    assert drawn == [(0, 0, None), (1, 0, "////"), (1, 1, None)]
+    assert len(pictures.images) == 1
+    assert level.get_ylabel() == "sound"
+
+
+def test_timeline_without_sound_and_pictures_and_with_many_classes(figure_of):
+    figure = figure_of(plot_timeline, timeline(1, 20, level=np.empty((2, 0)), pictures=()))
+    assert len(figure.axes) == 2
+    styles = {(bar.get_facecolor(), bar.get_hatch()) for group in figure.axes[0].containers for bar in group}
+    assert len(styles) >= 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spans": np.zeros((3, 3))}, "spans"),
+        ({"probabilities": np.zeros((2, 2))}, "probabilities"),
+        ({"trusted": np.zeros((3, 3))}, r"trusted must be of shape \(3, 2\) with N ≥ 1, got \(3, 3\)"),
+    ],
+)
+def test_bad_timelines_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plot_timeline(timeline(**changes), tmp_path / "a.png")

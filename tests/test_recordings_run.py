@@ -193,6 +193,15 @@ def test_no_recordings_and_two_of_one_name(tmp_path):
     assert run(tmp_path / "a.wav", tmp_path / "out", steps=0.1).recordings == 1  # one file may have any neighbours
 
 
+def test_an_extractor_that_cannot_be_sent_to_a_worker_is_said_before_anything_is_written(recordings, tmp_path):
+    class Local(Loudness):
+        pass
+
+    with pytest.raises(ValueError, match="extractors and encoder must be sent to other processes, but"):
+        run(recordings, tmp_path / "out", extractors={"audio": Local()})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["engine", "workers", "steps"])
 def test_bad_arguments_are_named(recordings, tmp_path, name):
     with pytest.raises(ValueError, match=name):

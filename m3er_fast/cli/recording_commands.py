@@ -14,7 +14,8 @@ from m3er_fast.cli.options import AddressOption, EngineOption, interruptible
 from m3er_fast.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from m3er_fast.recordings import ExtractProgress, FrameExtractor, PredictedUtterance, Steps
+    from m3er_fast.recordings import ExtractProgress, FrameExtractor, Steps
+    from m3er_fast.recordings.prediction import PredictedUtterance
 
 
 def extract(
@@ -172,10 +173,10 @@ def predict(
     if as_json:
         print(json.dumps([{**utterance._asdict(), "scores": vars(utterance.scores)} for utterance in found], indent=2))
     else:
-        print(_table(found))
+        print(prediction_table(found))
 
 
-def _table(found: Sequence[PredictedUtterance]) -> str:
+def prediction_table(found: Sequence[PredictedUtterance]) -> str:
     """Return a line per utterance, as Markdown."""
     lines = [
         "| Utterance | From | To | Prediction | Probability | Trusted | Not trusted |",

@@ -44,20 +44,53 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for table and figures.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for table and figures.  [default: runs/demo, or runs/recordings]", show_default=False
+        ),
+    ] = None,
+    recordings: Annotated[
+        bool, typer.Option("--recordings", help="Show the path from videos to emotions instead, on videos made here.")
+    ] = False,
+    face_model: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="face_landmarker.task, for --recordings.  [default: fetched once]"),
+    ] = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Show the whole method on a generated corpus.
 
     Some of its modalities are ineffectual. Fits, trains and scores, then prints the ablation table and draws the
     figures. It takes a few minutes on two cores. After an interruption, give the same command again.
+
+    With --recordings, makes videos of a portrait that moves and a voice of tones, extracts their features, trains, and
+    predicts a video in which the face is hidden and the sound is lost at times. It is a toy: it shows that every step
+    works, and nothing about people.
     """
+    use_threads(threads)
+    if recordings:
+        _demonstrate_recordings(Path("runs/recordings") if out is None else out, face_model)
+        return
+    if face_model is not None:
+        raise typer.BadParameter("it goes with --recordings", param_hint="--face-model")
     from m3er_fast.demo import run_demo
 
-    use_threads(threads)
+    out = Path("runs/demo") if out is None else out
     with ProgressDisplay("demo", "epochs") as display, interruptible("the same command goes on"):
         result = run_demo(out, progress=display.say, moved=display.update, resumed=display.note)
     _print_ablation(result, out)
+
+
+def _demonstrate_recordings(out: Path, face_model: Path | None) -> None:
+    from m3er_fast.cli.recording_commands import prediction_table
+    from m3er_fast.recordings_demo import run_recordings_demo
+
+    with ProgressDisplay("demo") as display:
+        report, predicted = run_recordings_demo(out, face_model=face_model, progress=display.say)
+    if report is not None:
+        print(f"On the test split:\n\n{report.to_markdown()}\n")
+    print(f"{out / 'story.mp4'}, drawn in {out / 'story.png'}:\n\n{prediction_table(predicted)}")
 
 
 @by_launched_workers

@@ -1,12 +1,12 @@
 """From recordings to a corpus: sound, face and words of videos, as features of utterances.
 
 The extractors of this package need ``pip install 'm3er-fast[extract]'``; one of your own needs two methods
-(:class:`FrameExtractor`, :class:`WordEncoder`).
+(:class:`FrameExtractor`, :class:`WordEncoder`). Predicting a recording is in :mod:`m3er_fast.recordings.prediction`,
+which imports torch: the processes that extract need no torch.
 """
 
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
-from m3er_fast.recordings.prediction import PredictedUtterance, predict_recording
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
 from m3er_fast.recordings.utterances import Extracted, Steps, Utterance, extract_recording
@@ -21,7 +21,6 @@ __all__ = [
     "FaceFeatures",
     "FrameExtractor",
     "Frames",
-    "PredictedUtterance",
     "SoundFeatures",
     "StaticTable",
     "Steps",
@@ -33,7 +32,6 @@ __all__ = [
     "extract",
     "extract_recording",
     "means_within",
-    "predict_recording",
     "read_transcript",
     "with_times",
     "word_vectors",

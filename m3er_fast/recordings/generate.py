@@ -225,7 +225,8 @@ def _portrait() -> list[NDArray[np.uint8]]:
         from skimage.data import astronaut
     except ImportError as error:
         raise ImportError("generated recordings need scikit-image: pip install 'm3er-fast[extract]'") from error
-    return list(np.moveaxis(astronaut()[:256, 96:352], -1, 0))
+    picture: NDArray[np.uint8] = astronaut()  # type: ignore[no-untyped-call]
+    return list(np.moveaxis(picture[:256, 96:352], -1, 0))
 
 
 def _encode(

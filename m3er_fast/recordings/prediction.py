@@ -139,7 +139,8 @@ def _windows(recording: Path, window: float) -> list[Utterance]:
     seconds = probe(recording).seconds
     if not seconds:
         raise CorpusError(f"{recording} does not say how long it is, so it cannot be cut into windows")
-    starts = np.arange(0.0, max(seconds - window / 2, 1e-9), window)  # the last window is half as long or longer
+    # The last window is half as long or longer.
+    starts = window * np.arange(max(1, round(seconds / window + 1e-9)))
     ends = [*starts[1:], np.inf]
     return [
         Utterance(f"{recording.stem}_{number:04d}", float(start), float(end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,10 @@ def extract(
     settings = describe(extractors, encoder, steps)
     folder = CorpusFolder(locate(out), tuple(found), settings)
     job = _Job(folder, dict(extractors), encoder, table, steps)
+    try:
+        pickle.dumps(job)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise ValueError(f"extractors and encoder must be sent to other processes, but {error}") from error
     with _cluster(address):
         folder.begin(resume=resume)
         counter = _Counter(job, unnamed, progress)

@@ -187,9 +187,8 @@ def _read_subtitles(path: Path) -> list[Cue]:
     cues: list[Cue] = []
     shown = last = ""  # the last lines of the caption before and of all so far
     for caption in read(str(path)).captions:
-        start, end = caption.start_in_seconds, caption.end_in_seconds
-        start += caption.start_time.milliseconds / 1000
-        end += caption.end_time.milliseconds / 1000
+        start = caption.start_in_seconds + caption.start_time.milliseconds / 1000
+        end = caption.end_in_seconds + caption.end_time.milliseconds / 1000
         words: list[Word] = []
         for line in caption.raw_text.splitlines():
             text = " ".join(split_words(line))

@@ -1,0 +1,79 @@
+"""Recordings made here, and the demonstration on them."""
+
+import csv
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("skimage")
+
+
+from recording_problems import QuickSound
+
+from m3er_fast import M3ERConfig, TrainingConfig
+from m3er_fast.cli import main
+from m3er_fast.corpus import read_parquet
+from m3er_fast.recordings import read_transcript
+from m3er_fast.recordings.decoding import Decoder, probe, read_pictures, read_sound
+from m3er_fast.recordings.generate import MANNERS, generate_recordings, write_video
+
+
+def test_a_video_holds_what_its_transcript_says(tmp_path):
+    path = tmp_path / "a.mp4"
+    spoken = write_video(path, ["happy", "sad", "calm"], seed=1, hidden=[1], noisy=[2])
+    transcript = read_transcript(tmp_path / "a.json")
+    assert [tuple(word.text for word in said.words) for said in spoken] == [
+        tuple(word.text for word in cue.words) for cue in transcript.cues
+    ]
+    assert all(word.timed for word in transcript.words)
+    assert probe(path).seconds == pytest.approx(spoken[-1].end, abs=0.3)
+    pictures = list(read_pictures(Decoder(path, "video"), per_second=None, width=640))
+    hidden = [picture for picture in pictures if spoken[1].start + 0.1 <= picture.time < spoken[1].end - 0.1]
+    assert max(picture.pixels.std() for picture in hidden) < 5 < min(p.pixels.std() for p in pictures[:5])
+    samples = np.concatenate([piece.samples for piece in read_sound(Decoder(path, "audio"))])
+    pauses = [np.abs(samples[round((word.end + 0.02) * 16000) :][:200]).max() for word in spoken[0].words[:-1]]
+    assert max(pauses) < 0.1 < np.abs(samples[round(spoken[2].start * 16000) + 2000 :]).max()
+
+
+def test_a_folder_of_recordings_is_reproducible(tmp_path):
+    told = []
+    for name in ("one", "two"):
+        generate_recordings(tmp_path / name, recordings=2, utterances=2, seed=3, progress=lambda *x: told.append(x))
+    assert told == [(1, 2), (2, 2)] * 2
+    for name in ("labels.csv", "vectors.txt", "video_000.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    with (tmp_path / "one" / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert {row["label"] for row in rows} <= set(MANNERS)
+    with pytest.raises(ValueError, match="recordings must be a positive int"):
+        generate_recordings(tmp_path / "three", recordings=0)
+
+
+def test_the_demonstration_without_a_face(tmp_path, monkeypatch, capsys):
+    """As on a machine without MediaPipe's model and without network; sound and training are quick ones."""
+    from m3er_fast import recordings_demo
+    from m3er_fast.recordings import prediction
+
+    def no_face(*arguments, **options):
+        raise OSError("face_landmarker.task cannot be fetched")
+
+    monkeypatch.setattr(recordings_demo, "FaceFeatures", no_face)
+    monkeypatch.setattr(recordings_demo, "SoundFeatures", QuickSound)
+    monkeypatch.setattr(prediction, "SoundFeatures", QuickSound)
+    made, trained = recordings_demo.generate_recordings, recordings_demo.train
+    monkeypatch.setattr(recordings_demo, "generate_recordings", lambda out, recordings: made(out, recordings=5))
+    config = M3ERConfig(training=TrainingConfig(epochs=2))
+    monkeypatch.setattr(recordings_demo, "train", lambda corpus, out: trained(corpus, config, out=out))
+    out = tmp_path / "out"
+    assert main(["demo", "--recordings", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "the face is left out: face_landmarker.task cannot be fetched" in printed.err
+    assert "On the test split:" in printed.out
+    assert printed.out.count("| story_") == 8
+    assert read_parquet(out / "corpus").input_dims.keys() == {"text", "audio"}
+    assert (out / "story.png").exists()
+    assert (out / "scores" / "_SUCCESS").exists()
+    assert main(["demo", "--recordings", "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
