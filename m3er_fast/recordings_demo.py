@@ -33,19 +33,21 @@ def run_recordings_demo(
     face_model: Path | None = None,
     recordings: int = 30,
     progress: Callable[[str], None] | None = None,
+    left_out: Callable[[str], None] | None = None,
 ) -> tuple[ClassificationReport | None, list[PredictedUtterance]]:
     """Make recordings, extract their features, train and score a model, and predict another recording.
 
     ``out`` receives the recordings (recordings/), the corpus (corpus/), a trained model (model/), its scores (scores/)
     and the predictions of a recording in which a modality is lost at times (story.mp4, story.png).
 
-    Where MediaPipe's model can neither be found nor fetched, the face is left out, and a line says so.
+    Where MediaPipe's model can neither be found nor fetched, the face is left out.
 
     Args:
         out: a folder that is empty or does not exist yet.
         face_model: path of MediaPipe's model; None fetches it once.
         recordings: number of videos to make.
         progress: called with a line of text at every stage.
+        left_out: called with a line of text if the face is left out.
 
     Returns:
         The scores of the test split, and the predictions.
@@ -64,7 +66,8 @@ def run_recordings_demo(
     try:
         extractors["face"] = FaceFeatures(model=face_model)
     except OSError as error:
-        say(f"the face is left out: {error}")
+        if left_out is not None:
+            left_out(f"the face is left out: {error}")
     vectors = made / "vectors.txt"
     say("extracting sound, face and words")
     extract(made, out / "corpus", extractors, encoder=word_vectors(vectors), labels=made / "labels.csv", workers=2)

@@ -87,7 +87,7 @@ def _demonstrate_recordings(out: Path, face_model: Path | None) -> None:
     from m3er_fast.recordings_demo import run_recordings_demo
 
     with ProgressDisplay("demo") as display:
-        report, predicted = run_recordings_demo(out, face_model=face_model, progress=display.say)
+        report, predicted = run_recordings_demo(out, face_model=face_model, progress=display.say, left_out=display.note)
     if report is not None:
         print(f"On the test split:\n\n{report.to_markdown()}\n")
     print(f"{out / 'story.mp4'}, drawn in {out / 'story.png'}:\n\n{prediction_table(predicted)}")
