@@ -26,6 +26,7 @@ from m3er_fast.corpus.parquet import (
     DecodedRows,
     classes_named,
     decode_rows,
+    extraction_of,
     labels_are_names,
     labels_from_table,
     modality_columns,
@@ -87,6 +88,9 @@ class StreamedCorpus:
             contents = list(pool.map(partial(_read_content, plan.corpus), plan.shards))
         with naming(str(plan.corpus)):
             self.classes, self.task = _agree_on_labels(contents)
+            self.extraction = contents[0].extraction
+            if any(content.extraction != self.extraction for content in contents):
+                raise CorpusError("its shards were extracted from recordings in different ways")
         rows = sum(content.rows for content in contents)
         size = sum(shard.size for shard in plan.shards)
         self.buffer = buffer or max(1, _BLOCK_BYTES * rows // max(1, size))
@@ -353,6 +357,7 @@ class _Content(NamedTuple):
     are_names: bool
     labelled: dict[str, int]  # split -> number of labelled utterances
     class_count: NDArray[Any]  # (C,), the labels of the training split
+    extraction: dict[str, Any] | None  # as of a Corpus
 
 
 def _read_content(corpus: Location, shard: Shard) -> _Content:
@@ -375,8 +380,8 @@ def _read_content(corpus: Location, shard: Shard) -> _Content:
         learned = target[is_labelled & (splits == "train")]
         count += np.bincount(learned, minlength=len(classes)) if task == "single" else learned.sum(axis=0)
     labelled = {split: int((is_labelled & (splits == split)).sum()) for split in SPLITS}
-    names = labels_are_names(table.schema)
-    return _Content(shard, table.num_rows, classes, task, target is not None, names, labelled, count)
+    names, extraction = labels_are_names(table.schema), extraction_of(table.schema)
+    return _Content(shard, table.num_rows, classes, task, target is not None, names, labelled, count, extraction)
 
 
 def _labelled(target: NDArray[Any] | None, task: str, rows: int) -> NDArray[np.bool_]:
