@@ -10,6 +10,7 @@ modalities.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from m3er_fast.config import M3ERConfig
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.evaluation import labelled, labels_of, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
+from m3er_fast.training.schedule import set_learning_rate
 
 LOGISTIC = "Logistic regression"
 LATE = "Late fusion: an LSTM per modality"
@@ -275,7 +277,10 @@ def train_branches(network: Branches, training: Utterances, validation: Utteranc
     best, best_epoch, least = copy.deepcopy(network.state_dict()), 0, float("inf")
     for epoch in range(settings.epochs):
         network.train()
-        for batch in training.batches(settings.batch_size, torch.randperm(len(training.lengths))):
+        steps = math.ceil(len(training.lengths) / settings.batch_size)
+        order = torch.randperm(len(training.lengths))
+        for step, batch in enumerate(training.batches(settings.batch_size, order)):
+            set_learning_rate(optimizer, settings, epoch + (step + 0.5) / steps)
             optimizer.zero_grad(set_to_none=True)
             network.loss(batch).backward()  # type: ignore[no-untyped-call]
             if settings.gradient_norm is not None:

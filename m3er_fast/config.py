@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal, Self, TypeAlias
 
 from m3er_fast._settings import check_settings, document_settings, setting
-from m3er_fast._validation import check_boolean, check_choice, check_number, check_positive_int
+from m3er_fast._validation import check_boolean, check_choice, check_number, check_positive_int, near_names
 from m3er_fast.neighbors import NeighborEngine
 from m3er_fast.operands import Activation, Variant
 
@@ -20,6 +20,7 @@ Statistic = Literal["correlation", "energy", "combined"]
 Rule = Literal["all", "any"]
 Pooling = Literal["mean", "mean_std"]
 Bank = Literal["regression", "neighbours", "basis"]
+Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -273,6 +274,15 @@ class TrainingConfig:
     epochs: int = setting(100, check_positive_int, "the most passes over the training split.")
     batch_size: int = setting(64, check_positive_int, "utterances per step.")
     learning_rate: float = setting(1e-3, _above(0.0), "Adam's learning rate.")
+    schedule: Schedule = setting(
+        "constant",
+        _one_of(Schedule),
+        '"constant", or "cosine": the learning rate falls as half a cosine from the end of the warm-up to 0 at the\n'
+        "last of ``epochs``.",
+    )
+    warmup_epochs: float = setting(
+        0.0, _at_least(0.0), "epochs over which the learning rate rises from 0, fewer than ``epochs``; 0 for none."
+    )
     weight_decay: float = setting(0.0, _at_least(0.0), "Adam's weight decay, decoupled from the gradient.")
     patience: int | None = setting(
         10,
@@ -305,6 +315,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs = {self.epochs}, got {self.warmup_epochs!r}")
 
 
 for _kind in (CheckConfig, ProxyConfig, NetworkConfig, LossConfig, TrainingConfig):
@@ -363,6 +375,27 @@ class M3ERConfig:
         """A copy with some fields changed; see :func:`dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
+    def with_settings(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some settings changed, by dotted names such as ``"loss.beta"``.
+
+        A setting of a part that is None gives the part its defaults first.
+
+        Raises:
+            ValueError: for an unknown name, with those it may stand for, or a bad value.
+        """
+        values = self.to_dict()
+        for name, value in changes.items():
+            if name not in _SETTINGS:
+                endings = [one for one in _SETTINGS if one.endswith(f".{name}")]
+                alike = [one for one in _SETTINGS if ("." in one) == ("." in name)]
+                hint = f", did you mean {' or '.join(endings)}?" if endings else near_names(name, alike)
+                raise ValueError(f"there is no setting {name!r}{hint}")
+            part, _, field_name = name.rpartition(".")
+            if part and values[part] is None:
+                values[part] = {}
+            (values[part] if part else values)[field_name] = value
+        return type(self).from_dict(values)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -391,6 +424,10 @@ _PARTS: dict[str, type] = {
     "training": TrainingConfig,
 }
 _OPTIONAL_PARTS = ("check", "proxy")
+_SETTINGS = [
+    *(f"{name}.{one.name}" for name, kind in _PARTS.items() for one in dataclasses.fields(kind)),
+    *(one.name for one in dataclasses.fields(M3ERConfig)),
+]
 
 
 def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,8 @@ NOT_NONNEGATIVE = [-0.1, math.inf, math.nan, "1", True]
         (TrainingConfig, "batch_size", NOT_POSITIVE_INTS),
         (TrainingConfig, "learning_rate", [0.0, *NOT_NONNEGATIVE]),
         (TrainingConfig, "weight_decay", NOT_NONNEGATIVE),
+        (TrainingConfig, "schedule", ["linear", "", None, 1]),
+        (TrainingConfig, "warmup_epochs", NOT_NONNEGATIVE),
         (TrainingConfig, "patience", NOT_POSITIVE_INTS),
         (TrainingConfig, "gradient_norm", [0.0, *NOT_NONNEGATIVE]),
         (TrainingConfig, "balance_classes", NOT_BOOLEANS),
@@ -176,3 +178,43 @@ def test_every_field_has_its_refusals_tested():
 def test_from_dict_names_what_it_does_not_know(values, message):
     with pytest.raises(ValueError, match=message):
         M3ERConfig.from_dict(values)
+
+
+# --- settings by dotted names ---
+
+
+def test_settings_change_by_dotted_names():
+    changed = M3ERConfig().with_settings(
+        {"loss.beta": 2, "training.patience": None, "network.attention": [1, 2, 3], "check_in_training": True}
+    )
+    expected = M3ERConfig(
+        loss=LossConfig(beta=2.0),
+        training=TrainingConfig(patience=None),
+        network=NetworkConfig(attention=(1, 2, 3)),
+        check_in_training=True,
+    )
+    assert changed == expected
+    assert M3ERConfig().with_settings({"check": None}).check is None
+    assert BARE.with_settings({"check.alpha": 0.1}).check == CheckConfig(alpha=0.1)
+    assert UNUSUAL.with_settings({}) == UNUSUAL
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss.betta", 2, r"there is no setting 'loss.betta', did you mean loss.beta\?"),
+        ("beta", 2, r"there is no setting 'beta', did you mean loss.beta\?"),
+        ("ridge", 2, r"did you mean check.ridge or proxy.ridge\?"),
+        ("zzz", 2, "there is no setting 'zzz'$"),
+        ("loss.beta", "two", "beta must be a finite number ≥ 0, got 'two'"),
+        ("loss", 2, "loss must be a LossConfig, got 2"),
+    ],
+)
+def test_a_setting_that_does_not_exist_or_fit_is_an_error(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        M3ERConfig().with_settings({name: value})
+
+
+def test_a_warm_up_is_shorter_than_the_training():
+    with pytest.raises(ValueError, match="warmup_epochs must be less than epochs = 3, got 3"):
+        TrainingConfig(epochs=3, warmup_epochs=3)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
-OPTIONAL = ("datasets", "pandas", "polars")  # a block that imports one that is not installed is left out
+OPTIONAL = ("datasets", "pandas", "polars", "wandb")  # a block that imports one that is not installed is left out
 COMMON_OPTIONS = {"--debug", "--help", "--version"}
 
 

@@ -2,21 +2,41 @@
 
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
+from m3er_fast import M3ERConfig
 from m3er_fast.cli import main
+from m3er_fast.config import TrainingConfig
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
+from m3er_fast.training import train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 DIMS = {"text": 6, "audio": 5, "face": 4}
 
 
+def blocks(language):
+    """Return the page's blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def console_commands():
     """Return the commands of the page, as words."""
-    text = PAGE.read_text(encoding="utf-8")
-    script = "".join(re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    script = "".join(blocks("console")).replace("\\\n", " ")
     return [shlex.split(line) for line in script.splitlines()]
+
+
+def test_weights_and_biases_gets_the_losses_in_five_lines(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, set(values))), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda project: run))
+    block = next(text for text in blocks("python") if "import wandb" in text)
+    assert len([line for line in block.splitlines() if line]) == 5
+    corpus = make_synthetic(60, input_dims=DIMS, num_classes=3, steps=3, latent_dim=3)
+    exec(block, {"train": train, "corpus": corpus, "M3ERConfig": M3ERConfig, "TrainingConfig": TrainingConfig})
+    assert logged == [(1, {"train", "valid"}), (2, {"train", "valid"})]
 
 
 def test_every_command_of_the_page_runs_in_order(tmp_path, monkeypatch, request):

@@ -25,7 +25,7 @@ from m3er_fast.training import ResumeMismatchError, TrainingError, class_weights
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 NETWORK = NetworkConfig(hidden=8, memory=8, attention=(8, 8, 8), fusion=8, head=8)
-RUN_FILES = {"README.md", "config.json", "model.safetensors", "history.json", "history.png"}
+RUN_FILES = {"README.md", "config.json", "model.safetensors", "history.json", "history.png", "last_epoch.pt"}
 
 
 def synthetic(**changes):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -18,7 +19,7 @@ from m3er_fast.execution.engine import Engine
 if TYPE_CHECKING:
     from m3er_fast.config import M3ERConfig
     from m3er_fast.scoring import ModelStatistics
-    from m3er_fast.training import StreamedCorpus
+    from m3er_fast.training import EpochRecord, StreamedCorpus
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -30,7 +31,13 @@ LargeCorpusArgument = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="JSON file of settings, such as the config.json of a run."),
+    typer.Option("--config", metavar="FILE", help="JSON or YAML file of settings, such as the config.json of a run."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Change a setting, such as loss.beta=2; may be given several times."
+    ),
 ]
 PaperOption = Annotated[bool, typer.Option("--paper", help="Use the settings of the paper instead of the defaults.")]
 EngineOption = Annotated[
@@ -48,6 +55,21 @@ WorkersOption = Annotated[
     typer.Option("--workers", min=1, help="Number of Ray workers.  [default: as many as there is room for]"),
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Maximum number of epochs; overrides the settings.")]
+
+
+class LogKind(StrEnum):
+    """Where ``train`` also writes its epochs."""
+
+    CSV = "csv"
+    TENSORBOARD = "tensorboard"
+
+
+LogOption = Annotated[
+    list[LogKind] | None,
+    typer.Option(
+        "--log", metavar="csv|tensorboard", help="Also write every epoch to RUN/log.csv, or to RUN/tensorboard."
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option(help="Go on with an interrupted run, or begin anew.")]
 # One by default: at the model's own sizes a second thread gains little on an idle machine, and spins most of the time
 # on a busy one (an epoch on two cores, one of them taken: 0.8 s with one thread, 28 s with two).
@@ -153,6 +175,7 @@ def training_settings(
     corpus: Corpus | StreamedCorpus,
     path: Path | None,
     paper: bool,
+    changes: list[str] | None,
     statistics: ModelStatistics | None = None,
     **overrides: float | str | None,
 ) -> M3ERConfig:
@@ -162,6 +185,7 @@ def training_settings(
         corpus: the corpus to train on.
         path: see :func:`chosen_settings`.
         paper: see :func:`chosen_settings`.
+        changes: see :func:`change_settings`.
         statistics: fitted statistics, whose settings the defaults take over.
         overrides: settings of the training; None overrides nothing.
     """
@@ -170,6 +194,7 @@ def training_settings(
     config = chosen_settings(path, paper)
     if config is None:
         config = default_config(corpus, statistics)
+    config = change_settings(config, changes)
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     return config.replace(training=replace(config.training, **given))
 
@@ -187,13 +212,39 @@ def chosen_settings(path: Path | None, paper: bool) -> M3ERConfig | None:
     return M3ERConfig.paper()
 
 
+def change_settings(config: M3ERConfig, changes: list[str] | None) -> M3ERConfig:
+    """Return the settings changed by words such as ``loss.beta=2``: a JSON value, or else text."""
+    values: dict[str, Any] = {}
+    for change in changes or []:
+        name, equals, text = change.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"{change!r} is not NAME=VALUE", param_hint="--set")
+        try:
+            values[name.strip()] = json.loads(text)
+        except ValueError:
+            values[name.strip()] = text
+    try:
+        return config.with_settings(values)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from error
+
+
+def logs_of(kinds: Sequence[LogKind] | None, out: Path) -> list[Callable[[EpochRecord], None]]:
+    """Return the callbacks that write the epochs of the run in ``out``."""
+    from m3er_fast.training import CsvLog, TensorBoardLog
+
+    logs: list[Callable[[EpochRecord], None]] = []
+    if LogKind.CSV in (kinds or []):
+        logs.append(CsvLog(out / "log.csv"))
+    if LogKind.TENSORBOARD in (kinds or []):
+        logs.append(TensorBoardLog(out / "tensorboard"))
+    return logs
+
+
 def _read_config(path: Path) -> M3ERConfig:
     from m3er_fast.config import M3ERConfig
 
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    values = _read_yaml(path) if path.suffix in (".yaml", ".yml") else _read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object of settings, got {type(values).__name__}")
     values = values.get("config", values)  # a run's config.json holds the settings beside other fields
@@ -201,3 +252,21 @@ def _read_config(path: Path) -> M3ERConfig:
         return M3ERConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs pyyaml: pip install 'm3er-fast[score]'") from error
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error

@@ -18,15 +18,19 @@ from m3er_fast.cli.options import (
     EngineOption,
     EpochsOption,
     LargeCorpusArgument,
+    LogOption,
     PaperOption,
     PrecisionOption,
     ResumeOption,
+    SetOption,
     StreamOption,
     ThreadsOption,
     WorkersOption,
     by_launched_workers,
+    change_settings,
     chosen_settings,
     interruptible,
+    logs_of,
     open_for_training,
     read_for_training,
     training_settings,
@@ -103,10 +107,12 @@ def train(
     ] = None,
     config: ConfigOption = None,
     paper: PaperOption = False,
+    changes: SetOption = None,
     epochs: EpochsOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, shuffling and dropout.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Utterances per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    log: LogOption = None,
     resume: ResumeOption = True,
     stream: StreamOption = None,
     buffer: BufferOption = None,
@@ -119,7 +125,8 @@ def train(
 ) -> None:
     """Train a model, stopping early on the validation loss.
 
-    The weights of the best epoch are kept. To resume interrupted training, give the same command again.
+    The weights of the best epoch are kept. To resume interrupted training, give the same command again; with more
+    --epochs, a finished one goes on.
     """
     from m3er_fast.scoring import ModelStatistics
     from m3er_fast.training import train as train_model
@@ -131,6 +138,7 @@ def train(
         data,
         config,
         paper,
+        changes,
         statistics,
         epochs=epochs,
         seed=seed,
@@ -138,12 +146,15 @@ def train(
         learning_rate=learning_rate,
         precision=precision,
     )
+    logs = logs_of(log, out)
     way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
     with ProgressDisplay("train", "epochs") as display, interruptible(way_on):
 
         def show(record: EpochRecord) -> None:
             note = f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}"
             display.update(record.epoch, record.epochs, note)
+            for write in logs:
+                write(record)
 
         result = train_model(
             data,
@@ -161,6 +172,9 @@ def train(
     losses = result.history["valid_loss"]
     best = result.best_epoch
     print(f"{out}: best of {len(losses)} epochs is {best}, with a validation loss of {losses[best - 1]:.4f}")
+    if best == settings.training.epochs:
+        way_on = "goes on from here" if settings.training.schedule == "constant" else "in another folder may do better"
+        print(f"The best epoch is the last one: --epochs {2 * best} {way_on}")
     report = _score_test_split(result.model, data)
     if report is not None:
         print(f"\nOn the test split:\n\n{report.to_markdown()}")
@@ -181,6 +195,7 @@ def fit_stats(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File for the statistics; an older one is replaced.")],
     config: ConfigOption = None,
     paper: PaperOption = False,
+    changes: SetOption = None,
     engine: EngineOption = "local",
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -191,8 +206,12 @@ def fit_stats(
     Labels are not needed. Then run train --stats FILE. Shards that cannot be read are left out; the exit code is then
     3.
     """
+    from m3er_fast.config import M3ERConfig
     from m3er_fast.scoring import fit_statistics
 
+    settings = chosen_settings(config, paper)
+    if changes:
+        settings = change_settings(settings or M3ERConfig(), changes)
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder, wanted a file to write", param_hint="--out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +223,7 @@ def fit_stats(
 
         statistics = fit_statistics(
             corpus,
-            chosen_settings(config, paper),
+            settings,
             engine=engine,
             address=address,
             workers=workers,
@@ -226,6 +245,7 @@ def ablate(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model, for mean ± standard deviation.")] = 5,
     config: ConfigOption = None,
     paper: PaperOption = False,
+    changes: SetOption = None,
     epochs: EpochsOption = None,
     corruption: Annotated[
         str,
@@ -255,7 +275,7 @@ def ablate(
         raise typer.BadParameter(str(error), param_hint="--corruption") from error
     use_threads(threads)
     data = read_for_training(corpus)
-    settings = training_settings(data, config, paper, epochs=epochs, precision=precision)
+    settings = training_settings(data, config, paper, changes, epochs=epochs, precision=precision)
     way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
     with ProgressDisplay("ablate", "epochs") as display, interruptible(way_on):
         result = run_ablation(

@@ -3,6 +3,7 @@
 from m3er_fast.evaluation import Prediction, check_modalities, evaluate
 from m3er_fast.training.data import class_weights
 from m3er_fast.training.fingerprint import ResumeMismatchError
+from m3er_fast.training.logs import CsvLog, TensorBoardLog
 from m3er_fast.training.loop import EpochRecord, TrainingError
 from m3er_fast.training.output import HISTORY_FILE, HISTORY_PLOT
 from m3er_fast.training.run import TrainingResult, default_config, train
@@ -13,10 +14,12 @@ __all__ = [
     "CHECKPOINT_FILE",
     "HISTORY_FILE",
     "HISTORY_PLOT",
+    "CsvLog",
     "EpochRecord",
     "Prediction",
     "ResumeMismatchError",
     "StreamedCorpus",
+    "TensorBoardLog",
     "TrainingError",
     "TrainingResult",
     "check_modalities",

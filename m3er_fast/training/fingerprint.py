@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ def run_fingerprint(config: M3ERConfig, data: dict[str, Any], statistics: str | 
     return {**_flat(config.to_dict()), **data, "statistics": statistics}
 
 
-def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    """Raise a ResumeMismatchError that names the differences unless the run in ``out`` is the one asked for."""
-    if found == wanted:
-        return
+def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], out: Path, epochs_done: int) -> None:
+    """Raise a ResumeMismatchError that names the differences unless the run in ``out`` can become the one asked for."""
     if not isinstance(found, dict):
         raise TypeError("a fingerprint is a dict")  # of an earlier version; resuming_from says so
+    if found == wanted or goes_on(found, wanted, epochs_done):
+        return
     differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     # A part that only one of them has differs as a whole.
     differing = [name for name in differing if name.rpartition(".")[0] not in differing]
@@ -46,6 +47,19 @@ def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], out: Path) 
         f"{out} holds a training that differs: {'; '.join(differences[:5])}{more}. Give another folder, or begin anew "
         "(--no-resume)"
     )
+
+
+def goes_on(found: dict[str, Any], wanted: dict[str, Any], epochs_done: int) -> bool:
+    """Return whether a run has done so far what one of other epochs or another patience would have done."""
+    differing = {name for name in {**wanted, **found} if found.get(name) != wanted.get(name)}
+    if not differing <= {"training.epochs", "training.patience"}:
+        return False
+    if "training.epochs" in differing and wanted["training.schedule"] != "constant":  # it decides every learning rate
+        return False
+    before, now = (
+        math.inf if one["training.patience"] is None else one["training.patience"] for one in (found, wanted)
+    )
+    return bool(now >= before and wanted["training.epochs"] >= epochs_done)
 
 
 def array_digest(values: NDArray[Any]) -> str:

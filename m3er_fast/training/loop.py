@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.training.data import Split, TrainingBatch, TrainingData
 from m3er_fast.training.device import batches_on, computing_in
+from m3er_fast.training.schedule import set_learning_rate
 from m3er_fast.training.state import CHECKPOINT_FILE, EpochPosition, TrainingState
 from m3er_fast.training.workers import ALONE, Workers
 
@@ -79,6 +81,7 @@ def train_epoch(
     model.train()
     # Seeded per epoch, not carried over from the last one: a resumed training must draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + state.epoch)
+    steps = math.ceil(split.rows / settings.batch_size)
     done = state.position.batches
     batches = split.shuffled(settings.batch_size, torch.default_generator, start=done)
     state.position.restore_random(state.device)
@@ -87,6 +90,7 @@ def train_epoch(
     forward = workers.parallel(model)
     saved = time.monotonic()
     for batch in batches_on(state.device, workers.parts(model, batches)):
+        set_learning_rate(state.optimizer, settings, state.epoch + (done + 0.5) / steps)
         loss = _loss(model, batch, forward) * batch.share
         state.optimizer.zero_grad(set_to_none=True)
         workers.backward(loss)

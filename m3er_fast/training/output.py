@@ -12,40 +12,52 @@ from m3er_fast.fitting.statistics import ModelStatistics
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport
 from m3er_fast.training.data import TrainingData
-from m3er_fast.training.fingerprint import check_fingerprint
+from m3er_fast.training.fingerprint import ResumeMismatchError, check_fingerprint
 from m3er_fast.training.state import CHECKPOINT_FILE, resuming_from
 
 HISTORY_FILE = "history.json"
 HISTORY_PLOT = "history.png"
+LAST_EPOCH_FILE = "last_epoch.pt"
+"""The last checkpoint of a finished run, from which it can go on."""
 
 
 def is_finished(out: Path) -> bool:
-    """Return whether a folder holds a finished run: its history is written last, and its checkpoint then removed."""
+    """Return whether a folder holds a finished run: its history is written last, and its checkpoint then renamed."""
     return (out / HISTORY_FILE).exists() and not (out / CHECKPOINT_FILE).exists()
 
 
-def read_run(out: Path, fingerprint: dict[str, Any]) -> tuple[M3ERFusion, dict[str, Any]]:
-    """Return the model and the history of a finished run.
+def find_checkpoint(out: Path) -> Path | None:
+    """Return the checkpoint from which the run in a folder goes on, if there is one."""
+    return next((path for path in (out / CHECKPOINT_FILE, out / LAST_EPOCH_FILE) if path.exists()), None)
+
+
+def read_run(out: Path, fingerprint: dict[str, Any]) -> tuple[M3ERFusion, dict[str, Any]] | None:
+    """Return the model and the history of a finished run, or None if the training that is asked for goes on from it.
 
     Raises:
         ResumeMismatchError: if it belongs to another training or is damaged.
     """
     with resuming_from(out / HISTORY_FILE):
         history: dict[str, Any] = json.loads((out / HISTORY_FILE).read_text())
-        check_fingerprint(history["fingerprint"], fingerprint, out)
+        check_fingerprint(history["fingerprint"], fingerprint, out, len(history["train_loss"]))
         history["best_epoch"]  # missing in a damaged file
+        if history["fingerprint"] != fingerprint:
+            if not (out / LAST_EPOCH_FILE).exists():
+                raise ResumeMismatchError(f"{out} cannot go on: {LAST_EPOCH_FILE} is missing. Begin anew (--no-resume)")
+            return None
     return M3ERFusion.from_pretrained(out), history
 
 
 def write_run(
     out: Path, model: M3ERFusion, history: dict[str, Any], data: TrainingData, statistics: ModelStatistics | None
 ) -> None:
-    """Write everything that a finished run holds, and take its checkpoint away."""
+    """Write everything that a finished run holds."""
     _save(out, model, history, data, statistics)
     _write_plot(history, out / HISTORY_PLOT)
     with replacing(out / HISTORY_FILE) as partial:
         partial.write_text(json.dumps(history, indent=2) + "\n")
-    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    if (out / CHECKPOINT_FILE).exists():
+        (out / CHECKPOINT_FILE).replace(out / LAST_EPOCH_FILE)
 
 
 def _save(

@@ -20,8 +20,8 @@ from m3er_fast.training.data import MemoryData, TrainingData
 from m3er_fast.training.device import find_device
 from m3er_fast.training.fingerprint import run_fingerprint
 from m3er_fast.training.loop import EpochRecord, run_epochs
-from m3er_fast.training.output import is_finished, read_run, write_run
-from m3er_fast.training.state import CHECKPOINT_FILE, TrainingState
+from m3er_fast.training.output import find_checkpoint, is_finished, read_run, write_run
+from m3er_fast.training.state import TrainingState
 from m3er_fast.training.stream import StreamedCorpus
 from m3er_fast.training.workers import current_workers
 
@@ -85,7 +85,8 @@ def train(
             :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
         out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
             if matplotlib is installed, history.png.
-        resume: continue the run in ``out``; False begins anew.
+        resume: continue the run in ``out``, also a finished one if ``config`` now allows more epochs or more patience;
+            False begins anew.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one. The network is trained there; the
             rest is fitted on the CPU, to the same result everywhere. A run may go on on another device.
         engine: "local" (this process, or those of its process group) or "ray", which trains in workers and starts them
@@ -153,7 +154,7 @@ def train(
         torch.manual_seed(config.training.seed)
         model = group.from_first(lambda: _fitted_model(data, config, statistics))
         state = TrainingState(model.to(on), fingerprint)
-        checkpoint = out / CHECKPOINT_FILE if out is not None and resume else None
+        checkpoint = find_checkpoint(out) if out is not None and resume else None
         if state.load(checkpoint, group) and resumed is not None:
             resumed(state.epoch)
         run_epochs(state, data, group, out, checkpoint_seconds, progress)
@@ -168,10 +169,11 @@ def train(
 
 
 def _finished(out: Path | None, fingerprint: dict[str, Any]) -> TrainingResult | None:
-    """Return the result that a run folder holds, if it is that of a finished training."""
-    if out is None or not is_finished(out):
+    """Return the result that a run folder holds, if it is that of a finished training which does not go on."""
+    found = read_run(out, fingerprint) if out is not None and is_finished(out) else None
+    if found is None:
         return None
-    model, history = read_run(out, fingerprint)
+    model, history = found
     return TrainingResult(model, history, history["best_epoch"])
 
 

@@ -140,7 +140,7 @@ class TrainingState:
         with resuming_from(path):
             # Loading copies to the model's device what belongs there; AdamW's count of steps stays where no one waits.
             values: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            check_fingerprint(values["fingerprint"], self.fingerprint, path.parent)
+            check_fingerprint(values["fingerprint"], self.fingerprint, path.parent, len(values["train_loss"]))
         return values
 
 
