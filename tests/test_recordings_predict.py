@@ -14,12 +14,13 @@ from recording_problems import QuickSound
 
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
-from m3er_fast.corpus import read_parquet, write_parquet
+from m3er_fast.corpus import SPLITS, read_parquet, write_parquet
 from m3er_fast.corpus.base import CorpusError, concatenate
 from m3er_fast.corpus.extraction import extraction_difference
 from m3er_fast.recordings import extract, prediction, word_vectors
 from m3er_fast.recordings.prediction import predict_recording, predict_utterances
 from m3er_fast.scoring import score
+from m3er_fast.training import StreamedCorpus
 
 
 @pytest.fixture
