@@ -170,11 +170,12 @@ def test_a_streamed_corpus_knows_how_its_features_were_made(recordings, tmp_path
     table = tmp_path / "labels.csv"
     rows = [f"u{number},r{number},{number % 2},{split}\n" for number, split in enumerate(SPLITS)]
     table.write_text("id,recording,label,split\n" + "".join(rows))
-    extract(recordings, tmp_path / "one", {"audio": QuickSound()}, steps=0.1, labels=table)
+    encoder = word_vectors(tmp_path / "vectors.txt")
+    extract(recordings, tmp_path / "one", {"audio": QuickSound()}, encoder=encoder, labels=table)
     found = StreamedCorpus(tmp_path / "one").extraction
     assert found["modalities"]["audio"]["scale"] == 1
     assert found == read_parquet(tmp_path / "one").extraction
-    extract(recordings, tmp_path / "two", {"audio": QuickSound(scale=2)}, steps=0.1, labels=table)
+    extract(recordings, tmp_path / "two", {"audio": QuickSound(scale=2)}, encoder=encoder, labels=table)
     (tmp_path / "two" / "r2.mkv.parquet").replace(tmp_path / "one" / "r2.mkv.parquet")
     with pytest.raises(CorpusError, match="extracted from recordings in different ways"):
         StreamedCorpus(tmp_path / "one")
