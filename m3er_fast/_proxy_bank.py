@@ -60,8 +60,9 @@ class BankSample(NamedTuple):
 class NeighbourBank:
     """The kind of bank that keeps training frames and solves for each query over its ``k`` nearest ones.
 
-    The learned buffers belong to the proxy generator: ``bank_m`` (n, d_m) for each modality, ``bank_valid`` (n, M),
-    ``recall`` (M,), and ``frames_seen``, the number of training frames that the bank was chosen from.
+    The learned buffers belong to the proxy generator: ``bank_m`` (n, d_m) for each modality; ``bank_valid`` (n, M) of 0
+    and 1, because torch's ``AveragedModel`` cannot average booleans; ``recall`` (M,); and ``frames_seen``, the number
+    of training frames that the bank was chosen from.
     """
 
     is_traceable = False
@@ -93,7 +94,7 @@ class NeighbourBank:
         nothing = torch.zeros(0)
         return {
             **dict.fromkeys(self._names, nothing),
-            "bank_valid": nothing.bool(),
+            "bank_valid": nothing.to(torch.uint8),
             "recall": torch.ones(len(self._dims), dtype=torch.float64),
             "frames_seen": torch.zeros((), dtype=torch.int64),
         }
@@ -152,7 +153,7 @@ class NeighbourBank:
 
     def _learned_bank(self, generator: FittedModule) -> PairedFrames:
         features = [generator.learned(name).cpu() for name in self._names]
-        return PairedFrames(features, generator.learned("bank_valid").cpu())
+        return PairedFrames(features, generator.learned("bank_valid").cpu().bool())
 
     # --- Regenerating ---
 
@@ -242,7 +243,7 @@ class NeighbourBank:
         # Tensors of inference mode count no writes; a load replaces them.
         versions = [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in (valid, *banks)]
         if self._prepared is None or not self._prepared.is_current(versions):
-            indices = [self._index(bank, source, valid) for source, bank in enumerate(banks)]
+            indices = [self._index(bank, source, valid.bool()) for source, bank in enumerate(banks)]
             self._prepared = _Prepared(versions, indices)
         return self._prepared.indices
 
