@@ -247,6 +247,18 @@ def test_links_to_other_files_are_refused_by_name(folder):
         read(folder)
 
 
+@pytest.mark.parametrize("claimed", [0, 2**40])
+def test_a_damaged_heap_of_strings_is_refused_in_a_file_of_any_size(folder, claimed):
+    labels = folder / "all_labels.csd"
+    content = labels.read_bytes()
+    heap = content.index(b"GCOL")
+    labels.write_bytes(content[: heap + 8] + claimed.to_bytes(8, "little") + content[heap + 16 :])
+    with labels.open("r+b") as file:
+        file.truncate(2**30 + 2**20)  # with a hole, which takes no space
+    with pytest.raises(CorpusError, match=f"all_labels.csd: .* a heap of strings claims {claimed} bytes"):
+        read(folder)
+
+
 def test_missing_parts_are_named(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(CorpusError, match=r"holds no \.csd file"):

@@ -98,6 +98,25 @@ def test_what_coverage_guided_fuzzing_found_is_refused(file, message):
     assert result.returncode == 1
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("pkl")])
+def test_a_pickle_that_asks_for_a_name_of_several_lines_is_refused_by_one(name, tmp_path):
+    """Found by coverage-guided fuzzing, as was the next."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.")
+    problem = refusal(corpus.FORMATS[name], path)
+    assert len(problem.splitlines()) == 1
+    assert problem.startswith(f"{path}: the pickle asks for a b")
+
+
+def test_a_label_of_several_lines_is_refused_by_one(tmp_path):
+    FORMATS["utterance-csv"][0](tmp_path)
+    index = tmp_path / "train_index.csv"
+    index.write_text(index.read_text().replace(",1\n", ',"a\nb"\n'))
+    problem = refusal(corpus.FORMATS["utterance-csv"], tmp_path)
+    assert "the label in row 2 is a b" in problem
+    assert len(problem.splitlines()) == 1
+
+
 def ragged():
     array = np.empty(2, dtype=object)
     array[0], array[1] = np.arange(3), "x"

@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ _MAX_COMPRESSION = 1032
 _UNREADABLE = "not readable as HDF5"
 # A global heap, in which HDF5 keeps strings: its signature and version, then its size, then its objects.
 _HEAP, _HEAP_HEADER, _OBJECT_HEADER = b"GCOL\x01\0\0\0", 16, 16
-_LARGE_FILE = 2**30  # a larger one is not searched for heaps, which would take longer than reading it
 
 
 @contextmanager
@@ -42,7 +42,6 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     with decoding(path, _UNREADABLE):
-        _check_heaps(path)
         file = h5py.File(path, "r")
     try:
         yield file
@@ -51,14 +50,13 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             file.close()
 
 
-def _check_heaps(path: Path) -> None:
+@lru_cache(maxsize=1024)  # a file may hold the words of thousands of videos
+def _check_heaps(path: Path, size: int, _changed: int) -> None:
     """Refuse a file with a damaged heap of strings: HDF5 allocates what it claims, or never finishes reading it.
 
-    HDF5 2.0 loops for ever where a heap has free space of size 0, and takes gigabytes where a heap claims them.
+    HDF5 2.0 loops for ever where a heap has free space of size 0, and takes gigabytes where a heap claims them. The
+    whole file is searched, so this is left to files whose strings are wanted.
     """
-    size = path.stat().st_size
-    if not 0 < size <= _LARGE_FILE:
-        return
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(_HEAP)
         while start >= 0:
@@ -139,6 +137,8 @@ def read_array(group: Any, name: str, path: Path) -> np.ndarray:
             return np.zeros(0, np.float32)
         _check_size(dataset, path)
         if h5py.check_string_dtype(dataset.dtype) is not None and dataset.dtype.kind == "O":
+            about = path.stat()
+            _check_heaps(path, about.st_size, about.st_mtime_ns)
             _check_lengths(dataset, path)
         return np.asarray(dataset[()])
 

@@ -33,6 +33,9 @@ _USUAL_ORDER = ("text", "audio", "face", "video", "vision", "visual")
 class CorpusError(ValueError):
     """Data that cannot be read or contradicts itself; the message is one line and names the file."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a name that a file gives may hold several lines
+
 
 def split_name(value: object) -> str:
     """Return the split among `SPLITS` that a name stands for, in any case and with any space around it.
