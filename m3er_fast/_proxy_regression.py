@@ -70,7 +70,7 @@ class RegressionBank(MapBank):
         """Return the learned buffers as they are before ``fit``."""
         return {
             **{f"{name}_{i}_{m}": torch.zeros(0) for i, m in self._pairs for name in ("map", "bias")},
-            **{f"moments_{i}_{j}": torch.zeros(0, dtype=torch.int64) for i, j in self._unordered_pairs},
+            **{f"moments_{i}_{j}": torch.zeros(0, dtype=torch.uint8) for i, j in self._unordered_pairs},
             "ridge": torch.zeros(len(self._dims), len(self._dims), dtype=torch.float64),
         }
 
@@ -167,10 +167,11 @@ def _cross_validated(eigenvalues: NDArray[np.float64], explained: NDArray[np.flo
 def _pack(moments: Moments) -> Tensor:
     """Return count, mean and the lower triangle of the scatter in one tensor.
 
-    It holds the bits of float64 numbers as int64: moving a module to float32 must not round them.
+    It holds the bytes of float64 numbers: moving a module to float32 must not round them, nor may torch's
+    ``AveragedModel``, which rounds large integers to float32.
     """
     triangle = moments.scatter[np.tril_indices(len(moments.scatter))]
-    return torch.from_numpy(np.concatenate([[float(moments.count)], moments.mean, triangle])).view(torch.int64)
+    return torch.from_numpy(np.concatenate([[float(moments.count)], moments.mean, triangle])).view(torch.uint8)
 
 
 def _unpack(packed: Tensor, width: int) -> Moments:

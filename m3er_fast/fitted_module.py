@@ -78,16 +78,6 @@ class FittedModule(PreciseModule):
         return value
 
     @ordinary_tensors()
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._buffers:
-            value = destination.get(prefix + name)
-            if value is not None and not value.numel() and not keep_vars:
-                # In memory of its own: writers of files, such as Accelerate's, take all tensors without any for one
-                # tensor under several names, and keep one of these.
-                destination[prefix + name] = value.new_zeros(1)[:0].view(value.shape)
-
-    @ordinary_tensors()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)

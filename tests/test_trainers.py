@@ -103,7 +103,7 @@ def test_accelerate_trains_the_model_and_its_state_answers_as_the_model_does(row
     accelerate.load_checkpoint_in_model(size_of_folder(loaded, tmp_path / "weights"), str(tmp_path / "weights"))
     assert torch.equal(answers(loaded.fusion, held_out), wanted)
     torch.nn.init.zeros_(next(model.parameters()))
-    accelerator.load_state(tmp_path / "state")
+    accelerator.load_state(tmp_path / "state", strict=False)  # of the buffers that are empty, one was saved
     assert torch.equal(answers(model.fusion, held_out), wanted)
 
 
