@@ -179,7 +179,7 @@ class M3ERFusion(
         return self.broadcast_fitted()
 
     def broadcast_fitted(self, src: int = 0) -> Self:
-        """Give the standardiser, check and proxies of one process to all others, whatever was fitted there.
+        """Give the standardiser, check, proxies and temperature of one process to all others, whatever they have.
 
         Call it in every process of ``torch.distributed``, before the model is wrapped in ``DistributedDataParallel``.
         The sizes of the fitted state, which follow the data, are sent before its content. The network is not sent:
@@ -192,7 +192,12 @@ class M3ERFusion(
             ValueError: if the models' settings differ between the processes, or there is no rank ``src``.
             RuntimeError: if there is no process group.
         """
-        parts = {"standardizer": self.standardizer, "check": self.modality_check, "proxy": self.proxy_generator}
+        parts = {
+            "standardizer": self.standardizer,
+            "check": self.modality_check,
+            "proxy": self.proxy_generator,
+            "calibration": self.calibration,
+        }
         settings: dict[str, Any] = {"input_dims": list(self.input_dims.items())}
         for name in ("check", "proxy"):
             config = getattr(self.config, name)
