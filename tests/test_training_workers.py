@@ -21,7 +21,7 @@ from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.distributed import DifferentRanksError
 from m3er_fast.loss import mean_weight
-from m3er_fast.training import loop, train
+from m3er_fast.training import StreamedCorpus, loop, train
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 NETWORK = NetworkConfig(hidden=8, memory=8, attention=(8, 8, 8), fusion=8, head=8)
@@ -78,8 +78,8 @@ def trained(rank, folder, *, targets):
     """The results of every kind of target, of dropout, and of a run that was ended and goes on."""
     found = {}
     for target in targets:
-        result = train(corpus_of(target), config_of(target))
-        found[target] = {"history": result.history, "state": result.model.state_dict()}
+        found[target] = result_of(train(corpus_of(target), config_of(target)))
+    found["streamed"] = result_of(train(StreamedCorpus(folder / "corpus", buffer=40), config_of("balanced")))
     corpus, config, calls = corpus_of("labels"), config_of("labels", dropout=0.3), []
     out = folder / "run" if rank == 0 else folder / "nothing"
     uninterrupted = train(corpus, config, out=out, progress=calls.append)
@@ -87,7 +87,7 @@ def trained(rank, folder, *, targets):
     killed_in_epoch(2, corpus, config, folder / "killed")
     resumed = train(corpus, config, out=folder / "killed", resumed=calls.append)
     for name, result in {"dropout": uninterrupted, "finished": again, "resumed": resumed}.items():
-        found[name] = {"history": result.history, "state": result.model.state_dict()}
+        found[name] = result_of(result)
     try:
         train(corpus, config.replace(training=replace(config.training, seed=rank)))
     except DifferentRanksError as error:
@@ -96,7 +96,12 @@ def trained(rank, folder, *, targets):
     return found
 
 
+def result_of(result):
+    return {"history": result.history, "state": result.model.state_dict()}
+
+
 def run_of(ranks, targets, folder):
+    write_parquet(corpus_of("balanced"), folder / "corpus", rows_per_shard=25)
     return run_ranks(partial(trained, targets=targets), ranks, folder)
 
 
@@ -106,8 +111,8 @@ def two(tmp_path_factory):
     return run_of(2, TARGETS, folder), folder
 
 
-def assert_curves_of_one_process(found, target):
-    wanted = train(corpus_of(target), config_of(target))
+def assert_curves_of_one_process(found, target, corpus=None):
+    wanted = train(corpus or corpus_of(target), config_of(target))
     for name in ("train_loss", "valid_loss"):
         np.testing.assert_allclose(found["history"][name], wanted.history[name], rtol=1e-5)
     for name, value in wanted.model.state_dict().items():
@@ -128,6 +133,12 @@ def test_two_processes_have_the_losses_and_weights_of_one(two, target):
     ranks, _ = two
     assert_same(ranks[0][target], ranks[1][target])
     assert_curves_of_one_process(ranks[0][target], target)
+
+
+def test_two_processes_that_stream_have_the_losses_and_weights_of_one(two):
+    ranks, folder = two
+    assert_same(ranks[0]["streamed"], ranks[1]["streamed"])
+    assert_curves_of_one_process(ranks[0]["streamed"], "balanced", StreamedCorpus(folder / "corpus", buffer=40))
 
 
 @pytest.mark.slow
