@@ -135,7 +135,7 @@ def fusion_loss_classes_fwd_kernel(
     HAS_AVAILABLE: tl.constexpr,
     HAS_MARGIN: tl.constexpr,
     DENSE: tl.constexpr,
-    SOLO: tl.constexpr,
+    LABELS: tl.constexpr,  # labels that each program adds up at a time, or 0
     GRADIENT: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -148,7 +148,7 @@ def fusion_loss_classes_fwd_kernel(
             scale = mean_factor(B.to(tl.float32))
         else:
             scale = label_mean_factor(
-                target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+                target_ptr, class_weight_ptr, part_ptr, B, ignore_index, C, HAS_CLASS_WEIGHT, LABELS, PARTS
             )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     sums = tl.zeros([ROWS], tl.float32)

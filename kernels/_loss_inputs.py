@@ -39,21 +39,21 @@ def labels_of(
 
 @triton.jit
 def label_weight(
-    target_ptr,  # (B,) int64
+    target_ptr,  # (N,) int64
     class_weight_ptr,  # (C,) float32
-    B,
-    blocks,
+    N,
+    first,
+    step,
     ignore_index,
     C: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
+    LABELS: tl.constexpr,
 ):
-    """Add up the weights of this program's labels: blocks pid, pid + programs, ... of ROWS labels."""
-    total = tl.zeros([ROWS], tl.float32)
-    for i in range(blocks):
-        block = tl.program_id(0) + i * tl.num_programs(0)
-        b = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        _, _, weight = labels_of(target_ptr, class_weight_ptr, b, b < B, ignore_index, C, HAS_CLASS_WEIGHT)
+    """Add up the weights of the labels in blocks ``first``, ``first + step``, ... of LABELS labels."""
+    total = tl.zeros([LABELS], tl.float32)
+    for block in range(first, tl.cdiv(N, LABELS).to(tl.int32), step):
+        b = tl.full([], 1, tl.int64) * block * LABELS + tl.arange(0, LABELS)
+        _, _, weight = labels_of(target_ptr, class_weight_ptr, b, b < N, ignore_index, C, HAS_CLASS_WEIGHT)
         total += weight
     return tl.sum(total)
 
@@ -66,24 +66,23 @@ def mean_factor(total):
 
 @triton.jit
 def label_mean_factor(
-    target_ptr,  # (B,) int64
+    target_ptr,  # (N,) int64
     class_weight_ptr,  # (C,) float32
     part_ptr,  # (PARTS,) float32, sums of label weights
-    B,
-    blocks,
+    N,
     ignore_index,
     C: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
-    SOLO: tl.constexpr,
+    LABELS: tl.constexpr,
     PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Return 1 / the sum of all labels' weights.
 
-    A program that is alone (SOLO) adds them up. Otherwise an earlier kernel has added them up, in parts.
+    With few labels every program adds them all up, LABELS at a time. With LABELS = 0 an earlier kernel has added them
+    up, in parts.
     """
-    if SOLO:
-        total = label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
+    if LABELS:
+        total = label_weight(target_ptr, class_weight_ptr, N, 0, 1, ignore_index, C, HAS_CLASS_WEIGHT, LABELS)
     else:
         total = tl.sum(tl.load(part_ptr + tl.arange(0, PARTS)))
     return mean_factor(total)

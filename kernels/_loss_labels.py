@@ -1,7 +1,8 @@
 """The fusion loss of labels under softmax: one class of each sample against all others.
 
 ``narrow`` keeps a sample's few classes in the registers of one thread, with hundreds of samples per program. ``wide``
-passes over blocks of classes with an online softmax, and over them again for the gradient.
+passes over blocks of classes with an online softmax, and over them again for the gradient, unless there is only one
+block: its powers stay in registers.
 
 Dimension legend: M modalities, B samples, C classes, ROWS samples and COLUMNS classes of a tile, PARTS partial sums.
 """
@@ -62,7 +63,7 @@ def fusion_loss_narrow_fwd_kernel(
     HAS_MODALITY_WEIGHT: tl.constexpr,
     HAS_AVAILABLE: tl.constexpr,
     DENSE: tl.constexpr,
-    SOLO: tl.constexpr,
+    LABELS: tl.constexpr,  # labels that each program adds up at a time, or 0
     GRADIENT: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,7 +74,7 @@ def fusion_loss_narrow_fwd_kernel(
     scale = 1.0
     if REDUCTION == "mean":
         scale = label_mean_factor(
-            target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+            target_ptr, class_weight_ptr, part_ptr, B, ignore_index, C, HAS_CLASS_WEIGHT, LABELS, PARTS
         )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     c = tl.arange(0, COLUMNS)
@@ -144,6 +145,68 @@ def fusion_loss_narrow_fwd_kernel(
         tl.store(loss_ptr + tl.program_id(0), tl.sum(sums))
 
 
+@triton.jit
+def _wide_block(
+    logits_ptr,  # (M, B, C) with any strides
+    m: tl.constexpr,
+    b,
+    start,
+    inside,
+    is_present,
+    stride_m,
+    stride_b,
+    stride_c,
+    C: tl.constexpr,
+    HAS_AVAILABLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Return the classes (COLUMNS,) from ``start`` on, which of (ROWS, COLUMNS) there are, and modality m's logits."""
+    c = start + tl.arange(0, COLUMNS)
+    mask = inside[:, None] & (c < C)[None, :]
+    offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
+    x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=POLICY))
+    if HAS_AVAILABLE:
+        x = tl.where(is_present[:, None], x, 0.0)
+    return c, mask, x
+
+
+@triton.jit
+def _online_softmax(x, c, label, own, top, rest, C: tl.constexpr):
+    """Take a block of classes into the label's logit, the largest other one and the sum of the others' powers.
+
+    Return these and the block's powers exp(x_j - top), 0 for the label's.
+    """
+    own += tl.sum(tl.where(c[None, :] == label[:, None], x, 0.0), axis=1)
+    other = (c < C)[None, :] & (c[None, :] != label[:, None])
+    higher = tl.maximum(top, tl.max(tl.where(other, x, -BOUND), axis=1))
+    power = tl.where(other, exp(x - higher[:, None]), 0.0)
+    return own, higher, rest * exp(top - higher) + tl.sum(power, axis=1), power
+
+
+@triton.jit
+def _store_gradient(
+    gradient_ptr,  # (M, B, C) contiguous
+    m: tl.constexpr,
+    b,
+    c,
+    mask,
+    B,
+    label,
+    valid,
+    own_slope,
+    other_slope,
+    power,
+    C: tl.constexpr,
+):
+    """Write the gradient of a block of classes, whose powers are exp(x_j - top)."""
+    tile = tl.where(c[None, :] == label[:, None], own_slope[:, None], -other_slope[:, None] * power)
+    tile = tl.where(valid[:, None], tile, 0.0)  # an ignored sample's powers may be NaN
+    offsets = tl.full([], m, tl.int64) * B * C + (b[:, None] * C + c[None, :])
+    tl.store(gradient_ptr + offsets, tile.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def fusion_loss_wide_fwd_kernel(
     logits_ptr,  # (M, B, C) with any strides
@@ -172,7 +235,7 @@ def fusion_loss_wide_fwd_kernel(
     HAS_MODALITY_WEIGHT: tl.constexpr,
     HAS_AVAILABLE: tl.constexpr,
     DENSE: tl.constexpr,
-    SOLO: tl.constexpr,
+    LABELS: tl.constexpr,  # labels that each program adds up at a time, or 0
     GRADIENT: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -182,7 +245,7 @@ def fusion_loss_wide_fwd_kernel(
     scale = 1.0
     if REDUCTION == "mean":
         scale = label_mean_factor(
-            target_ptr, class_weight_ptr, part_ptr, B, blocks, ignore_index, C, HAS_CLASS_WEIGHT, SOLO, PARTS, ROWS
+            target_ptr, class_weight_ptr, part_ptr, B, ignore_index, C, HAS_CLASS_WEIGHT, LABELS, PARTS
         )
     factor = modality_factors(modality_weight_ptr, M, HAS_MODALITY_WEIGHT)
     sums = tl.zeros([ROWS], tl.float32)
@@ -196,25 +259,25 @@ def fusion_loss_wide_fwd_kernel(
         )
         log_p, log_not_p, p, not_p = (), (), (), ()
         owns, tops, rests = (), (), ()  # the label's logit; the largest other, and Σ exp(x_j - it) over the others
+        powers = ()  # of the only block
         for m in tl.static_range(M):
             top = tl.full([ROWS], -BOUND, tl.float32)
             rest = tl.zeros([ROWS], tl.float32)
             own = tl.zeros([ROWS], tl.float32)
-            for start in range(0, C, COLUMNS):
-                c = start + tl.arange(0, COLUMNS)
-                mask = inside[:, None] & (c < C)[None, :]
-                offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
-                # The gradient's pass reads them again.
-                x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_last"))
-                if HAS_AVAILABLE:
-                    x = tl.where(present[m][:, None], x, 0.0)
-                is_own = c[None, :] == label[:, None]
-                own += tl.sum(tl.where(is_own, x, 0.0), axis=1)
-                other = (c < C)[None, :] & (c[None, :] != label[:, None])
-                higher = tl.maximum(top, tl.max(tl.where(other, x, -BOUND), axis=1))
-                power = tl.where(other, exp(x - higher[:, None]), 0.0)
-                rest = rest * exp(top - higher) + tl.sum(power, axis=1)
-                top = higher
+            if C <= COLUMNS:
+                c, mask, x = _wide_block(
+                    logits_ptr, m, b, 0, inside, present[m], stride_m, stride_b, stride_c,
+                    C, HAS_AVAILABLE, DENSE, COLUMNS, "evict_first",
+                )  # fmt: skip
+                own, top, rest, power = _online_softmax(x, c, label, own, top, rest, C)
+                powers = powers + (power,)
+            else:
+                for start in range(0, C, COLUMNS):
+                    c, mask, x = _wide_block(
+                        logits_ptr, m, b, start, inside, present[m], stride_m, stride_b, stride_c,
+                        C, HAS_AVAILABLE, DENSE, COLUMNS, "evict_last",  # the gradient's pass reads it again
+                    )  # fmt: skip
+                    own, top, rest, _ = _online_softmax(x, c, label, own, top, rest, C)
             chances = one_against_rest(own - top, rest)
             log_p, log_not_p = log_p + (chances[0],), log_not_p + (chances[1],)
             p, not_p = p + (chances[2],), not_p + (chances[3],)
@@ -229,19 +292,18 @@ def fusion_loss_wide_fwd_kernel(
         if GRADIENT:
             for m in tl.static_range(M):
                 own_slope, other_slope = _slopes(slopes[m], rate, valid, owns[m], tops[m], rests[m])
-                for start in range(0, C, COLUMNS):
-                    c = start + tl.arange(0, COLUMNS)
+                if C <= COLUMNS:
+                    c = tl.arange(0, COLUMNS)
                     mask = inside[:, None] & (c < C)[None, :]
-                    offsets = offsets_of(m, b, c, stride_m, stride_b, stride_c, C, DENSE)
-                    x = bounded(tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"))
-                    if HAS_AVAILABLE:
-                        x = tl.where(present[m][:, None], x, 0.0)
-                    # The label's own power may be infinite, but is not used.
-                    power = exp(x - tops[m][:, None])
-                    is_own = c[None, :] == label[:, None]
-                    tile = tl.where(is_own, own_slope[:, None], -other_slope[:, None] * power)
-                    tile = tl.where(valid[:, None], tile, 0.0)
-                    offsets = tl.full([], m, tl.int64) * B * C + (b[:, None] * C + c[None, :])
-                    tl.store(gradient_ptr + offsets, tile.to(gradient_ptr.dtype.element_ty), mask=mask)
+                    _store_gradient(gradient_ptr, m, b, c, mask, B, label, valid, own_slope, other_slope, powers[m], C)
+                else:
+                    for start in range(0, C, COLUMNS):
+                        c, mask, x = _wide_block(
+                            logits_ptr, m, b, start, inside, present[m], stride_m, stride_b, stride_c,
+                            C, HAS_AVAILABLE, DENSE, COLUMNS, "evict_first",
+                        )  # fmt: skip
+                        # The label's own power may be infinite, but is not used.
+                        power = exp(x - tops[m][:, None])
+                        _store_gradient(gradient_ptr, m, b, c, mask, B, label, valid, own_slope, other_slope, power, C)
     if REDUCTION != "none":
         tl.store(loss_ptr + tl.program_id(0), tl.sum(sums))

@@ -51,7 +51,7 @@ def fusion_loss_questions_fwd_kernel(
     HAS_MARGIN: tl.constexpr,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
-    SOLO: tl.constexpr,
+    LABELS: tl.constexpr,  # labels that each program adds up at a time, or 0
     GRADIENT: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -64,12 +64,12 @@ def fusion_loss_questions_fwd_kernel(
     if REDUCTION == "mean":
         if TARGET == "share":
             total = number.to(tl.float32)
-        elif not SOLO:
+        elif not LABELS:
             total = tl.sum(tl.load(part_ptr + tl.arange(0, PARTS)))
         elif TARGET == "label":
-            total = label_weight(target_ptr, class_weight_ptr, B, blocks, ignore_index, C, False, ROWS)
+            total = label_weight(target_ptr, class_weight_ptr, B, 0, 1, ignore_index, C, False, LABELS)
         else:
-            total = label_weight(target_ptr, class_weight_ptr, number, blocks, ignore_index, 2**31 - 1, False, ROWS)
+            total = label_weight(target_ptr, class_weight_ptr, number, 0, 1, ignore_index, 2**31 - 1, False, LABELS)
         if TARGET == "label":
             total *= C
         scale = mean_factor(total)

@@ -7,8 +7,8 @@ Four kernels share the work. Which one runs depends on how many classes the cost
 * no other class, for yes/no questions: ``_loss_questions``.
 
 Each program adds up its own samples, and the partial sums are added in a fixed order, never by atomics: equal inputs
-give equal bits. A mean needs its divisor before a gradient is written. For labels a first kernel adds up their weights;
-a small batch needs only one program, which adds them up itself.
+give equal bits. A mean needs its divisor before a gradient is written: where it is the sum of label weights, every
+program adds up all of them, or a first kernel does if there are many. A small batch needs only one program.
 
 Dimension legend: M modalities, B samples, C classes, ROWS numbers that a program handles at a time, PARTS partial sums.
 """
@@ -34,10 +34,15 @@ from m3er_fast.operands import LossFactors, LossOptions
 
 # Programs of the kernel that adds up label weights. Every program of the main kernel reads their sums.
 _PARTS = 128
-# A batch with at most this many logits and samples gets one program and one launch: a second launch would take longer
-# than all of its work.
-SOLO_LOGITS = 2**18
-SOLO_SAMPLES = 8192
+# A batch with at most this many logits and samples gets one program, which leaves no sums to add up in a further
+# launch. A logit takes about 40 instructions: 2^14 keep one multiprocessor busy for 5,000 cycles.
+SOLO_LOGITS = 2**14
+SOLO_SAMPLES = 1024
+# Up to this many reads of labels by all programs together, which the L2 cache serves within a microsecond, each program
+# adds up all label weights. Beyond, a launch before the main one is cheaper.
+OWN_LABEL_READS = 2**19
+# Labels that a program adds up at a time: many, so that their loads are under way together.
+_LABELS = 1024
 # Each program of the main kernel starts by reading the sums of the label weights: beyond this number, programs take
 # several blocks each.
 _MOST_PROGRAMS = 4096
@@ -52,14 +57,15 @@ def fusion_loss_weight_kernel(
     class_weight_ptr,  # (C,) float32
     part_ptr,  # (PARTS,) float32
     N,
-    blocks,
     ignore_index,
     C: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
+    LABELS: tl.constexpr,
 ):
     """Add up the weights of the labels that are not ignored, in PARTS parts."""
-    total = label_weight(target_ptr, class_weight_ptr, N, blocks, ignore_index, C, HAS_CLASS_WEIGHT, ROWS)
+    total = label_weight(
+        target_ptr, class_weight_ptr, N, tl.program_id(0), tl.num_programs(0), ignore_index, C, HAS_CLASS_WEIGHT, LABELS
+    )
     tl.store(part_ptr + tl.program_id(0), total)
 
 
@@ -160,7 +166,8 @@ def _forward(
     blocks = triton.cdiv(batch * classes if kind == "questions" else batch, tile.rows)
     programs = 1 if solo else min(blocks, _MOST_PROGRAMS)
     losses = result if not summed or solo else result.new_empty(programs)
-    needs_weights = options.reduction == "mean" and not solo and mode in ("label", "answer")
+    weighted = options.reduction == "mean" and mode in ("label", "answer")
+    needs_weights = weighted and target is not None and target.numel() * programs > OWN_LABEL_READS
     parts = result.new_empty(_PARTS if needs_weights else 0)
     given = {name: factor is not None for name, factor in factors._asdict().items()}
     # Every argument of a kernel needs a tensor. The logits stand in for those that it does not read.
@@ -182,10 +189,12 @@ def _forward(
                 class_weight,
                 parts,
                 labels.numel(),
-                triton.cdiv(labels.numel(), _PARTS * _FLAT.rows),
                 options.ignore_index,
                 **_weight_constants(
-                    classes, mode, has_class_weight=given["class_weight"] and options.activation == "softmax"
+                    classes,
+                    mode,
+                    labels.numel(),
+                    has_class_weight=given["class_weight"] and options.activation == "softmax",
                 ),
                 **_compile_options(_FLAT),
             )
@@ -209,7 +218,7 @@ def _forward(
                 mode=mode,
                 dense=logits.stride()[1:] == (classes, 1),
                 even=batch * classes % 16 == 0,
-                solo=solo,
+                labels=_LABELS if weighted and not needs_weights else 0,
                 gradient=with_gradient,
             ),
             **_compile_options(tile),
@@ -244,12 +253,13 @@ def _outputs(
     )
 
 
-def _weight_constants(classes: int, mode: TargetMode, *, has_class_weight: bool) -> dict[str, Any]:
+def _weight_constants(classes: int, mode: TargetMode, labels: int, *, has_class_weight: bool) -> dict[str, Any]:
     # Answers are counted, whatever their value: the main kernel looks at the value.
     return {
         "C": 2**31 - 1 if mode == "answer" else classes,
         "HAS_CLASS_WEIGHT": has_class_weight,
-        "ROWS": _FLAT.rows,
+        # No more than each program's share, or its threads would work through labels that there are not.
+        "LABELS": min(_LABELS, max(128, triton.next_power_of_2(triton.cdiv(labels, _PARTS)))),
     }
 
 
@@ -264,7 +274,7 @@ def _constants(
     mode: TargetMode,
     dense: bool,
     even: bool,
-    solo: bool,
+    labels: int,
     gradient: bool,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of a kernel; ``given`` names the factors that there are."""
@@ -276,7 +286,7 @@ def _constants(
         "REDUCTION": options.reduction,
         **{f"HAS_{name.upper()}": is_given for name, is_given in given.items()},
         "DENSE": dense,
-        "SOLO": solo,
+        "LABELS": labels,
         "GRADIENT": gradient,
         "PARTS": _PARTS,
         "ROWS": tile.rows,
@@ -462,9 +472,8 @@ def specializations() -> Iterator[Specialization]:
     yield Specialization(
         "labels",
         fusion_loss_weight_kernel,
-        {"target_ptr": "*i64", "class_weight_ptr": "*fp32", "part_ptr": "*fp32", "N": "i32"}
-        | {"blocks": "i32", "ignore_index": "i32"},
-        _weight_constants(6, "label", has_class_weight=False),
+        {"target_ptr": "*i64", "class_weight_ptr": "*fp32", "part_ptr": "*fp32", "N": "i32", "ignore_index": "i32"},
+        _weight_constants(6, "label", 2**20, has_class_weight=False),
         frozenset({"target_ptr", "class_weight_ptr", "part_ptr"}),
         _compile_options(_FLAT),
     )
@@ -524,7 +533,7 @@ def _specialization(
             mode=mode,
             dense=True,
             even=True,
-            solo=solo,
+            labels=_LABELS if full and mode in ("label", "answer") else 0,
             gradient=mode != "none",
         ),
         frozenset({*pointers, "stride_m"}),

@@ -68,7 +68,7 @@ def assert_equals_reference(device, logits, target, dtype=torch.float32, backend
     dtype=st.sampled_from(list(TOLERANCE)),
     weighted=st.booleans(),
     masked=st.booleans(),
-    solo=st.booleans(),
+    launches=st.sampled_from(["one program", "own weights", "weights first"]),
     options=st.fixed_dictionaries(
         {
             "variant": st.sampled_from(VARIANTS),
@@ -79,7 +79,9 @@ def assert_equals_reference(device, logits, target, dtype=torch.float32, backend
         }
     ),
 )
-def test_every_option_and_shape(device, seed, modalities, batch, classes, kind, dtype, weighted, masked, solo, options):
+def test_every_option_and_shape(
+    device, seed, modalities, batch, classes, kind, dtype, weighted, masked, launches, options
+):
     from m3er_fast.kernels import loss as kernels
 
     logits, target, factors = problem(
@@ -87,8 +89,10 @@ def test_every_option_and_shape(device, seed, modalities, batch, classes, kind, 
     )
     options |= {"activation": kind[0], **factors}
     with pytest.MonkeyPatch.context() as patch:
-        if not solo:  # several programs, and a first kernel for the weights
+        if launches != "one program":
             patch.setattr(kernels, "SOLO_SAMPLES", 0)
+        if launches == "weights first":
+            patch.setattr(kernels, "OWN_LABEL_READS", 0)
         for backend in ("triton", "auto"):
             assert_equals_reference(device, logits, target, dtype, backend, **options)
 
