@@ -43,6 +43,9 @@ def extract(
     steps: Annotated[
         str, typer.Option(metavar="words|SECONDS", help="What a step is: a word, or a number of seconds.")
     ] = "words",
+    align: Annotated[
+        bool, typer.Option("--align", help="Find the times of English words that have none in the sound.")
+    ] = False,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +74,7 @@ def extract(
     Recordings that cannot be read are listed in CORPUS/_quarantine.json and the others are extracted; the exit code is
     then 3. Faces and voices are personal data: people must have agreed to this use of their recordings.
     """
-    from m3er_fast.recordings import FaceFeatures, SoundFeatures, word_vectors
+    from m3er_fast.recordings import FaceFeatures, ForcedAlignment, SoundFeatures, word_vectors
     from m3er_fast.recordings import extract as extract_recordings
 
     extractors: dict[str, FrameExtractor] = {}
@@ -91,6 +94,7 @@ def extract(
             out,
             extractors,
             encoder=encoder,
+            timer=ForcedAlignment() if align else None,
             labels=labels,
             transcripts=transcripts,
             steps=_steps(steps),

@@ -9,6 +9,7 @@ from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
+from m3er_fast.recordings.speech import ForcedAlignment, WordTimer
 from m3er_fast.recordings.utterances import Extracted, Steps, Utterance, extract_recording
 from m3er_fast.recordings.word_vectors import StaticTable, TextVectors, WordEncoder, word_vectors
 from m3er_fast.recordings.words import Cue, Transcript, Word, read_transcript, with_times
@@ -19,6 +20,7 @@ __all__ = [
     "ExtractSummary",
     "Extracted",
     "FaceFeatures",
+    "ForcedAlignment",
     "FrameExtractor",
     "Frames",
     "SoundFeatures",
@@ -29,6 +31,7 @@ __all__ = [
     "Utterance",
     "Word",
     "WordEncoder",
+    "WordTimer",
     "extract",
     "extract_recording",
     "means_within",

@@ -16,6 +16,7 @@ from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor
 from m3er_fast.recordings.run import describe
 from m3er_fast.recordings.sound import SoundFeatures
+from m3er_fast.recordings.speech import ForcedAlignment
 from m3er_fast.recordings.utterances import Utterance, extract_recording
 from m3er_fast.recordings.word_vectors import WordEncoder, word_vectors
 from m3er_fast.recordings.words import Transcript
@@ -64,6 +65,8 @@ def predict_recording(
     if window is not None and not window > 0:
         raise ValueError(f"window must be a positive number of seconds, got {window!r}")
     extraction = model.extraction or {}
+    if transcript is not None and "word_times" in extraction:
+        transcript = ForcedAlignment().time(Path(recording), transcript)
     extracted = extract_recording(
         recording,
         extractors,

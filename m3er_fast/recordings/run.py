@@ -23,6 +23,7 @@ from m3er_fast.execution.run_folder import OutputMismatchError, RunFolder
 from m3er_fast.execution.tasks import LostTask
 from m3er_fast.recordings.frames import FrameExtractor
 from m3er_fast.recordings.labels import Labels, read_labels_table
+from m3er_fast.recordings.speech import WordTimer
 from m3er_fast.recordings.summary import write_summary
 from m3er_fast.recordings.utterances import Steps, check_steps, extract_recording
 from m3er_fast.recordings.word_vectors import WordEncoder
@@ -156,6 +157,7 @@ def extract(
     extractors: Mapping[str, FrameExtractor],
     *,
     encoder: WordEncoder | None = None,
+    timer: WordTimer | None = None,
     labels: str | Path | None = None,
     transcripts: str | Path | None = None,
     steps: Steps = "words",
@@ -176,6 +178,7 @@ def extract(
         out: the folder to write to.
         extractors: modality -> its extractor, such as ``{"audio": SoundFeatures(), "face": FaceFeatures()}``.
         encoder: of the words, for the modality ``text``; None leaves it out.
+        timer: of words that have no time; None spreads them over their cue.
         labels: a table of utterances (:func:`~m3er_fast.recordings.labels.read_labels_table`). Recordings that it does
             not name are left out. Without one, each cue of a transcript is an utterance, or else the whole recording.
         transcripts: their folder; None looks beside each recording. A transcript has the name of its recording.
@@ -202,9 +205,9 @@ def extract(
         check_engine(engine, address, workers)
     table = None if labels is None else read_labels_table(labels)
     found, unnamed = _plan(Path(recordings), None if transcripts is None else Path(transcripts), table)
-    settings = describe(extractors, encoder, steps)
+    settings = describe(extractors, encoder, steps, timer)
     folder = CorpusFolder(locate(out), tuple(found), settings)
-    job = _Job(folder, dict(extractors), encoder, table, steps)
+    job = _Job(folder, dict(extractors), encoder, timer, table, steps)
     try:
         pickle.dumps(job)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -251,7 +254,9 @@ def _results(
     return run_tasks(_Cancellable(job), pending, workers=workers)
 
 
-def describe(extractors: Mapping[str, FrameExtractor], encoder: WordEncoder | None, steps: Steps) -> dict[str, Any]:
+def describe(
+    extractors: Mapping[str, FrameExtractor], encoder: WordEncoder | None, steps: Steps, timer: WordTimer | None = None
+) -> dict[str, Any]:
     """Return everything that the features of a corpus depend on but its recordings, as JSON.
 
     Raises:
@@ -259,9 +264,12 @@ def describe(extractors: Mapping[str, FrameExtractor], encoder: WordEncoder | No
     """
     described = {modality: extractor.describe() for modality, extractor in extractors.items()}
     text = {} if encoder is None else {"text": encoder.describe()}
+    times = {} if timer is None else {"word_times": timer.describe()}
     try:
         # As it is read back: with lists for tuples.
-        settings: dict[str, Any] = json.loads(json.dumps({"steps": steps, "modalities": {**text, **described}}))
+        settings: dict[str, Any] = json.loads(
+            json.dumps({"steps": steps, **times, "modalities": {**text, **described}})
+        )
     except TypeError as error:
         raise ValueError(f"extractors must describe themselves as JSON: {error}") from error
     return settings
@@ -282,12 +290,15 @@ class _Job:
     folder: CorpusFolder
     extractors: dict[str, FrameExtractor]
     encoder: WordEncoder | None
+    timer: WordTimer | None
     labels: Labels | None
     steps: Steps
 
     def __call__(self, recording: Recording) -> _Result:
         try:
             transcript = None if recording.transcript is None else read_transcript(recording.transcript)
+            if transcript is not None and self.timer is not None:
+                transcript = self.timer.time(Path(recording.file.path), transcript)
             extracted = extract_recording(
                 recording.file.path,
                 self.extractors,
