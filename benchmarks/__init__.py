@@ -1,1 +1,3 @@
-"""Benchmarks of speed (`benchmarks.speed`) and quality (`benchmarks.quality`), and reports (`benchmarks.report`)."""
+"""Benchmarks of speed (`benchmarks.speed`) and quality (`benchmarks.quality`), counts of kernels without a GPU
+(`benchmarks.counts`), and reports (`benchmarks.report`).
+"""
