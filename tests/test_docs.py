@@ -206,7 +206,12 @@ def test_formats_page_has_a_section_for_each_format():
 def test_columns_of_scores_are_listed():
     model = M3ERFusion({"text": 2, "audio": 2}, 2, M3ERConfig(check=None), classes=("a", "b"))
     columns = set()
-    for name in Scorer(model).schema.names:
+    scores = Scorer(model)
+    for name in {
+        *scores.schema.names,
+        *(n for task in ("single", "multi") for n in scores.columns.schema({}, task).names),
+    }:
+        name = "label_<class>" if name.startswith("label_") else name
         for instance, pattern in (("_text", "_<modality>"), ("_audio", "_<modality>"), ("p_a", "p_<class>")):
             name = name.replace(instance, pattern) if name.endswith(instance) else name
         columns.add("p_<class>" if name == "p_b" else name)

@@ -173,7 +173,9 @@ def test_labels_splits_and_groups_are_not_needed(corpus, model, corpus_dir, own_
         edit_shard(path, lambda table: table.drop_columns(["label", "split", "group"]).replace_schema_metadata(None))
     score(own_corpus_dir, model, tmp_path / "out")
     score(corpus_dir, model, tmp_path / "labelled")
-    assert read_scores(tmp_path / "out").equals(read_scores(tmp_path / "labelled"))
+    labelled = read_scores(tmp_path / "labelled")
+    assert labelled["label"].to_pylist() == [corpus.classes[label] for label in corpus.target]
+    assert read_scores(tmp_path / "out").equals(labelled.drop_columns(["label"]))
 
 
 def test_shards_may_differ_in_their_number_of_frames(corpus, model, tmp_path):

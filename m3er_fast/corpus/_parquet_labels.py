@@ -77,6 +77,37 @@ def read_labels(table: pa.Table, ids: np.ndarray, classes: tuple[str, ...], task
     return Labels(class_indices(found, lower or classes), classes, task or "single")
 
 
+def task_of_labels(schema: pa.Schema) -> str | None:
+    """Return "single" if a row of the column of labels holds one, "several" if a list, and None without the column."""
+    import pyarrow as pa
+
+    if "label" not in schema.names or pa.types.is_null(schema.field("label").type):
+        return None
+    kind = schema.field("label").type
+    return "several" if is_list(kind.value_type if pa.types.is_dictionary(kind) else kind) else "single"
+
+
+def labels_in_classes(
+    table: pa.Table, wanted: tuple[str, ...], task: str, declared: tuple[str, ...], declared_task: str
+) -> Labels:
+    """Return the labels of a table's rows, which must be of the classes wanted.
+
+    Args:
+        table: rows.
+        wanted: class names.
+        task: if the metadata declare none.
+        declared: class names of the metadata, or none.
+        declared_task: of the metadata, or empty.
+
+    Raises:
+        CorpusError: as :func:`read_labels`, or if the table declares other classes.
+    """
+    declared = declared or _class_label(table.schema)[0]
+    if declared and declared != wanted:
+        raise CorpusError(f"column 'label' is of the classes {', '.join(declared)}, wanted {', '.join(wanted)}")
+    return read_labels(table, np.arange(table.num_rows), wanted, declared_task or task)
+
+
 def labels_are_names(schema: pa.Schema) -> bool:
     """Return whether the column of labels holds names, of which a shard may have only some."""
     import pyarrow as pa

@@ -33,7 +33,7 @@ import numpy as np
 
 from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus._labels import class_indices, classes_named
-from m3er_fast.corpus._parquet_labels import Labels, labels_are_names, read_labels
+from m3er_fast.corpus._parquet_labels import Labels, labels_are_names, labels_in_classes, read_labels
 from m3er_fast.corpus._parquet_rows import (
     RESERVED_COLUMNS,
     DecodedRows,
@@ -363,6 +363,20 @@ def extraction_of(schema: pa.Schema) -> dict[str, Any] | None:
         return None
     with decoding("the schema", f"its metadata {_EXTRACTION.decode()!r} are no JSON object"):
         return dict(json.loads(text))
+
+
+def read_labels_of(table: pa.Table, classes: tuple[str, ...], task: str) -> Labels:
+    """Return the labels of a table's rows, which must be of these classes.
+
+    Args:
+        table: rows, with the column.
+        classes: class names.
+        task: if the metadata declare none.
+
+    Raises:
+        CorpusError: the labels cannot be read, or are of other classes.
+    """
+    return labels_in_classes(table, classes, task, *_declared(table))
 
 
 def _to_corpus(table: pa.Table, input_dims: Mapping[str, int] | None) -> Corpus:

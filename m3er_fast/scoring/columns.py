@@ -12,6 +12,8 @@ Scores have one row per utterance, in the order of the input, and the columns
 * ``reason_<modality>``, one per modality: string, why the modality check rejected it, a text of
   ``ModalityCheck.reasons`` such as "frozen"; null where it was not rejected or is unavailable;
 * ``abstained``: bool, whether no modality was effective, so that the prediction rests on nothing that can be trusted;
+* ``label``: string, the class of the corpus's own label, or ``label_<class>``, one per class: float32, its answers or
+  probabilities. Only of a corpus with a column ``label``; null where there is no label that the model's classes allow;
 * ``error``: string, null where there is none. It says why a row could not be scored. All other columns but ``id`` are
   then null, and so is ``id`` if it is itself at fault.
 
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS_KEY = b"m3er_fast.columns"
+TASK_KEY = b"m3er_fast.task"
+"""The task of the labels beside the scores."""
+CALIBRATION_KEY = b"m3er_fast.calibration"
+"""How logits became probabilities: JSON of the ``activation`` and the ``temperature``."""
 
 
 class ScoreColumns(NamedTuple):
@@ -75,11 +81,27 @@ class ScoreColumns(NamedTuple):
         found = set(names)
         return [name for name, _ in self._fields_of_schema() if name not in found]
 
-    def schema(self, metadata: Mapping[bytes, str]) -> pa.Schema:
-        """Return the schema of scores, with these metadata and the names of classes and modalities."""
+    def schema(self, metadata: Mapping[bytes, str], task: str | None = None) -> pa.Schema:
+        """Return the schema of scores, with these metadata and the names of classes and modalities.
+
+        Args:
+            metadata: further ones.
+            task: of the labels beside the scores, or None if there are none.
+        """
         import pyarrow as pa
 
-        return pa.schema(self._fields_of_schema(), metadata={**metadata, COLUMNS_KEY: json.dumps(self._asdict())})
+        *scores, error = self._fields_of_schema()
+        about = {**metadata, COLUMNS_KEY: json.dumps(self._asdict()), **({TASK_KEY: task} if task else {})}
+        return pa.schema([*scores, *self._label_fields(task), error], metadata=about)
+
+    @property
+    def label(self) -> str:
+        """The name of the column with the class of a label."""
+        return "label"
+
+    def label_of(self, name: str) -> str:
+        """Return the name of the column with a class's answer or probability in a label."""
+        return f"label_{name}"
 
     def probability(self, name: str) -> str:
         """Return the name of the column with a class's probability."""
@@ -96,6 +118,15 @@ class ScoreColumns(NamedTuple):
     def reason(self, name: str) -> str:
         """Return the name of the column that says why a modality was rejected."""
         return f"reason_{name}"
+
+    def _label_fields(self, task: str | None) -> list[tuple[str, Any]]:
+        import pyarrow as pa
+
+        if task is None:
+            return []
+        if task == "single":
+            return [(self.label, pa.string())]
+        return [(self.label_of(name), pa.float32()) for name in self.classes]
 
     def _fields_of_schema(self) -> list[tuple[str, Any]]:
         import pyarrow as pa

@@ -3,13 +3,14 @@
 Scores are read back some rows at a time, with their page checksums verified. The first 10,000 groups are counted by
 name and all others together, so that memory is bounded for every corpus.
 
-Dimension legend: N rows, M modalities, C classes, K = 3 + M counts of a row, G groups.
+Dimension legend: N rows, M modalities, C classes, K = 5 + M counts of a row, G groups.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from m3er_fast._answer_counts import AnswerCounts
 from m3er_fast.corpus.base import CorpusError
-from m3er_fast.scoring.columns import ScoreColumns
+from m3er_fast.metrics import count_answers
+from m3er_fast.scoring.columns import CALIBRATION_KEY, TASK_KEY, ScoreColumns
+from m3er_fast.scoring.labels import before_calibration, targets
 from m3er_fast.scoring.shard import ScoringJob
 from m3er_fast.shards.plan import QuarantinedShard, Shard
 from m3er_fast.shards.reader import read_groups
@@ -48,17 +52,19 @@ class RowCounts(NamedTuple):
     rows: Any
     scored: Any
     abstained: Any
+    labelled: Any  # with a label, and scored
+    right: Any  # of these, with the right class, or with every question answered correctly
     ineffectual: Any  # M of them
 
     @classmethod
     def view(cls, counts: Counts) -> RowCounts:
         """Name the counts of an array (K, ...)."""
-        return cls(rows=counts[0], scored=counts[1], abstained=counts[2], ineffectual=counts[3:])
+        return cls(*counts[:5], ineffectual=counts[5:])
 
     @staticmethod
     def size(columns: ScoreColumns) -> int:
         """Return K."""
-        return 3 + len(columns.modalities)
+        return 5 + len(columns.modalities)
 
 
 class RowError(NamedTuple):
@@ -83,6 +89,8 @@ class ScoreCounts:
     confidence: float = 0.0  # sum
     predictions: Counter[str] = field(default_factory=Counter)
     groups: dict[str | None, Counts] = field(default_factory=dict)  # (K,) each; None: all groups beyond MOST_GROUPS
+    answers: AnswerCounts | None = None
+    """Beside the labels; None if there are none."""
     errors: list[RowError] = field(default_factory=list)
     unread_groups: list[QuarantinedShard] = field(default_factory=list)
 
@@ -113,8 +121,16 @@ class ScoreCounts:
         for name, counts in later.groups.items():
             key = name if name in self.groups or len(self.groups) < MOST_GROUPS else None
             self.groups[key] = self.groups[key] + counts if key in self.groups else counts
+        self.merge_answers(later.answers)
         self.errors = (self.errors + later.errors)[:MOST_LISTED]
         self.unread_groups = (self.unread_groups + later.unread_groups)[:MOST_LISTED]
+
+    def merge_answers(self, later: AnswerCounts | None) -> None:
+        """Add answers beside labels; those of another task than the first cannot be added, and are left out."""
+        if self.answers is None:
+            self.answers = later
+        elif later is not None and later.task == self.answers.task:
+            self.answers.merge(later)
 
 
 def count_scores(
@@ -176,18 +192,23 @@ def _count_shard(job: ScoringJob, shard: Shard, start: int, edges: Counts) -> Sc
             ) as file,
             closing(_GroupCounter(job, shard)) as groups,
         ):
-            found = ScoreCounts.empty(ScoreColumns.of_metadata(file.schema_arrow.metadata), edges)
+            metadata = file.schema_arrow.metadata or {}
+            found = ScoreCounts.empty(ScoreColumns.of_metadata(metadata), edges)
+            task = metadata.get(TASK_KEY, b"").decode()
+            calibration = json.loads(metadata.get(CALIBRATION_KEY, b"{}"))
             row = 0
             names = [name for name in file.schema_arrow.names if name != "id"]
             for batch in file.iter_batches(ROWS_PER_READ, columns=names, use_threads=False):
                 counts = _count_rows(found, batch)
+                if task:
+                    _count_answers(found, batch, task, calibration, counts)
                 for error in np.flatnonzero(RowCounts.view(counts).scored == 0)[: MOST_LISTED - len(found.errors)]:
                     message = batch["error"][int(error)].as_py()
                     found.errors.append(RowError(shard.name, row + int(error), message[:_MOST_MESSAGE_LENGTH]))
                 _add_to_parts(found.order, edges, start + row, counts)
                 groups.add(counts)
                 row += batch.num_rows
-    except (pa.ArrowException, CorpusError, OSError) as error:
+    except (pa.ArrowException, CorpusError, OSError, ValueError) as error:
         raise CorpusError(
             f"{path}: scores cannot be read back: {' '.join(str(error).split())}; if this persists, delete the file "
             "and resume"
@@ -208,6 +229,7 @@ def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     counts = np.ones((len(found.total), batch.num_rows), np.int64)
     view = RowCounts.view(counts)
     view.scored[:] = batch["error"].is_null().to_numpy(zero_copy_only=False)
+    view.labelled[:] = view.right[:] = 0
     view.abstained[:] = values("abstained", null=False)
     for m, name in enumerate(columns.modalities):
         view.ineffectual[m] = ~values(columns.effective(name), null=True)
@@ -222,6 +244,28 @@ def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     found.histogram += np.histogram(confidence.clip(max=1), _CONFIDENCE_BINS, (0, 1))[0]
     found.predictions += _count_texts(batch["prediction"])
     return counts
+
+
+def _count_answers(
+    found: ScoreCounts, batch: pa.RecordBatch, task: str, calibration: Mapping[str, Any], counts: Counts
+) -> None:
+    """Count the answers of rows with labels, in ``found`` and in the counts (K, N) of each row."""
+    view = RowCounts.view(counts)
+    target, known = targets(batch, found.columns, task)
+    known = known & (view.scored == 1)
+    if not known.any():
+        return
+    names = found.columns.classes
+    p = np.stack([batch[found.columns.probability(name)].to_numpy(zero_copy_only=False) for name in names], axis=1)
+    p, target = p[known], target[known]
+    before = before_calibration(p, calibration)
+    found.merge_answers(count_answers(p, target, names, task=task, uncalibrated=before))
+    view.labelled[:] = known
+    if task == "multi":
+        view.right[known] = ((p >= 0.5) == (target == 1)).all(axis=1)
+    else:
+        view.right[known] = p.argmax(axis=1) == (target if task == "single" else target.argmax(axis=1))
+    found.total[3:5] += counts[3:5].sum(axis=1)
 
 
 def _count_texts(column: pa.Array) -> Counter[str]:

@@ -119,10 +119,10 @@ def score(
     least = min(scorer.batch_frames for scorer in scorers)
     for scorer in scorers:
         scorer.batch_frames = least
-    check_model_fits(plan, scorers[0])
+    task = check_model_fits(plan, scorers[0])
     settings = {"batch_frames": least, "dtype": dtype, "checksum": checksum}
     output = replace(output, signature=scorers[0].signature, settings=settings)
-    job = ScoringJob(plan, output, verify, keep_cached=not outgrows_page_cache(plan))
+    job = ScoringJob(plan, output, verify, keep_cached=not outgrows_page_cache(plan), label_task=task)
     # A cluster that does not answer is an error before anything is written.
     with nullcontext() if address is None else ray_cluster(address):
         output.begin(resume=resume)
@@ -155,7 +155,10 @@ def iter_scores(
         CorpusError: a shard cannot be read; there is no quarantine here.
     """
     plan, scorer = plan_shards(corpus), Scorer(model, batch_frames=batch_frames)
-    with closing(score_parts(partial(read_tables, plan.corpus, verify=verify), plan.shards, scorer)) as parts:  # type: ignore[type-var]
+    schemas = (read_schema(plan.corpus, shard) for shard in plan.shards)
+    task = next((scorer.label_task(schema) for schema in schemas if schema is not None), None)
+    read = partial(read_tables, plan.corpus, verify=verify)
+    with closing(score_parts(read, plan.shards, scorer, label_task=task)) as parts:  # type: ignore[type-var]
         for part in parts:
             if part.error is not None:
                 with naming(part.shard.name):
@@ -268,10 +271,13 @@ def _map_function(engine: str, workers: int | None) -> MapFunction:
     return map_in_threads
 
 
-def check_model_fits(plan: Plan, scorer: Scorer) -> None:
+def check_model_fits(plan: Plan, scorer: Scorer) -> str | None:
     """Check that the model fits at least one shard: one that fits none is the wrong model.
 
     Stops at the first shard that fits. Shards whose schema cannot be read are skipped.
+
+    Returns:
+        The task of that shard's labels, or None if it has none: all scores have the same columns.
 
     Raises:
         CorpusError: of the first shard, if none fits.
@@ -286,9 +292,10 @@ def check_model_fits(plan: Plan, scorer: Scorer) -> None:
         except CorpusError as error:
             misfit = misfit or CorpusError(f"{shard.path}: {error}")
         else:
-            return
+            return scorer.label_task(schema)
     if misfit is not None:
         raise misfit
+    return None
 
 
 def _batch_frames_of(output: OutputFolder) -> int | None:

@@ -9,6 +9,7 @@ Dimension legend: N utterances of a table, B utterances of a batch, M modalities
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +38,8 @@ from m3er_fast.fitted_module import eval_mode
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.scoring.batching import plan_batches
-from m3er_fast.scoring.columns import ScoreColumns
+from m3er_fast.scoring.columns import CALIBRATION_KEY, ScoreColumns
+from m3er_fast.scoring.labels import find_task, label_arrays
 from m3er_fast.scoring.model import model_signature
 from m3er_fast.shards.prefetch import Prefetch
 from m3er_fast.shards.reader import WINDOW_BYTES
@@ -75,7 +77,7 @@ class Scorer:
     Attributes:
         signature: of the model.
         columns: classes and modalities of the scores.
-        schema: of every table of scores.
+        schema: of every table of scores without labels.
         batch_frames: as resolved, and halved where memory did not suffice.
 
     Raises:
@@ -102,7 +104,17 @@ class Scorer:
 
         self.signature = model_signature(model)
         self.columns = ScoreColumns.of_model(model)
-        self.schema = self.columns.schema({SIGNATURE_KEY: self.signature, VERSION_KEY: __version__})
+        self._metadata = {
+            SIGNATURE_KEY: self.signature,
+            VERSION_KEY: __version__,
+            CALIBRATION_KEY: json.dumps(
+                {
+                    "activation": model.config.loss.activation,
+                    "temperature": model.calibration.temperature.item(),
+                }
+            ),
+        }
+        self.schema = self.schema_with(None)
         self._network_dtype = torch.bfloat16 if dtype == "bfloat16" else None
         self._stager = _Stager(self.device)
         self.batch_frames = self._measure_batch_frames() if batch_frames == "auto" else batch_frames
@@ -122,14 +134,25 @@ class Scorer:
         self._check_modalities(schema)
         decode_rows(schema.empty_table(), self.model.input_dims)
 
-    def score(self, table: pa.Table, *, is_canceled: Callable[[], bool] = bool) -> pa.Table:
+    def label_task(self, schema: pa.Schema) -> str | None:
+        """Return the task that a corpus's labels pose to the model, or None if it has no column of them."""
+        return find_task(schema, self.model.config.loss.activation)
+
+    def schema_with(self, label_task: str | None) -> pa.Schema:
+        """Return the schema of scores with labels of a task beside them, or with none."""
+        return self.columns.schema(self._metadata, label_task)
+
+    def score(
+        self, table: pa.Table, *, label_task: str | None = None, is_canceled: Callable[[], bool] = bool
+    ) -> pa.Table:
         """Score the utterances of a table in the layout of :mod:`m3er_fast.corpus.parquet`.
 
-        A modality of the model without a column is unavailable. Labels, splits and groups are ignored. A row that
+        A modality of the model without a column is unavailable. Splits and groups are ignored. A row that
         cannot be scored has an ``error``. On the CPU several threads may score tables at the same time.
 
         Args:
             table: some utterances.
+            label_task: of :meth:`label_task`, to have the labels beside the scores; None leaves them out.
             is_canceled: called before every batch; returns whether the scores are no longer needed.
 
         Raises:
@@ -145,7 +168,7 @@ class Scorer:
         scores = _Scores.empty(table.num_rows, self.columns)
         with eval_mode(self.model):
             self._score_rows(rows, scores, is_canceled)
-        return self._to_table(table, rows, scores)
+        return self._to_table(table, rows, scores, label_task)
 
     def _check_modalities(self, schema: pa.Schema) -> None:
         names = list(self.model.input_dims)
@@ -235,7 +258,7 @@ class Scorer:
             abstained=output.abstained[:, None],
         )
 
-    def _to_table(self, table: pa.Table, rows: DecodedRows, scores: _Scores) -> pa.Table:
+    def _to_table(self, table: pa.Table, rows: DecodedRows, scores: _Scores, label_task: str | None) -> pa.Table:
         import pyarrow as pa
 
         failed = np.zeros(table.num_rows, dtype=bool)
@@ -260,7 +283,10 @@ class Scorer:
             **by_name(["abstained"], scores.abstained),
             "error": pa.array(errors, pa.string()) if rows.problems else pa.nulls(table.num_rows, pa.string()),
         }
-        return pa.Table.from_arrays([arrays[name] for name in self.schema.names], schema=self.schema)
+        if label_task is not None:
+            arrays |= label_arrays(table, self.columns, label_task, failed)
+        schema = self.schema_with(label_task)
+        return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
     def _reasons(self, scores: _Scores) -> dict[str, pa.Array]:
         """Return the columns of reasons, null where there is none, as in rows that were not scored."""

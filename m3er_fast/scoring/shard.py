@@ -40,6 +40,7 @@ class ScoringJob:
     output: OutputFolder
     verify: bool = True  # page checksums of the input
     keep_cached: bool = True  # leave the input in the page cache
+    label_task: str | None = None  # of the labels beside the scores; None: the scores have none
 
     def without_shards(self) -> ScoringJob:
         """Return the job without its list of shards, which may be long: a worker gets its shards one by one."""
@@ -53,7 +54,7 @@ def read_tables(corpus: Location, shard: Shard, scorer: Scorer, *, verify: bool 
         shard,
         window_bytes=scorer.window_bytes,
         verify=verify,
-        extra_columns=list(scorer.model.input_dims),  # whatever their type is where there are no rows
+        extra_columns=[*scorer.model.input_dims, "label"],  # whatever their type is where there are no rows
         check=scorer.check_schema,
     )
 
@@ -87,7 +88,7 @@ def score_shards(
         OSError: the scores cannot be written.
     """
     read = partial(read_tables, job.plan.corpus, verify=job.verify)
-    with closing(score_parts(read, shards, scorer, threads=threads)) as all_parts:  # type: ignore[type-var]
+    with closing(score_parts(read, shards, scorer, threads=threads, label_task=job.label_task)) as all_parts:  # type: ignore[type-var]
         for shard, parts in itertools.groupby(all_parts, key=lambda part: part.shard):
             yield from _write_shard(job, shard, parts, scorer)
 
@@ -98,6 +99,7 @@ def score_parts(
     scorer: Scorer,
     *,
     threads: int | None = None,
+    label_task: str | None = None,
 ) -> Iterator[ScoredPart]:
     """Yield the scores of shards in order, table by table, and a part without scores after each shard.
 
@@ -108,6 +110,7 @@ def score_parts(
         shards: iterated over by the thread that reads.
         scorer: with the model, which is in eval mode meanwhile.
         threads: number of threads that score on the CPU, one table each; None uses as many as torch has.
+        label_task: of the labels beside the scores; None: the scores have none.
     """
     failed: set[Shard] = set()
 
@@ -128,7 +131,7 @@ def score_parts(
         if table is None:
             return ScoredPart(shard, None, error)
         try:
-            return ScoredPart(shard, scorer.score(table, is_canceled=is_canceled))
+            return ScoredPart(shard, scorer.score(table, label_task=label_task, is_canceled=is_canceled))
         except CorpusError as problem:
             failed.add(shard)
             return ScoredPart(shard, None, problem)
@@ -146,7 +149,7 @@ def _write_shard(
 ) -> Iterator[int | ShardResult]:
     """Write the scores of one shard, and yield what :func:`score_shards` yields."""
     try:
-        with job.output.writer(shard, scorer.schema) as writer:
+        with job.output.writer(shard, scorer.schema_with(job.label_task)) as writer:
             for part in parts:
                 if part.error is not None:
                     raise part.error

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3er_fast.execution.threads import map_in_order
+from m3er_fast.metrics import ClassificationReport
 from m3er_fast.scoring.counts import Counts, MapFunction, RowCounts, ScoreCounts, count_scores
 from m3er_fast.scoring.shard import ScoringJob
 from m3er_fast.scoring.summary_page import render
@@ -128,6 +129,7 @@ def summarize(
             for edge, counts in zip(edges[:-1], found.order, strict=True)
         ],
         "groups": _group_counts(found),
+        "report": _report(found),
         "quarantine": [entry._asdict() for entry in quarantined],
         "errors": [entry._asdict() for entry in found.errors],
     }
@@ -141,12 +143,21 @@ def _position(shards: Sequence[Shard], starts: Counts, row: int) -> dict[str, An
 
 def _named_counts(found: ScoreCounts, counts: Counts) -> dict[str, Any]:
     view = RowCounts.view(counts)
+    judged = {} if found.answers is None else {"labelled": int(view.labelled), "right": int(view.right)}
     return {
         "rows": int(view.rows),
         "scored": int(view.scored),
         "abstained": int(view.abstained),
         "ineffectual": dict(zip(found.columns.modalities, view.ineffectual.tolist(), strict=True)),
+        **judged,
     }
+
+
+def _report(found: ScoreCounts) -> dict[str, Any] | None:
+    """Return the scores beside the labels of the corpus, or None if none of them can be used."""
+    if found.answers is None or not found.answers.support.any():
+        return None
+    return ClassificationReport.of_counts(found.answers).to_dict()
 
 
 def _group_counts(found: ScoreCounts) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3er_fast import html_page as h
+from m3er_fast import report_sections
 
 _MOST_QUARANTINED = 200  # shards in quarantine that are shown
 _MOST_GROUPS, _LEAST_ROWS = 20, 10  # groups that are shown, and rows of the smallest, if any group has as many
@@ -27,6 +28,7 @@ def render(summary: Mapping[str, Any]) -> str:
     if summary["utterances"]["scored"]:
         parts += [
             _classes(summary["classes"]),
+            _labels(summary["report"]),
             _confidence(summary["confidence"], summary["utterances"]["scored"]),
             _modalities(summary),
             _order(summary),
@@ -120,6 +122,15 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> str:
     ]
     heads = ("Class", "Predicted for", "Utterances", "Mean probability")
     return f"<h2>Classes</h2>\n{h.table(heads, rows, numbers=(2, 3))}"
+
+
+def _labels(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return ""
+    count = h.plural(report["overall"]["support"], "utterance")
+    return (
+        f'<h2>Beside the labels</h2>\n<p class="quiet">Of {count} with a label.</p>\n{report_sections.details(report)}'
+    )
 
 
 def _confidence(confidence: Mapping[str, Any], scored: int) -> str:
@@ -222,6 +233,7 @@ def _groups(summary: Mapping[str, Any]) -> str:
     if groups is None:
         return ""
     names = [entry["name"] for entry in summary["modalities"]]
+    is_labelled = summary["report"] is not None
     named = [group for group in groups["named"] if group["scored"]]
     least = _LEAST_ROWS if any(group["scored"] >= _LEAST_ROWS for group in named) else 1
 
@@ -237,6 +249,7 @@ def _groups(summary: Mapping[str, Any]) -> str:
             h.number(group["scored"]),
             *(h.share(group["ineffectual"][name] / group["scored"]) for name in names),
             h.percent(group["abstained"] / group["scored"]),
+            *([h.percent(_ratio(group["right"], group["labelled"]))] if is_labelled else []),
         )
         for group in shown[:_MOST_GROUPS]
     ]
@@ -252,7 +265,8 @@ def _groups(summary: Mapping[str, Any]) -> str:
             f"The groups of some shards could not be read, such as {h.name(first['shard'])}: {h.text(first['reason'])}"
         )
     heads = ("Group", "Utterances", *(f"{h.name(name)} ineffectual" for name in names), "Abstained")
-    table = h.table(heads, rows, " ".join(notes), numbers=(1, len(heads) - 1))
+    last = ("Right",) if is_labelled else ()
+    table = h.table((*heads, *last), rows, " ".join(notes), numbers=(1, len(heads) - 1, len(heads)))
     return f"<h2>Groups</h2>\n{table}"
 
 

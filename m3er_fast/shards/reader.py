@@ -113,8 +113,8 @@ def _read_parquet(
             buffer_size=_buffer_bytes(corpus, metadata, shard.size),
             pre_buffer=False,
             page_checksum_verification=verify,
-            # So that one huge id, repeated, is noticed before it is unpacked.
-            read_dictionary=["id"] if _is_text_column(metadata, "id") else None,
+            # So that one huge id or label, repeated, is noticed before it is unpacked.
+            read_dictionary=[name for name in ("id", "label") if _is_text_column(metadata, name)] or None,
         ) as file,
     ):
         schema = file.schema_arrow
