@@ -109,16 +109,19 @@ def test_columns_and_metadata_are_those_documented(model, corpus_dir, tmp_path):
         *("p_value_text", "p_value_audio", "p_value_face"),
         *("reason_text", "reason_audio", "reason_face"),
         "abstained",
+        "label",
         "error",
     ]
     numbers, verdicts, texts = [pa.float32()] * 3, [pa.bool_()] * 3, [pa.string()] * 3
-    assert schema.types == [*texts[:2], *numbers, *verdicts, *numbers, *texts, pa.bool_(), pa.string()]
+    assert schema.types == [*texts[:2], *numbers, *verdicts, *numbers, *texts, pa.bool_(), pa.string(), pa.string()]
     assert schema.metadata[b"m3er_fast.signature"].decode() == model_signature(model)
     assert schema.metadata[b"m3er_fast.version"].decode() == __version__
     assert json.loads(schema.metadata[b"m3er_fast.columns"]) == {
         "classes": ["angry", "happy", "neutral"],
         "modalities": ["text", "audio", "face"],
     }
+    assert schema.metadata[b"m3er_fast.task"] == b"single"
+    assert json.loads(schema.metadata[b"m3er_fast.calibration"]) == {"activation": "softmax", "temperature": 1.0}
 
 
 def test_ids_order_and_shard_names_are_those_of_the_corpus(corpus, model, corpus_dir, tmp_path):
@@ -245,7 +248,7 @@ def test_an_empty_shard_gives_an_empty_shard_of_the_same_columns(corpus, model, 
     write_parquet(corpus.select(slice(0, 0)), tmp_path / "corpus")
     summary = score(tmp_path / "corpus", model, tmp_path / "out")
     assert (summary.rows, summary.shards) == (0, 1)
-    assert read_scores(tmp_path / "out").schema.equals(Scorer(model).schema)
+    assert read_scores(tmp_path / "out").schema.equals(Scorer(model).schema_with("single"))
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
