@@ -106,6 +106,8 @@ def counts_of(rows):
         "scored": len(good),
         "abstained": sum(row["abstained"] for row in good),
         "ineffectual": {name: sum(not row[f"effective_{name}"] for row in good) for name in DIMS},
+        "labelled": sum(row["label"] is not None for row in good),
+        "right": sum(row["label"] == row["prediction"] for row in good),
     }
 
 
@@ -155,7 +157,7 @@ def test_parts_follow_the_order_of_the_corpus_and_say_where_they_begin(scored):
         assert part["shard"] == f"part-{start // SHARD_ROWS:05d}.parquet"
         assert part["row"] == start % SHARD_ROWS
         own = rows[start : start + part["rows"]]
-        assert {name: part[name] for name in ("rows", "scored", "abstained", "ineffectual")} == counts_of(own)
+        assert {name: part[name] for name in part if name not in ("shard", "row")} == counts_of(own)
         start += part["rows"]
     assert start == ROWS
     assert parts[8]["ineffectual"]["audio"] == 50  # rows 400 to 449
@@ -403,12 +405,12 @@ def test_the_command_says_where_the_page_is(corpus_dir, model, tmp_path, capsys)
 
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "strong", "code", "dl", "dt", "dd"),
-    *("div", "span", "bdi", "table", "thead", "tbody", "tr", "th", "td"),
+    *("div", "span", "bdi", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"),
 }
 SVG = {"svg", "rect", "path"}
 ATTRIBUTES = {
     *("lang", "charset", "name", "content", "http-equiv", "class", "dir", "viewbox", "preserveaspectratio", "role"),
-    *("aria-label", "aria-hidden", "x", "y", "width", "height", "d"),
+    *("aria-label", "aria-hidden", "x", "y", "width", "height", "d", "style", "scope"),
 }
 
 

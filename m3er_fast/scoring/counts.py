@@ -59,7 +59,8 @@ class RowCounts(NamedTuple):
     @classmethod
     def view(cls, counts: Counts) -> RowCounts:
         """Name the counts of an array (K, ...)."""
-        return cls(*counts[:5], ineffectual=counts[5:])
+        rows, scored, abstained, labelled, right = counts[:5]
+        return cls(rows, scored, abstained, labelled, right, ineffectual=counts[5:])
 
     @staticmethod
     def size(columns: ScoreColumns) -> int:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m3er_fast.config import Activation
 from m3er_fast.corpus._parquet_labels import task_of_labels
 from m3er_fast.corpus.base import NO_LABEL, CorpusError
 from m3er_fast.corpus.files import decoding
 from m3er_fast.corpus.parquet import read_labels_of
+from m3er_fast.operands import Activation
 from m3er_fast.scoring.columns import ScoreColumns
 
 if TYPE_CHECKING:
