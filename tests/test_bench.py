@@ -55,7 +55,9 @@ def test_never(benchmark):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
-    shutil.copy(ROOT / "conftest.py", root)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "tests" / "ptx", root / "tests" / "ptx")  # the options of conftest.py
     shutil.copytree(
         ROOT / "benchmarks", root / "benchmarks", ignore=shutil.ignore_patterns("test_*.py", "results", "__pycache__")
     )
