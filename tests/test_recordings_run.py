@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import pytest
 
 pytest.importorskip("av")
 
-from recording_files import tone, write_recording
+from recording_files import RATE, tone, write_recording
 from recording_problems import Letters, Loudness
 
 from m3er_fast.corpus import read_parquet
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.execution.run_folder import OutputMismatchError
-from m3er_fast.recordings import extract
+from m3er_fast.recordings import SoundFeatures, extract
 
 EXTRACTORS = {"audio": Loudness()}
 
@@ -243,3 +244,42 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(recordings, tmp_path, ki
     assert moments >= 2
     run(recordings, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ray_leaves_the_same_bytes(recordings, tmp_path):
+    pytest.importorskip("ray")
+    pytest.importorskip("librosa")
+    extractors = {"audio": SoundFeatures()}  # workers of Ray do not find the modules of the tests
+    for engine in ("local", "ray"):
+        extract(recordings, tmp_path / engine, extractors, steps=0.1, engine=engine, workers=2)
+    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+
+
+HOUR = """
+    import sys
+    from pathlib import Path
+    from m3er_fast.recordings import SoundFeatures, extract_recording
+
+    steps = extract_recording(sys.argv[1], {"audio": SoundFeatures()}, steps=0.1).corpus.steps
+    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child process inherits
+    print(steps, status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_silent_hour_takes_less_than_600_megabytes(tmp_path):
+    pytest.importorskip("librosa")
+    with wave.open(str(tmp_path / "hour.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        for _ in range(60):
+            file.writeframes(bytes(2 * 60 * RATE))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", textwrap.dedent(HOUR), str(tmp_path / "hour.wav")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+    steps, kibibytes = map(int, done.stdout.split())
+    assert steps == 36_000
+    assert kibibytes * 1024 < 600e6

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from threadpoolctl import threadpool_limits
+
 from m3er_fast._validation import check_positive_int
 from m3er_fast.corpus.base import CorpusError
 from m3er_fast.corpus.files import is_hidden
@@ -169,8 +171,8 @@ def extract(
 ) -> ExtractSummary:
     """Turn recordings into a corpus: a folder with one Parquet shard per recording, for audit, train and score.
 
-    A recording that cannot be read is put in quarantine with the reason; the others are extracted. Memory is bounded
-    for recordings of any length.
+    A recording that cannot be read is put in quarantine with the reason; the others are extracted. A worker holds the
+    features of one recording at a time, and only a piece of its sound and pictures.
 
     Args:
         recordings: a folder, with the folders in it, or one file. Files in a folder are recordings if their names have
@@ -299,16 +301,18 @@ class _Job:
             transcript = None if recording.transcript is None else read_transcript(recording.transcript)
             if transcript is not None and self.timer is not None:
                 transcript = self.timer.time(Path(recording.file.path), transcript)
-            extracted = extract_recording(
-                recording.file.path,
-                self.extractors,
-                encoder=self.encoder,
-                transcript=transcript,
-                utterances=None if self.labels is None else self.labels.utterances[recording.name],
-                steps=self.steps,
-                name=recording.name,
-                classes=() if self.labels is None else self.labels.classes,
-            )
+            # Products by another number of threads round differently, and workers would wait for each other.
+            with threadpool_limits(1):
+                extracted = extract_recording(
+                    recording.file.path,
+                    self.extractors,
+                    encoder=self.encoder,
+                    transcript=transcript,
+                    utterances=None if self.labels is None else self.labels.utterances[recording.name],
+                    steps=self.steps,
+                    name=recording.name,
+                    classes=() if self.labels is None else self.labels.classes,
+                )
         except (CorpusError, FileNotFoundError, PermissionError) as error:
             return _Result({}, " ".join(str(error).split()))
         report = {**extracted.report, "utterances": len(extracted.corpus), "transcript": _name(recording.transcript)}
