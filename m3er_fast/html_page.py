@@ -50,11 +50,12 @@ td.number { white-space: nowrap; }
 .share svg { flex: 1 1 5rem; height: .7rem; }
 .share rect { fill: var(--bar); }
 .share .track { fill: var(--track); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: .75rem; }
 svg { display: block; width: 100%; }
 .columns { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 3px; text-align: center;
-  font-size: clamp(.65rem, 2.6vw, .8rem); max-width: 40rem; }
-.columns span { white-space: nowrap; }
+  font-size: clamp(.65rem, 2.6vw, .8rem); max-width: 30rem; }
+td > div { white-space: nowrap; }
+.columns { white-space: nowrap; }
 .columns svg { height: 7rem; border-bottom: 1px solid var(--quiet); }
 .columns rect { fill: var(--bar); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.25rem 1.5rem; }

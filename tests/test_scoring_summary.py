@@ -1,8 +1,10 @@
 """The run summary counts what the scores say, in bounded memory; its page is self-contained and trusts no file."""
 
 import dataclasses
+import functools
 import html.parser
 import json
+import operator
 import os
 import re
 import subprocess
@@ -117,7 +119,8 @@ def counts_of(rows):
 def test_every_count_is_that_of_the_rows(scored, corpus):
     found, rows = summary_of(scored[0]), scored[1]
     good = [row for row in rows if row["error"] is None]
-    best = [max(row[f"p_{name}"] for name in corpus.classes) for row in good]
+    decided = [row for row in good if not row["abstained"]]
+    best = [max(row[f"p_{name}"] for name in corpus.classes) for row in decided]
     assert found["utterances"] == {
         "rows": ROWS,
         "scored": ROWS - 3,
@@ -126,12 +129,12 @@ def test_every_count_is_that_of_the_rows(scored, corpus):
     }
     assert found["utterances"]["abstained"] >= 20
     assert found["shards"] == {"corpus": 3, "scored": 3, "quarantined": 0}
-    predictions = Counter(row["prediction"] for row in good)
+    predictions = Counter(row["prediction"] for row in decided)
     assert len(predictions) == 3
     assert {entry["name"]: entry["predictions"] for entry in found["classes"]} == predictions
     for entry in found["classes"]:
-        assert entry["share"] == predictions[entry["name"]] / len(good)
-        assert entry["mean_probability"] == pytest.approx(np.mean([row[f"p_{entry['name']}"] for row in good]))
+        assert entry["share"] == predictions[entry["name"]] / len(decided)
+        assert entry["mean_probability"] == pytest.approx(np.mean([row[f"p_{entry['name']}"] for row in decided]))
     assert found["confidence"]["mean"] == pytest.approx(np.mean(best))
     edges = [*(edge / 10 for edge in range(10)), 1.1]  # 1 belongs to the last
     counted_by_hand = [sum(low <= p < high for p in best) for low, high in pairwise(edges)]
@@ -462,6 +465,51 @@ def test_a_page_needs_nothing_beside_it_and_shows_every_number_as_text(scored):
     assert found["signature"][:12] in page.text
     worst = max(found["groups"]["named"], key=lambda group: sum(group["ineffectual"].values()) / group["rows"])
     assert worst["name"] in page.text
+
+
+def altered(folder, **changes):
+    """Return the page's text for a summary of which some fields are others, given by their paths, as ``a__b``."""
+    summary = summary_of(folder)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        functools.reduce(operator.getitem, parents, summary)[last] = value
+    return assert_harmless(render(summary)).text
+
+
+def test_the_banner_tells_of_many_abstentions_and_of_a_single_class(scored):
+    page = altered(scored[0])
+    assert "abstained from" not in page.split("Utterances scored")[0]
+    assert "Every prediction" not in page
+    page = altered(scored[0], utterances__abstained=330)
+    assert "The model abstained from 47.3\u202f% of them" in page
+    summary = summary_of(scored[0])
+    decided = summary["utterances"]["scored"] - summary["utterances"]["abstained"]
+    classes = [{**entry, "predictions": decided * (entry["name"] == "happy")} for entry in summary["classes"]]
+    assert "Every prediction is" in altered(scored[0], classes=classes)
+
+
+def test_a_corpus_that_is_abstained_from_as_a_whole_has_a_page(corpus, model, tmp_path):
+    nothing = dataclasses.replace(corpus, available=np.zeros_like(corpus.available)).select(slice(0, 40))
+    write_parquet(nothing, tmp_path / "corpus")
+    score(tmp_path / "corpus", model, tmp_path / "out")
+    found = summary_of(tmp_path / "out")
+    assert found["utterances"] == {"rows": 40, "scored": 40, "errors": 0, "abstained": 40}
+    assert {entry["share"] for entry in found["classes"]} == {None}
+    assert found["confidence"] == {"mean": None, "histogram": [0] * 10}
+    page = assert_harmless((tmp_path / "out" / "_summary.html").read_text())
+    assert "abstained from 100\u202f% of them" in page.text
+
+
+def test_groups_without_ineffectual_modalities_are_not_listed(scored):
+    groups = summary_of(scored[0])["groups"]
+    fine = {"rows": 50, "scored": 50, "abstained": 0, "ineffectual": dict.fromkeys(DIMS, 0), "labelled": 0, "right": 0}
+    page = altered(
+        scored[0], report=None, groups={**groups, "named": [{"name": "quiet one", **fine}, *groups["named"]]}
+    )
+    assert "quiet one" not in page
+    page = altered(scored[0], report=None, groups={**groups, "named": [{"name": "quiet one", **fine}]})
+    assert "quiet one" not in page
+    assert "No group has ineffectual modalities" in page
 
 
 def test_names_and_reasons_from_hostile_files_are_shown_as_text(both, corpus, tmp_path):

@@ -85,7 +85,7 @@ class ScoreCounts:
     order: Counts  # (parts, K), by part of the corpus
     p_value_0: Counts  # (M,)
     reasons: list[Counter[str]]  # M, of the rows that each reason of a rejection occurs in
-    probability: NDArray[np.float64]  # (C,) sums
+    probability: NDArray[np.float64]  # (C,) sums; this, and the next three, without utterances abstained from
     histogram: Counts  # of confidences
     confidence: float = 0.0  # sum
     predictions: Counter[str] = field(default_factory=Counter)
@@ -221,6 +221,7 @@ def _count_shard(job: ScoringJob, shard: Shard, start: int, edges: Counts) -> Sc
 
 def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
     """Return the counts (K, N) of each row, and add all that is summed over rows alone to ``found``."""
+    import pyarrow as pa
 
     def values(name: str, null: bool | None = None) -> Any:
         column = batch[name] if null is None else batch[name].fill_null(null)
@@ -237,13 +238,14 @@ def _count_rows(found: ScoreCounts, batch: pa.RecordBatch) -> Counts:
         found.p_value_0[m] += np.count_nonzero(values(columns.p_value(name)) == 0)
         found.reasons[m] += _count_texts(batch[columns.reason(name)])
     found.total += counts.sum(axis=1)
-    scored = view.scored == 1
-    probability = np.stack([values(columns.probability(name))[scored] for name in columns.classes])
+    # An utterance that the model abstains from has the probabilities of a guess: they would hide those of the others.
+    decided = (view.scored == 1) & (view.abstained == 0)
+    probability = np.stack([values(columns.probability(name))[decided] for name in columns.classes])
     confidence = probability.max(axis=0)
     found.probability += probability.sum(axis=1, dtype=np.float64)
     found.confidence += float(confidence.sum(dtype=np.float64))
     found.histogram += np.histogram(confidence.clip(max=1), _CONFIDENCE_BINS, (0, 1))[0]
-    found.predictions += _count_texts(batch["prediction"])
+    found.predictions += _count_texts(batch["prediction"].filter(pa.array(decided)))
     return counts
 
 

@@ -85,6 +85,7 @@ def summarize(
     edges = _part_edges(int(starts[-1]))
     found = count_scores(job, shards, starts, edges, map_tasks)
     total = RowCounts.view(found.total)
+    decided = int(total.scored - total.abstained)
     return {
         "version": __version__,
         "signature": job.output.signature,
@@ -103,12 +104,12 @@ def summarize(
             {
                 "name": name,
                 "predictions": found.predictions[name],
-                "share": _ratio(found.predictions[name], total.scored),
-                "mean_probability": _ratio(probability, total.scored),
+                "share": _ratio(found.predictions[name], decided),
+                "mean_probability": _ratio(probability, decided),
             }
             for name, probability in zip(found.columns.classes, found.probability, strict=True)
         ],
-        "confidence": {"mean": _ratio(found.confidence, total.scored), "histogram": found.histogram.tolist()},
+        "confidence": {"mean": _ratio(found.confidence, decided), "histogram": found.histogram.tolist()},
         "modalities": [
             {
                 "name": name,

@@ -13,6 +13,8 @@ from m3er_fast import report_sections
 
 _MOST_QUARANTINED = 200  # shards in quarantine that are shown
 _MOST_GROUPS, _LEAST_ROWS = 20, 10  # groups that are shown, and rows of the smallest, if any group has as many
+_WORRYING_ABSTENTION = 0.25  # share of utterances
+_LEAST_FOR_ALARM = 20  # utterances; fewer may well share a class
 _AXIS_LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of shares
 
 
@@ -27,9 +29,8 @@ def render(summary: Mapping[str, Any]) -> str:
     ]
     if summary["utterances"]["scored"]:
         parts += [
-            _classes(summary["classes"]),
+            *([_classes(summary["classes"]), _confidence(summary)] if _decided(summary) else []),
             _labels(summary["report"]),
-            _confidence(summary["confidence"], summary["utterances"]["scored"]),
             _modalities(summary),
             _order(summary),
             _groups(summary),
@@ -57,11 +58,35 @@ def _status(summary: Mapping[str, Any]) -> str:
         problems.append(f"{h.of(shards['quarantined'], shards['corpus'], 'shard')} could not be read")
     if rows["errors"]:
         problems.append(f"{h.of(rows['errors'], rows['rows'], 'utterance')} could not be scored")
-    if not problems:
-        count = h.number(rows["rows"])
-        message = f"Every utterance was scored ({count})." if rows["rows"] else "The corpus has no utterances."
-        return f'<p class="status">{message}</p>\n'
-    return f'<p class="status alarm"><strong>Not everything was scored:</strong> {", and ".join(problems)}.</p>\n'
+    count = h.number(rows["rows"])
+    message = f"Every utterance was scored ({count})." if rows["rows"] else "The corpus has no utterances."
+    if problems:
+        message = f"<strong>Not everything was scored:</strong> {', and '.join(problems)}."
+    doubts = _doubts(summary)
+    alarm = " alarm" if problems or doubts else ""
+    return f'<p class="status{alarm}">{" ".join((message, *doubts))}</p>\n'
+
+
+def _doubts(summary: Mapping[str, Any]) -> list[str]:
+    """Return what makes scores as a whole doubtful, each as a sentence."""
+    rows, decided = summary["utterances"], _decided(summary)
+    doubts = []
+    if rows["scored"] >= _LEAST_FOR_ALARM and rows["abstained"] >= _WORRYING_ABSTENTION * rows["scored"]:
+        share = h.percent(rows["abstained"] / rows["scored"])
+        doubts.append(f"<strong>The model abstained from {share} of them:</strong> no modality was effective there.")
+    only = [entry["name"] for entry in summary["classes"] if entry["predictions"] == decided]
+    if decided >= _LEAST_FOR_ALARM and only and len(summary["classes"]) > 1:
+        doubts.append(f"<strong>Every prediction is {h.name(only[0])}.</strong>")
+    if doubts:
+        doubts.append(
+            "Is the corpus like the training data? <code>m3er-fast audit CORPUS --model RUN</code> says more."
+        )
+    return doubts
+
+
+def _decided(summary: Mapping[str, Any]) -> int:
+    """Return the number of utterances that were scored and not abstained from."""
+    return int(summary["utterances"]["scored"] - summary["utterances"]["abstained"])
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
@@ -121,7 +146,8 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> str:
         for entry in classes
     ]
     heads = ("Class", "Predicted for", "Utterances", "Mean probability")
-    return f"<h2>Classes</h2>\n{h.table(heads, rows, numbers=(2, 3))}"
+    about = "Utterances that the model abstained from are left out, here and under confidence."
+    return f"<h2>Classes</h2>\n{h.table(heads, rows, about, numbers=(2, 3))}"
 
 
 def _labels(report: Mapping[str, Any] | None) -> str:
@@ -133,21 +159,28 @@ def _labels(report: Mapping[str, Any] | None) -> str:
     )
 
 
-def _confidence(confidence: Mapping[str, Any], scored: int) -> str:
-    histogram = confidence["histogram"]
+def _confidence(summary: Mapping[str, Any]) -> str:
+    histogram, decided, report = summary["confidence"]["histogram"], _decided(summary), summary["report"]
     largest, width = max(histogram), 100 // len(histogram)
     columns = []
     for index, count in enumerate(histogram):
         height = 100 * count / largest if largest else 0
         columns.append(
-            f"<div><span>{h.percent(count / scored, sign=False)}</span>"
+            f"<div><span>{h.percent(count / decided, sign=False)}</span>"
             f'<svg viewBox="0 0 1 100" preserveAspectRatio="none" aria-hidden="true">'
             f'<rect y="{100 - height:.1f}" width="1" height="{height:.1f}"/></svg>'
             f"{width * index}{h.DASH}{width * (index + 1)}</div>\n"
         )
+    beside = ""
+    if report is not None:
+        calibration = report["calibration"]
+        beside = (
+            f" Where there are labels, the mean confidence is {h.percent(calibration['mean_confidence'])}, with an "
+            f"expected calibration error (ECE) of {calibration['ece']:.3f}."
+        )
     return (
         '<h2>Confidence</h2>\n<p class="quiet">Share of utterances by the probability of their predicted class, '
-        f'both in percent.</p>\n<div class="columns">\n{"".join(columns)}</div>\n'
+        f'both in percent.{beside}</p>\n<div class="columns">\n{"".join(columns)}</div>\n'
     )
 
 
@@ -240,8 +273,12 @@ def _groups(summary: Mapping[str, Any]) -> str:
     def ineffectual(group: Mapping[str, Any]) -> float:
         return float(sum(group["ineffectual"].values()) / (len(names) * group["scored"]))
 
+    def says_something(group: Mapping[str, Any]) -> bool:
+        return bool(is_labelled or ineffectual(group) or group["abstained"])
+
     shown = sorted(
-        (group for group in named if group["scored"] >= least), key=lambda group: (-ineffectual(group), group["name"])
+        (group for group in named if group["scored"] >= least and says_something(group)),
+        key=lambda group: (-ineffectual(group), group["name"]),
     )
     rows = [
         (
@@ -255,6 +292,8 @@ def _groups(summary: Mapping[str, Any]) -> str:
     ]
     shown_groups = f"{h.of(len(rows), len(named), 'group')}, those with the largest share of ineffectual modalities"
     notes = [f"{shown_groups} among groups of {least} utterances or more." if least > 1 else f"{shown_groups}."]
+    if named and not shown:
+        notes = ["No group has ineffectual modalities."]
     if groups["others"]:
         notes.append(f"Not listed: {h.plural(groups['others']['rows'], 'utterance')} in further groups.")
     if groups["rows_without"]:
@@ -266,6 +305,8 @@ def _groups(summary: Mapping[str, Any]) -> str:
         )
     heads = ("Group", "Utterances", *(f"{h.name(name)} ineffectual" for name in names), "Abstained")
     last = ("Right",) if is_labelled else ()
+    if not rows:
+        return f'<h2>Groups</h2>\n<p class="quiet">{" ".join(notes)}</p>\n'
     table = h.table((*heads, *last), rows, " ".join(notes), numbers=(1, len(heads) - 1, len(heads)))
     return f"<h2>Groups</h2>\n{table}"
 
