@@ -31,7 +31,8 @@ def extract(
         ),
     ] = None,
     audio: Annotated[
-        Literal["librosa", "none"], typer.Option(metavar="librosa|none", help="Features of the sound.")
+        Literal["librosa", "egemaps", "none"],
+        typer.Option(metavar="librosa|egemaps|none", help="Features of the sound; egemaps by openSMILE."),
     ] = "librosa",
     face: Annotated[
         Literal["mediapipe", "none"], typer.Option(metavar="mediapipe|none", help="Features of the face.")
@@ -74,12 +75,15 @@ def extract(
     Recordings that cannot be read are listed in CORPUS/_quarantine.json and the others are extracted; the exit code is
     then 3. Faces and voices are personal data: people must have agreed to this use of their recordings.
     """
-    from m3er_fast.recordings import FaceFeatures, ForcedAlignment, SoundFeatures, word_vectors
+    from m3er_fast.recordings import EgemapsFeatures, FaceFeatures, ForcedAlignment, SoundFeatures, word_vectors
     from m3er_fast.recordings import extract as extract_recordings
 
     extractors: dict[str, FrameExtractor] = {}
-    if audio != "none":
+    if audio == "librosa":
         extractors["audio"] = SoundFeatures()
+    elif audio == "egemaps":
+        extractors["audio"] = EgemapsFeatures()
+        typer.echo(f"m3er-fast: openSMILE's licence: {EgemapsFeatures.licence}", err=True)
     if face != "none":
         extractors["face"] = FaceFeatures(face_fps, face_model)
     encoder = None if words is None else word_vectors(words)

@@ -5,6 +5,7 @@ The extractors of this package need ``pip install 'm3er-fast[extract]'``; one of
 which imports torch: the processes that extract need no torch.
 """
 
+from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
@@ -16,6 +17,7 @@ from m3er_fast.recordings.words import Cue, Transcript, Word, read_transcript, w
 
 __all__ = [
     "Cue",
+    "EgemapsFeatures",
     "ExtractProgress",
     "ExtractSummary",
     "Extracted",

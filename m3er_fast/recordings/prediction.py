@@ -12,6 +12,7 @@ from m3er_fast.corpus.base import Corpus, CorpusError
 from m3er_fast.corpus.extraction import extraction_difference
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.recordings.decoding import probe
+from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.frames import FrameExtractor
 from m3er_fast.recordings.run import describe
@@ -127,6 +128,8 @@ def extractors_of(
         kind = description.get("features")
         if kind == "librosa":
             extractors[modality] = SoundFeatures()
+        elif kind == "egemaps":
+            extractors[modality] = EgemapsFeatures()
         elif kind == "mediapipe":
             extractors[modality] = FaceFeatures(description["per_second"], face_model)
         elif modality != "text":
