@@ -70,9 +70,10 @@ def regenerate(model: M3ERFusion, corpus: Corpus, *, seed: int = 0) -> tuple[dic
 def examples(
     model: M3ERFusion, corpus: Corpus, truth: NDArray[np.bool_], prediction: Prediction
 ) -> list[dict[str, Any]]:
-    """Choose the examples of Figures 3 and 4: the most confident correct answer of each class.
+    """Choose the examples of Figures 3 and 4: for each class the correct answer of median confidence.
 
-    Answers for utterances with a corrupted modality that was judged ineffectual come first.
+    The most confident answers would all have probabilities and weights of 1. Answers for utterances with a corrupted
+    modality that was judged ineffectual are preferred.
 
     Args:
         model: the model that predicted.
@@ -97,8 +98,10 @@ def examples(
         correct = np.flatnonzero((answer == c) & is_true[:, c])
         if not len(correct):
             continue
-        detected = (truth & ~prediction.effective)[correct].any(axis=1)
-        row = int(correct[np.lexsort((prediction.probabilities[correct, c], detected))[-1]])
+        detected = correct[(truth & ~prediction.effective)[correct].any(axis=1)]
+        preferred = detected if len(detected) else correct
+        order = prediction.probabilities[preferred, c].argsort(kind="stable")
+        row = int(preferred[order[len(order) // 2]])
         # Rounded to 0 or 1, a probability would have an infinite logarithm.
         own = torch.from_numpy(prediction.modality_probabilities[:, row : row + 1]).double().clamp(1e-300, 1 - 1e-16)
         available = torch.from_numpy(prediction.available[row : row + 1])
@@ -149,10 +152,14 @@ def draw_ablation(
         from m3er_fast import plots
     except ImportError:  # the pictures need an extra; the tables hold the numbers
         return
-    bars = [(f"{row.label}{' *' if row.ineffectual else ''}", *row.overall("f1")) for row in result.all_rows]
     corruption = "" if result.other_corruption is None else f": {result.other_corruption}"
-    metric = f"Overall F1 (* = with ineffectual modalities{corruption})"
-    plots.plot_ablation(bars, out / "ablation.png", metric=metric)
+    titles = {False: "Clean", True: f"With ineffectual modalities{corruption}"}
+    groups = {
+        title: [(row.label, *row.overall("f1")) for row in result.all_rows if row.ineffectual == ineffectual]
+        for ineffectual, title in titles.items()
+    }
+    groups = {title: rows for title, rows in groups.items() if rows}
+    plots.plot_ablation(groups, out / "ablation.png", metric="Overall F1")
     draw_proxies(result.proxy_errors, frames, out / "figure7.png")
     if chosen:
         plots.plot_examples([plots.Example(**fields) for fields in chosen], out / "figure3.png")

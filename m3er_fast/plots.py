@@ -46,21 +46,35 @@ _STYLE: list[str | dict[str, Any]] = [
 # The palette of Okabe and Ito, distinguishable with every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 _MODALITY_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY)
+_GROUP_COLORS = (_BLUE, _ORANGE)  # one dark and one light, to differ in grey too
 _FUSED, _FADED = "0.25", "0.5"
 # Classes: light and dark in turn, so that neighbours differ in grey too; beyond six they are hatched.
 _CLASS_COLORS = (_BLUE, _ORANGE, _PURPLE, _SKY, "#D55E00", "#F0E442")
 _HATCHES = ("", "///", "...")
 
-# Figure 7 keeps the slides' blue, red and green; they also differ in width and lightness, for colour-blind readers.
-_ORIGINAL: dict[str, Any] = {"color": "#2A62CC", "linewidth": 3.0, "label": "original"}
+_INEFFECTUAL: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.55", "hatch": "/////"}
+
+# Figure 7 keeps the slides' blue, red and green. They differ in shape and lightness too, for colour-blind readers.
+_ORIGINAL: dict[str, Any] = {"color": "#1F4FA8", "linewidth": 2.0, "zorder": 3, "label": "original"}
 _NOISY: dict[str, Any] = {
     "color": "#D62728",
-    "linewidth": 0.7,
-    "alpha": 0.55,
-    "zorder": 1.5,  # behind the other lines
+    "linestyle": "none",
+    "marker": "x",
+    "markeredgewidth": 0.7,
+    "markersize": 4,
+    "zorder": 1.5,
     "label": "ineffectual (noise added)",
 }
-_REGENERATED: dict[str, Any] = {"color": "#2DBE50", "linewidth": 1.2, "label": "regenerated"}
+_REGENERATED: dict[str, Any] = {
+    "color": "#2DBE50",
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 3.5,
+    "markeredgecolor": "#146C2E",
+    "markeredgewidth": 0.5,
+    "zorder": 2.5,
+    "label": "regenerated",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +181,8 @@ def plot_proxies(
     """Draw one sample's feature vectors without noise, with noise and regenerated (Figure 7 of the M3ER paper).
 
     Noise at the paper's SNR of 0.01 is ten times as large as the signal. Each modality is therefore drawn twice: on
-    the left at the scale of the noise, on the right without it, at the scale of the features.
+    the left at the scale of the noise, on the right without it, at the scale of the features. Features have no order
+    of their own: they are sorted by their value without noise.
 
     Args:
         original: modality -> (d_m,) features without noise.
@@ -199,19 +214,19 @@ def plot_examples(examples: Sequence[Example], path: Path) -> None:
         _save(_examples_figure(examples), path)
 
 
-def plot_ablation(rows: Sequence[tuple[str, float, float | None]], path: Path, *, metric: str) -> None:
-    """Draw a bar per row of an ablation table, the first row at the top.
+def plot_ablation(groups: Mapping[str, Sequence[tuple[str, float, float | None]]], path: Path, *, metric: str) -> None:
+    """Draw a bar per row of an ablation table, in groups of one colour each, the first row at the top.
 
     Args:
-        rows: (label, mean, standard deviation) per row; a standard deviation of None draws no whisker.
+        groups: title -> (label, mean, standard deviation) per row; a standard deviation of None draws no whisker.
         path: the PNG file to write.
         metric: the name of the score, such as ``"Overall F1"``; it labels the axis.
 
     Raises:
-        ValueError: if there are no rows, a mean is not finite, or a standard deviation is negative or not finite.
+        ValueError: if a group has no rows, a mean is not finite, or a standard deviation is negative or not finite.
     """
     with matplotlib.style.context(_STYLE):
-        _save(_ablation_figure(rows, metric), path)
+        _save(_ablation_figure(groups, metric), path)
 
 
 def plot_reliability(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -306,21 +321,21 @@ def _proxies_figure(
         error = float(_numbers(f"errors[{modality!r}]", errors[modality], ()))
         if error < 0:
             raise ValueError(f"errors[{modality!r}] must not be negative, got {error}")
-        marker = "." if len(before) <= 40 else None
+        order = np.argsort(before, kind="stable")
         for axes, lines in (
             (wide, ((before, _ORIGINAL), (noisy, _NOISY), (proxy, _REGENERATED))),
             (close, ((before, _ORIGINAL), (proxy, _REGENERATED))),
         ):
             for values, style in lines:
-                axes.plot(values, marker=marker, **style)
+                axes.plot(values[order], **style)
             axes.set_xlim(-0.5, len(before) - 0.5)
             axes.xaxis.set_major_locator(_integer_ticks(8))
             axes.grid(axis="y")
-        wide.set_ylabel(_shorten(modality, 20), fontsize=11, fontweight="bold")
+        wide.set_ylabel(f"{_shorten(modality, 20)}\nstandardised value")
         wide.set_title("at the scale of the noise")
         close.set_title(f"at the scale of the features; mean relative L2 error {_percentage(error)}")
     for axes in grid[-1]:
-        axes.set_xlabel("feature")
+        axes.set_xlabel("feature, sorted by its original value")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
@@ -362,6 +377,8 @@ def _examples_figure(examples: Sequence[Example]) -> Figure:
         weighing.set_title("weight")
         _draw_bars(weighing, example.weights, [_bar_style(example, m) for m in range(len(modalities))], largest_weight)
         weighing.set_yticks(range(len(modalities)), [_shorten(name, 12) for name in modalities])
+    if not all(example.effective.all() for example in examples):
+        figure.legend(handles=[Patch(label="judged ineffectual", **_INEFFECTUAL)], loc="outside lower left")
     return figure
 
 
@@ -453,7 +470,7 @@ def _bar_style(example: Example, m: int) -> dict[str, Any]:
     """Return the modality's colour, or hatched grey if it was judged ineffectual."""
     if example.effective[m]:
         return {"color": _MODALITY_COLORS[m % len(_MODALITY_COLORS)]}
-    return {"facecolor": "0.9", "edgecolor": "0.55", "hatch": "/////"}
+    return _INEFFECTUAL
 
 
 def _draw_bars(axes: Axes, values: NDArray[Any], styles: Sequence[dict[str, Any]], largest: float) -> None:
@@ -468,31 +485,40 @@ def _draw_bars(axes: Axes, values: NDArray[Any], styles: Sequence[dict[str, Any]
     axes.tick_params(axis="y", length=0, labelsize=8)
 
 
-def _ablation_figure(rows: Sequence[tuple[str, float, float | None]], metric: str) -> Figure:
-    if not rows:
-        raise ValueError("rows must hold at least one row, got none")
-    means = _numbers("the means of rows", [mean for _, mean, _ in rows], (None,))
-    stds = _numbers("the standard deviations of rows", [0.0 if std is None else std for _, _, std in rows], means.shape)
+def _ablation_figure(groups: Mapping[str, Sequence[tuple[str, float, float | None]]], metric: str) -> Figure:
+    if not groups or not all(groups.values()):
+        raise ValueError(f"groups must hold at least one row each, got {dict(groups)}")
+    rows = [row for group in groups.values() for row in group]
+    means = _numbers("the means of groups", [mean for _, mean, _ in rows], (None,))
+    stds = _numbers("the standard deviations of groups", [std or 0.0 for _, _, std in rows], means.shape)
     if stds.min() < 0:
-        raise ValueError(f"the standard deviations of rows must not be negative, got {stds.min():g}")
-    labels = [textwrap.fill(label, 45) for label, _, _ in rows]
-    lines = sum(label.count("\n") + 1 for label in labels)
-
-    figure = Figure(figsize=(8, 0.8 + 0.16 * len(rows) + 0.2 * lines), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
-    for y, (_, mean, std) in enumerate(rows):
-        axes.barh(y, mean, height=0.65, color=_SKY)
-        text, end = f"{mean:.3f}", mean
-        if std is not None:
-            axes.errorbar(mean, y, xerr=std, color="black", linewidth=1.2, capsize=3)
-            text, end = f"{text} ± {std:.3f}", mean + std
-        axes.annotate(text, (max(end, 0.0), y), (5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.set_xlabel(metric)
+        raise ValueError(f"the standard deviations of groups must not be negative, got {stds.min():g}")
     low, high = min(0.0, (means - stds).min()), max(0.0, (means + stds).max())
-    axes.set_xlim(low, low + 1.25 * (high - low or 1.0))  # room for the numbers at the right of the bars
+    span = high - low or 1.0
+
+    lines = len(groups) + sum(textwrap.fill(label, 45).count("\n") + 1 for label, _, _ in rows)
+    height = 0.8 + 0.16 * (len(rows) + len(groups)) + 0.2 * lines
+    figure = Figure(figsize=(8, height), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    places: list[int] = []
+    y = 0
+    for number, (title, group) in enumerate(groups.items()):
+        axes.annotate(title, (low, y), (3, 0), textcoords="offset points", va="center", fontweight="bold")
+        for label, mean, std in group:
+            y += 1
+            places.append(y)
+            axes.barh(y, mean, height=0.65, color=_GROUP_COLORS[number % len(_GROUP_COLORS)], label=label)
+            text, end = f"{mean:.3f}", mean
+            if std is not None:
+                axes.errorbar(mean, y, xerr=std, color="black", linewidth=1.2, capsize=3)
+                text, end = f"{text} ± {std:.3f}", mean + std
+            axes.annotate(text, (max(end, 0.0), y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        y += 1
+    axes.set_yticks(places, [textwrap.fill(label, 45) for label, _, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_xlabel(metric)
+    axes.set_xlim(low, low + 1.25 * span)  # room for the numbers at the right of the bars
     axes.grid(axis="x")
     return figure
 

@@ -669,10 +669,13 @@ def model_with(**loss):
     return SimpleNamespace(config=M3ERConfig(loss=LossConfig(**loss)))
 
 
-def test_the_surest_right_answer_of_each_class_is_shown():
+def test_the_right_answer_of_median_confidence_is_shown_for_each_class():
     corpus, truth, prediction = example_inputs(
-        target=[0, 0, 1, 1, -100, 2],
-        probabilities=[[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0], [0.9, 0.1, 0], [1, 0, 0], [0.5, 0.3, 0.2]],
+        target=[0, 0, 1, 1, -100, 2, 0, 0],
+        probabilities=[
+            *([0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0], [0.9, 0.1, 0], [1, 0, 0], [0.5, 0.3, 0.2]),
+            *([0.99, 0.01, 0], [0.1, 0.9, 0]),
+        ],
     )
     chosen = examples(model_with(), corpus, truth, prediction)
     assert [(example["label"], example["id"]) for example in chosen] == [("a", "u1"), ("b", "u2")]  # c: never right
@@ -682,12 +685,12 @@ def test_the_surest_right_answer_of_each_class_is_shown():
 
 
 def test_an_example_with_an_ineffectual_modality_that_was_found_is_preferred():
-    effective, truth = np.ones((5, 3), dtype=bool), np.zeros((5, 3), dtype=bool)
-    truth[[0, 1, 2], 1] = True
-    effective[[1, 2, 3], 1] = False  # u0's was missed, u3's is a false alarm
+    effective, truth = np.ones((6, 3), dtype=bool), np.zeros((6, 3), dtype=bool)
+    truth[[0, 1, 2, 5], 1] = True
+    effective[[1, 2, 3, 5], 1] = False  # u0's was missed, u3's is a false alarm
     corpus, truth, prediction = example_inputs(
-        target=[0] * 5,
-        probabilities=[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.8, 0.2], [0.99, 0.01]],
+        target=[0] * 6,
+        probabilities=[[0.75, 0.25], [0.6, 0.4], [0.7, 0.3], [0.8, 0.2], [0.77, 0.23], [0.97, 0.03]],
         effective=effective,
         truth=truth,
     )

@@ -25,6 +25,7 @@ from m3er_fast.plots import (  # noqa: E402
 
 HISTORY = {"train_loss": [1.5, 1.1, 0.9, 0.7], "valid_loss": [1.6, 1.2, 1.1, 1.3], "best_epoch": 3}
 ROWS = [("without proxies", 0.634, 0.011), ("full M3ER", 0.761, 0.008), ("true mask", 0.765, None)]
+GROUPS = {"Clean": ROWS[1:2], "With ineffectual modalities": ROWS}
 NAMES = ("text", "audio", "face", "physiology", "gaze")
 NOT_A_NUMBER = float("nan")
 
@@ -88,7 +89,7 @@ def draw(kind, path):
         case "examples":
             plot_examples([example(c) for c in range(4)], path)
         case "ablation":
-            plot_ablation(ROWS, path, metric="Overall F1")
+            plot_ablation(GROUPS, path, metric="Overall F1")
 
 
 # --- every figure -----------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def draw(kind, path):
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("history", (1050, 600)), ("proxies", (1800, 1020)), ("examples", (1440, 948)), ("ablation", (1200, 282))],
+    [("history", (1050, 600)), ("proxies", (1800, 1020)), ("examples", (1440, 948)), ("ablation", (1200, 444))],
 )
 def test_the_file_has_the_expected_size_and_the_same_bytes_every_time_whatever_the_users_settings(tmp_path, kind, size):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
@@ -180,11 +181,12 @@ def test_each_modality_is_drawn_with_and_without_noise_in_the_slides_colours(fig
     axes = figure_of(plot_proxies, original, corrupted, regenerated, errors).axes
     assert len(axes) == 4
     for name, wide, close in (("text", *axes[:2]), ("face", *axes[2:])):
-        assert wide.get_ylabel() == name
+        assert wide.get_ylabel() == f"{name}\nstandardised value"
+        order = np.argsort(original[name])
         drawn = {line.get_label(): line for line in wide.get_lines()}
-        assert np.array_equal(drawn["original"].get_ydata(), original[name])
-        assert np.array_equal(drawn["ineffectual (noise added)"].get_ydata(), corrupted[name])
-        assert np.array_equal(drawn["regenerated"].get_ydata(), regenerated[name])
+        assert np.array_equal(drawn["original"].get_ydata(), original[name][order])
+        assert np.array_equal(drawn["ineffectual (noise added)"].get_ydata(), corrupted[name][order])
+        assert np.array_equal(drawn["regenerated"].get_ydata(), regenerated[name][order])
         assert [line.get_label() for line in close.get_lines()] == ["original", "regenerated"]
         low, high = close.get_ylim()
         # Its own scale: the features fill most of the panel, though the noise is ten times as large.
@@ -326,12 +328,17 @@ def test_examples_must_be_some_and_of_one_model(tmp_path):
 # --- ablation ---------------------------------------------------------------------------------------------------------
 
 
-def test_ablation_bars_stand_in_the_order_of_the_rows_with_whiskers_where_there_is_a_deviation(figure_of):
-    axes = figure_of(plot_ablation, ROWS, metric="Overall F1").axes[0]
-    assert widths(axes) == [0.634, 0.761, 0.765]
+def test_ablation_bars_stand_in_groups_of_one_colour_with_whiskers_where_there_is_a_deviation(figure_of):
+    axes = figure_of(plot_ablation, GROUPS, metric="Overall F1").axes[0]
+    assert widths(axes) == [0.761, 0.634, 0.761, 0.765]
     assert axes.yaxis_inverted()  # the first row at the top
-    assert [label.get_text() for label in axes.get_yticklabels()] == [label for label, _, _ in ROWS]
-    assert [note.get_text() for note in axes.texts] == ["0.634 ± 0.011", "0.761 ± 0.008", "0.765"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["full M3ER", *(label for label, _, _ in ROWS)]
+    first, *others = [bar.get_facecolor() for bar in axes.patches]
+    assert first != others[0]
+    assert set(others) == {others[0]}
+    notes = [note.get_text() for note in axes.texts]
+    assert notes[:3] == ["Clean", "0.761 ± 0.008", "With ineffectual modalities"]
+    assert notes[3:] == ["0.634 ± 0.011", "0.761 ± 0.008", "0.765"]
     assert axes.get_xlabel() == "Overall F1"
     assert axes.get_xlim()[0] == 0.0
     whiskers = [
@@ -340,34 +347,34 @@ def test_ablation_bars_stand_in_the_order_of_the_rows_with_whiskers_where_there_
         if hasattr(bars, "has_xerr")
         for segment in bars.lines[2][0].get_segments()
     ]
-    assert whiskers == [pytest.approx([0.623, 0.645]), pytest.approx([0.753, 0.769])]
+    assert whiskers[1:] == [pytest.approx([0.623, 0.645]), pytest.approx([0.753, 0.769])]
 
 
 def test_long_ablation_labels_are_wrapped_and_nothing_is_lost(figure_of):
     label = "full M3ER given the true corruption mask, which is what a perfect check would give"
-    shown = figure_of(plot_ablation, [(label, 0.7, None)], metric="MA").axes[0].get_yticklabels()[0].get_text()
+    shown = figure_of(plot_ablation, {"": [(label, 0.7, None)]}, metric="MA").axes[0].get_yticklabels()[0].get_text()
     assert shown.replace("\n", " ") == label
     assert max(map(len, shown.split("\n"))) <= 45
 
 
 @pytest.mark.parametrize("row", [("zero", 0.0, None), ("negative", -0.5, 0.1), ("no spread", 0.5, 0.0)])
 def test_one_row_of_any_sign_is_drawn(tmp_path, row):
-    plot_ablation([row], tmp_path / "ablation.png", metric="score")
-    assert png_size(tmp_path / "ablation.png") == (1200, 174)
+    plot_ablation({"all": [row]}, tmp_path / "ablation.png", metric="score")
+    assert png_size(tmp_path / "ablation.png") == (1200, 228)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "rows must hold at least one row"),
-        ([("a", NOT_A_NUMBER, None)], "the means of rows must be finite"),
-        ([("a", 0.5, NOT_A_NUMBER)], "the standard deviations of rows must be finite"),
-        ([("a", 0.5, -0.1)], "the standard deviations of rows must not be negative, got -0.1"),
+        ([], "groups must hold at least one row each, got {'all': \\[\\]}"),
+        ([("a", NOT_A_NUMBER, None)], "the means of groups must be finite"),
+        ([("a", 0.5, NOT_A_NUMBER)], "the standard deviations of groups must be finite"),
+        ([("a", 0.5, -0.1)], "the standard deviations of groups must not be negative, got -0.1"),
     ],
 )
 def test_ablation_refuses_by_name(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        plot_ablation(rows, tmp_path / "ablation.png", metric="score")
+        plot_ablation({"all": rows}, tmp_path / "ablation.png", metric="score")
 
 
 def timeline(rows=3, classes=2, **changes):
