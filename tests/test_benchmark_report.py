@@ -206,6 +206,31 @@ def test_a_third_lost_is_drawn_as_the_time_of_the_clean_batch_relative_to_its_ow
     assert panel.curve("1 thread", [row]) == ("1 thread", [8], [0.2], [0.25], [0.5])
 
 
+@pytest.mark.parametrize(
+    ("group", "kind", "sizes"),
+    [
+        ("inference, CMU-MOSI, B=32, T=50", "inference, CMU-MOSI", ["B=32", "T=50"]),
+        ("check, 1 sample, float32", "check", ["1 sample", "float32"]),
+        ("check", "check", []),
+        ("64 samples", "64 samples", []),
+    ],
+)
+def test_the_kind_of_work_is_what_stands_before_the_first_number(group, kind, sizes):
+    assert figures.split_group(group) == (kind, sizes)
+
+
+def test_ratios_have_a_line_per_kind_of_work_with_its_ends_told(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    rows = [("check, 1 sample, k=30", "textbook", 0.5), ("check, 8 samples, k=30", "textbook", 2.0)]
+    figures.ratios([*rows, ("check, 4 samples, k=30", "textbook", 1.0), ("loss, 1 sample", "other", 3.0)], tmp_path)
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["check (3)", "loss (1)"]
+    assert [note.get_text() for note in axes.texts] == ["0.50  1 sample", "2.00  8 samples", "3.00  1 sample  other"]
+    with pytest.raises(ValueError, match="no group has ours"):
+        figures.ratios([], tmp_path)
+
+
 def test_points_below_the_line_are_drawn_as_such(tmp_path):
     curve = figures.RatioCurve("1 thread", [1, 8, 64], [0.4, 0.9, 2.0], [0.5, 1.0, 2.0], [0.6, 1.1, 2.0])
     figures.over_batch([("loss", 1.0, [curve]), ("none", 1.0, [])], tmp_path / "over_batch.png")

@@ -22,6 +22,7 @@ _STYLE: list[str | dict[str, Any]] = [
 # The palette of Okabe and Ito, distinct with every common form of colour blindness; markers distinguish the rest.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "0.3")
 _MARKERS = "osD^vP*X"
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind words, to read them over a line
 _COLUMNS = 3
 
 
@@ -93,13 +94,13 @@ def roofline(points: Sequence[Point], copy: float, rates: Mapping[str, float], p
             levels.setdefault(rate, []).append(unit)
         for rate, units in levels.items():
             axes.plot(x, np.minimum(x * copy, rate), color="0.6", linewidth=1)
-            axes.annotate(
-                f"{', '.join(units)} {_rate(rate)}", (rate / copy, rate), (4, 2), textcoords="offset points",
-                va="bottom", color="0.35", fontsize=8,
+            axes.annotate(  # beside the axes, where no point can lie
+                f"{', '.join(units)} {_rate(rate)}", (1, rate), (4, 0), xycoords=("axes fraction", "data"),
+                textcoords="offset points", va="center", color="0.35", fontsize=7,
             )  # fmt: skip
         axes.annotate(
-            f"copy {copy / 1e9:.3g} GB/s", (x[0], x[0] * copy), (4, 4), textcoords="offset points", color="0.35",
-            fontsize=8,
+            f"copy {copy / 1e9:.3g} GB/s", (x[20], x[20] * copy), (-6, 4), textcoords="offset points",
+            ha="right", color="0.35", fontsize=7,
         )  # fmt: skip
         operations = list(dict.fromkeys(point.operation for point in points))
         for number, operation in enumerate(operations):
@@ -109,25 +110,32 @@ def roofline(points: Sequence[Point], copy: float, rates: Mapping[str, float], p
                 axes.plot(
                     [p.flops / p.bytes for p in chosen],
                     [p.flops / p.seconds for p in chosen],
-                    linestyle="none", marker=marker, markersize=6, color=color, alpha=0.9,
-                    markerfacecolor=color if ours else "none", zorder=3 if ours else 2,
+                    linestyle="none", marker=marker, zorder=3 if ours else 2, **_point_style(ours, color),
                 )  # fmt: skip
         handles = [
             Line2D([], [], linestyle="none", marker=_MARKERS[n % len(_MARKERS)], color=_COLORS[n % len(_COLORS)])
             for n in range(len(operations))
         ]
-        faces = ("0.3", "none")
-        handles += [Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor=face) for face in faces]
-        axes.legend(
-            handles, [*operations, "ours", "baselines"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
-        )
+        handles += [Line2D([], [], linestyle="none", marker="o", **_point_style(ours, "0.4")) for ours in (True, False)]
+        names = [*operations, "ours", "baselines"]
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
         axes.grid()
         _save(figure, path)
 
 
+def _point_style(ours: bool, color: str) -> dict[str, Any]:
+    """Return the style of a point below the roof: ours is large and has a dark edge, a baseline is small and hollow."""
+    if ours:
+        return {"markersize": 7, "markerfacecolor": color, "markeredgecolor": "0.1", "markeredgewidth": 0.6}
+    return {"markersize": 3.5, "markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 0.8}
+
+
 def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
-    """Draw the time of each baseline relative to ours as a bar on a logarithmic axis; right of 1, ours is faster.
+    """Draw the time of each baseline relative to ours as a point on a logarithmic axis; right of 1, ours is faster.
+
+    There is one line per kind of work, which a group's name begins with. Its least and largest ratio are labelled with
+    what else the name says, as far as it differs within the line.
 
     Args:
         rows: (group, baseline, time of the baseline divided by our time).
@@ -138,27 +146,33 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
     """
     if not rows:
         raise ValueError("no group has ours and a baseline to draw")
+    kinds: dict[str, list[tuple[list[str], float]]] = {}
+    for group, baseline, ratio in rows:
+        kind, sizes = split_group(group)
+        kinds.setdefault(kind, []).append(([*sizes, baseline], ratio))
     with matplotlib.style.context(_STYLE):
-        figure = Figure(figsize=(9, 0.9 + 0.19 * len(rows)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(9, 0.9 + 0.36 * len(kinds)), dpi=150, layout="constrained")
         axes = figure.subplots()
-        groups = list(dict.fromkeys(group for group, _, _ in rows))
-        y, ticks = 0.0, []
-        for group in groups:
-            for _, baseline, ratio in (row for row in rows if row[0] == group):
-                faster = ratio >= 1
-                axes.barh(y, ratio - 1, left=1, height=0.8, color=_COLORS[0] if faster else _COLORS[5])
+        for y, found in enumerate(kinds.values()):
+            common = set.intersection(*(set(parts) for parts, _ in found)) if len(found) > 1 else set()
+            for color, marker, drawn in ((_COLORS[0], "o", _is_faster), (_COLORS[5], "X", _is_slower)):
+                chosen = [ratio for _, ratio in found if drawn(ratio)]
+                axes.plot(
+                    chosen, [y] * len(chosen), linestyle="none", marker=marker, markersize=5, color=color, alpha=0.8
+                )
+            ends = (min(found, key=lambda entry: entry[1]), max(found, key=lambda entry: entry[1]))
+            for (parts, ratio), side in zip(ends, (-1, 1), strict=True) if len(found) > 1 else [(found[0], 1)]:
+                words = [f"{ratio:.2f}", *(part for part in parts if part not in common)]
                 axes.annotate(
-                    f"{ratio:.3g}", (ratio, y), (3 if faster else -3, 0), textcoords="offset points", va="center",
-                    ha="left" if faster else "right", fontsize=7,
+                    "  ".join(words), (ratio, y), (6 * side, 0), textcoords="offset points", va="center",
+                    ha="left" if side > 0 else "right", fontsize=7, bbox=_WHITE,
                 )  # fmt: skip
-                ticks.append((y, f"{group}: {baseline}"))
-                y += 1
-            y += 0.6
-        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=7)
-        axes.set_ylim(y, -1)
+        axes.set_yticks(range(len(kinds)), [f"{kind} ({len(found)})" for kind, found in kinds.items()])
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
         axes.axvline(1, color="0.3", linewidth=1)
         low, high = min(ratio for _, _, ratio in rows), max(ratio for _, _, ratio in rows)
-        axes.set(xscale="log", xlabel="time of the baseline / our time", xlim=(min(low, 1) / 2, max(high, 1) * 2))
+        # A label beside the outermost point takes as much as three or four doublings.
+        axes.set(xscale="log", xlabel="time of the baseline / our time", xlim=(min(low, 1) / 8, max(high, 1) * 16))
         # Label powers of two as plain numbers: so few decades hold too few powers of ten.
         axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=12))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -166,6 +180,21 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         _save(figure, path)
+
+
+def split_group(group: str) -> tuple[str, list[str]]:
+    """Return what kind of work a group's name says, the parts before the first number, and its sizes, the rest."""
+    parts = group.split(", ")
+    first = next((n for n, part in enumerate(parts) if any(c.isdigit() for c in part)), len(parts)) or 1
+    return ", ".join(parts[:first]), parts[first:]
+
+
+def _is_faster(ratio: float) -> bool:
+    return ratio >= 1
+
+
+def _is_slower(ratio: float) -> bool:
+    return ratio < 1
 
 
 def over_batch(panels: Sequence[tuple[str, float, Sequence[RatioCurve]]], path: Path) -> None:
