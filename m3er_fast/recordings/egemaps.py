@@ -64,7 +64,7 @@ class EgemapsFeatures:
             CorpusError: if it cannot be read.
         """
         decoder = Decoder(recording, "audio")
-        times: list[NDArray[np.float64]] = [np.empty(0)]
+        times: list[NDArray[Any]] = [np.empty(0)]
         values = [np.empty((0, self.dimension), np.float32)]
         for start, block in _blocks(read_sound(decoder)):
             times.append(start + _MIDDLE_S + np.arange(len(block)) * (_HOP / SAMPLE_RATE))
