@@ -41,6 +41,14 @@ def extract(
     face_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="face_landmarker.task.  [default: fetched once]")
     ] = None,
+    face_features: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="What OpenFace or py-feat wrote, instead of MediaPipe: a folder of CSV files with the names of the "
+            "recordings, or the file of one recording.",
+        ),
+    ] = None,
     steps: Annotated[
         str, typer.Option(metavar="words|SECONDS", help="What a step is: a word, or a number of seconds.")
     ] = "words",
@@ -75,7 +83,14 @@ def extract(
     Recordings that cannot be read are listed in CORPUS/_quarantine.json and the others are extracted; the exit code is
     then 3. Faces and voices are personal data: people must have agreed to this use of their recordings.
     """
-    from m3er_fast.recordings import EgemapsFeatures, FaceFeatures, ForcedAlignment, SoundFeatures, word_vectors
+    from m3er_fast.recordings import (
+        EgemapsFeatures,
+        FaceFeatures,
+        FaceFiles,
+        ForcedAlignment,
+        SoundFeatures,
+        word_vectors,
+    )
     from m3er_fast.recordings import extract as extract_recordings
 
     extractors: dict[str, FrameExtractor] = {}
@@ -84,7 +99,9 @@ def extract(
     elif audio == "egemaps":
         extractors["audio"] = EgemapsFeatures()
         typer.echo(f"m3er-fast: openSMILE's licence: {EgemapsFeatures.licence}", err=True)
-    if face != "none":
+    if face_features is not None:
+        extractors["face"] = FaceFiles(face_features, recordings if recordings.is_dir() else recordings.parent)
+    elif face != "none":
         extractors["face"] = FaceFeatures(face_fps, face_model)
     encoder = None if words is None else word_vectors(words)
     with ProgressDisplay("extract", "recordings") as display, interruptible("the same command with --resume goes on"):
@@ -135,6 +152,10 @@ def predict(
     face_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="face_landmarker.task.  [default: fetched once]")
     ] = None,
+    face_features: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="What OpenFace or py-feat wrote of FILE, if the model's face was theirs."),
+    ] = None,
     transcript: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Transcript.  [default: beside the recording]")
     ] = None,
@@ -167,6 +188,7 @@ def predict(
             file,
             words=words,
             face_model=face_model,
+            face_features=face_features,
             transcript=None if beside is None else read_transcript(beside),
             window=window,
         )

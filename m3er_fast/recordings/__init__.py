@@ -7,7 +7,8 @@ which imports torch: the processes that extract need no torch.
 
 from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
-from m3er_fast.recordings.frames import FrameExtractor, Frames, means_within
+from m3er_fast.recordings.face_files import FaceFiles
+from m3er_fast.recordings.frames import FrameExtractor, Frames, ReadsFiles, means_within
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
 from m3er_fast.recordings.speech import ForcedAlignment, WordTimer
@@ -22,9 +23,11 @@ __all__ = [
     "ExtractSummary",
     "Extracted",
     "FaceFeatures",
+    "FaceFiles",
     "ForcedAlignment",
     "FrameExtractor",
     "Frames",
+    "ReadsFiles",
     "SoundFeatures",
     "StaticTable",
     "Steps",

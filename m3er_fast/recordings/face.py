@@ -1,4 +1,4 @@
-"""Features of the face, by MediaPipe, and those that OpenFace and py-feat have written.
+"""Features of the face, by MediaPipe.
 
 Dimension legend: N pictures, F faces.
 """

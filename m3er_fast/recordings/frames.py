@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,14 @@ class FrameExtractor(Protocol):
         Raises:
             CorpusError: if it cannot be read.
         """
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """An extractor that reads a further file for each recording: if that changes, so do the features."""
+
+    def file_of(self, recording: Path) -> Path | None:
+        """Return the file that is read for a recording, or None."""
 
 
 def means_within(frames: Frames, spans: NDArray[np.float64]) -> NDArray[np.float32]:

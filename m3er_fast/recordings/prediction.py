@@ -14,6 +14,7 @@ from m3er_fast.fusion import M3ERFusion
 from m3er_fast.recordings.decoding import probe
 from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
+from m3er_fast.recordings.face_files import FaceFiles
 from m3er_fast.recordings.frames import FrameExtractor
 from m3er_fast.recordings.run import describe
 from m3er_fast.recordings.sound import SoundFeatures
@@ -42,6 +43,7 @@ def predict_recording(
     *,
     words: str | Path | None = None,
     face_model: str | Path | None = None,
+    face_features: str | Path | None = None,
     transcript: Transcript | None = None,
     window: float | None = None,
 ) -> list[PredictedUtterance]:
@@ -54,6 +56,8 @@ def predict_recording(
         recording: a video or a sound file.
         words: the file of word vectors that the model's text was made with; None leaves text out, as a lost modality.
         face_model: path of MediaPipe's model; None fetches it once.
+        face_features: what OpenFace or py-feat wrote, if the model's features of the face are of that kind:
+            :class:`~m3er_fast.recordings.FaceFiles`.
         transcript: of the recording.
         window: seconds.
 
@@ -62,7 +66,7 @@ def predict_recording(
         ValueError: if the model was trained on features from elsewhere, or those of this recording would be made in
             another way, naming how.
     """
-    extractors, encoder = extractors_of(model, words, face_model)
+    extractors, encoder = extractors_of(model, words, face_model, face_features)
     if window is not None and not window > 0:
         raise ValueError(f"window must be a positive number of seconds, got {window!r}")
     extraction = model.extraction or {}
@@ -105,7 +109,10 @@ def predict_utterances(
 
 
 def extractors_of(
-    model: M3ERFusion, words: str | Path | None = None, face_model: str | Path | None = None
+    model: M3ERFusion,
+    words: str | Path | None = None,
+    face_model: str | Path | None = None,
+    face_features: str | Path | None = None,
 ) -> tuple[dict[str, FrameExtractor], WordEncoder | None]:
     """Return the extractors that make features as the model's were made.
 
@@ -113,6 +120,7 @@ def extractors_of(
         model: as for :func:`predict_recording`.
         words: as for :func:`predict_recording`.
         face_model: as for :func:`predict_recording`.
+        face_features: as for :func:`predict_recording`.
 
     Raises:
         ValueError: as for :func:`predict_recording`.
@@ -130,6 +138,14 @@ def extractors_of(
             extractors[modality] = SoundFeatures()
         elif kind == "egemaps":
             extractors[modality] = EgemapsFeatures()
+        elif kind in ("mediapipe", *FaceFiles.kinds) and face_features is not None:
+            least = description.get("least_confidence", 0.0)
+            extractors[modality] = FaceFiles(face_features, least_confidence=least)
+        elif kind in FaceFiles.kinds:
+            raise ValueError(
+                f"the model's {modality} features are those of {kind}: name the file that it wrote of this recording "
+                "(face_features, --face-features)"
+            )
         elif kind == "mediapipe":
             extractors[modality] = FaceFeatures(description["per_second"], face_model)
         elif modality != "text":

@@ -23,7 +23,7 @@ from m3er_fast.execution.engine import Engine, check_engine
 from m3er_fast.execution.process_pool import run_in_processes
 from m3er_fast.execution.run_folder import OutputMismatchError, RunFolder
 from m3er_fast.execution.tasks import LostTask
-from m3er_fast.recordings.frames import FrameExtractor
+from m3er_fast.recordings.frames import FrameExtractor, ReadsFiles
 from m3er_fast.recordings.labels import Labels, read_labels_table
 from m3er_fast.recordings.speech import WordTimer
 from m3er_fast.recordings.summary import write_summary
@@ -53,11 +53,13 @@ class Recording(NamedTuple):
     file: Shard
     transcript: Path | None
     transcript_checksum: str | None
+    others: tuple[str, ...] = ()
+    """Checksums of further files that extractors read for it."""
 
     @property
     def input(self) -> str:
         """What the shard was made from, in its metadata."""
-        return f"{self.file.size} {self.file.checksum} {self.transcript_checksum}"
+        return " ".join((str(self.file.size), self.file.checksum, str(self.transcript_checksum), *self.others))
 
 
 class ExtractProgress(NamedTuple):
@@ -147,7 +149,7 @@ class CorpusFolder(RunFolder):
         if about.get(_INPUT_KEY, b"").decode() != recording.input:
             raise OutputMismatchError(
                 f"{self.location} holds features of another recording: {recording.file.name} or its transcript has "
-                "changed since; name another folder"
+                "changed since, or the file of its features; name another folder"
             )
         report: dict[str, Any] = json.loads(about[_REPORT_KEY])
         return report
@@ -206,7 +208,8 @@ def extract(
     else:
         check_engine(engine, address, workers)
     table = None if labels is None else read_labels_table(labels)
-    found, unnamed = _plan(Path(recordings), None if transcripts is None else Path(transcripts), table)
+    readers = [extractor for extractor in extractors.values() if isinstance(extractor, ReadsFiles)]
+    found, unnamed = _plan(Path(recordings), None if transcripts is None else Path(transcripts), table, readers)
     settings = describe(extractors, encoder, steps, timer)
     folder = CorpusFolder(locate(out), tuple(found), settings)
     job = _Job(folder, dict(extractors), encoder, timer, table, steps)
@@ -398,7 +401,7 @@ class _Counter:
 
 
 def _plan(
-    source: Path, transcripts: Path | None, labels: Labels | None
+    source: Path, transcripts: Path | None, labels: Labels | None, readers: Sequence[ReadsFiles]
 ) -> tuple[list[Recording], list[QuarantinedShard]]:
     """Return the recordings of a run, and the names in the labels that are those of no recording."""
     from pyarrow import fs
@@ -427,6 +430,14 @@ def _plan(
             raise CorpusError(
                 f"{source}: the labels name none of its recordings, but {', '.join(unknown[:3]) or 'nothing'}"
             )
+    for reader in readers:
+        owners: dict[Path, Path] = {}
+        for path in named.values():
+            other = reader.file_of(path)
+            if other is not None and owners.setdefault(other, path) is not path:
+                raise CorpusError(
+                    f"{other} would be of {owners[other]} and of {path}: name a folder, with one for each"
+                )
     filesystem = fs.LocalFileSystem()
 
     def checked(path: Path, kind: Checksum) -> tuple[int, str]:
@@ -436,7 +447,14 @@ def _plan(
     def recording(name: str, path: Path) -> Recording:
         file = Shard(path.relative_to(root).as_posix(), str(path.absolute()), *checked(path, "sampled"))
         words = transcript_of(path.with_suffix("") if transcripts is None else transcripts / name)
-        return Recording(name, file, words, None if words is None else checked(words, "full")[1])
+        others = [other for reader in readers if (other := reader.file_of(path)) is not None]
+        return Recording(
+            name,
+            file,
+            words,
+            None if words is None else checked(words, "full")[1],
+            tuple(checked(other, "full")[1] for other in others),
+        )
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(recording, named.keys(), named.values())), missing

@@ -93,7 +93,10 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     if face.get("pictures") and face.get("without_face") == face["pictures"]:
         found.append("no face")
     elif any(int(count) > 1 for count in face.get("faces", {})):
-        found.append("more than one face: the one that was largest first was followed")
+        followed = face.get("followed", "the one that was largest first")
+        found.append(f"more than one face: {followed} was followed")
+    if claimed and face.get("ends", claimed) < (1 - _NOTABLE_LOSS) * claimed:
+        found.append(f"{face['file']} ends at {_time(face['ends'])} of {_time(claimed)}")
     words = report.get("text")
     if words and not words["words"]:
         found.append("no words")
