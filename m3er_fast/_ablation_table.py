@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,27 +84,36 @@ class AblationResult:
     def to_markdown(self) -> str:
         """Return Table 2 with mean ± standard deviation over seeds, and two small tables for checks and proxies.
 
-        The baselines stand below the rows on the same utterances. Rows with ineffectual modalities name the corruption,
-        unless it is the paper's.
+        The scores of all classes together come first, those of each class in a second table. The baselines stand below
+        the rows on the same utterances. Rows with ineffectual modalities name the corruption, unless it is the paper's.
         """
-        return "\n\n".join([self._score_table(), self._check_table(), self._proxy_table()])
+        return "\n\n".join([self._overall_table(), self._class_table(), self._check_table(), self._proxy_table()])
 
-    def _score_table(self) -> str:
-        names = [_escape(name) for name in self.classes]
-        header = ["Ineffectual modalities?", "Experiment"]
-        header += [f"{name} {score}" for name in [*names, "Overall"] for score in ("F1", "MA")]
-        header.append(self.rows[0].reports[0].accuracy_name.capitalize())
-        lines = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
+    def overview(self) -> str:
+        """Return what :meth:`to_markdown` does, without the scores of each class."""
+        return "\n\n".join([self._overall_table(), self._check_table(), self._proxy_table()])
+
+    def _overall_table(self) -> str:
+        accuracy = self.rows[0].reports[0].accuracy_name.capitalize()
+        return self._score_table(
+            ["Overall F1", "Overall MA", accuracy],
+            lambda report: [report.overall.f1, report.overall.mean_accuracy, report.accuracy],
+        )
+
+    def _class_table(self) -> str:
+        return self._score_table(
+            [f"{_escape(name)} {score}" for name in self.classes for score in ("F1", "MA")],
+            lambda report: [score for row in report.per_class for score in (row.f1, row.mean_accuracy)],
+        )
+
+    def _score_table(self, heads: Sequence[str], scores: Callable[[ClassificationReport], Sequence[float]]) -> str:
+        """Return a table with a row per experiment; a head that ends with F1 is of a number, all others of a share."""
+        lines = [["Ineffectual modalities?", "Experiment", *heads], ["---", "---"] + ["---:"] * len(heads)]
         ineffectual = "Yes" if self.other_corruption is None else f"Yes: {self.other_corruption}"
         for row in self.all_rows:
-            cells = [ineffectual if row.ineffectual else "No", row.label]
-            for c in range(len(names)):
-                cells.append(_cell([report.per_class[c].f1 for report in row.reports]))
-                cells.append(_cell([report.per_class[c].mean_accuracy for report in row.reports], percent=True))
-            cells.append(_cell([report.overall.f1 for report in row.reports]))
-            cells.append(_cell([report.overall.mean_accuracy for report in row.reports], percent=True))
-            cells.append(_cell([report.accuracy for report in row.reports], percent=True))
-            lines.append(cells)
+            columns = zip(heads, zip(*map(scores, row.reports), strict=True), strict=True)
+            cells = [_cell(values, percent=not head.endswith("F1")) for head, values in columns]
+            lines.append([ineffectual if row.ineffectual else "No", row.label, *cells])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def _check_table(self) -> str:

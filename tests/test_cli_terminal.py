@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_an_error_of_characters_that_the_terminal_lacks_is_one_line(tmp_path):
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (USAGE, b"")
     assert error.endswith(b"k?ln: no such file or folder\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_tables_fold_to_the_width_of_a_terminal():
+    import pty
+
+    table = "| Experiment | Overall F1 |\\n|---|---:|\\n| " + "a long name " * 10 + "| 0.5 |"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from m3er_fast.cli.tables import print_markdown; print_markdown('{table}')"],
+        stdout=theirs,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "40", "TERM": "xterm"},
+    )
+    assert process.wait(timeout=60) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", os.read(ours, 10_000).decode())
+    os.close(ours)
+    os.close(theirs)
+    assert "Overall F1" in shown
+    assert "|" not in shown
+    assert max(map(len, shown.splitlines())) <= 40
 
 
 def test_streams_are_left_as_they_were(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from m3er_fast.cli.bench import COLUMNS, BenchmarkResult
 from m3er_fast.cli.progress import ProgressDisplay
+from m3er_fast.cli.tables import is_terminal
 
 
 class BenchmarkDisplay(ABC):
@@ -22,8 +22,8 @@ class BenchmarkDisplay(ABC):
 
     @staticmethod
     def for_stdout() -> BenchmarkDisplay:
-        """Return tables if stdout is a terminal, else lines; rich's own test would take FORCE_COLOR for a terminal."""
-        return _Tables() if sys.stdout.isatty() else _Lines()
+        """Return tables if stdout is a terminal, else lines."""
+        return _Tables() if is_terminal() else _Lines()
 
     @abstractmethod
     def __enter__(self) -> Self: ...

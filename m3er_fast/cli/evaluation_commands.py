@@ -9,6 +9,7 @@ import typer
 
 from m3er_fast.cli.options import CorpusArgument, ThreadsOption, use_threads
 from m3er_fast.cli.progress import ProgressDisplay
+from m3er_fast.cli.tables import print_markdown
 
 
 def evaluate(
@@ -53,7 +54,7 @@ def evaluate(
             seed=seed,
             progress=display.say,
         )
-    print(result.to_markdown())
+    print_markdown(result.to_markdown())
     if out is not None:
         result.write(out)
         print(f"\nScores, page and figure: {out}")

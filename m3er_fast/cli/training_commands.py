@@ -37,6 +37,7 @@ from m3er_fast.cli.options import (
     use_threads,
 )
 from m3er_fast.cli.progress import ProgressDisplay
+from m3er_fast.cli.tables import is_terminal, print_markdown
 
 if TYPE_CHECKING:
     from m3er_fast.ablation import AblationResult
@@ -93,7 +94,7 @@ def _demonstrate_recordings(out: Path, face_model: Path | None) -> None:
     with ProgressDisplay("demo") as display:
         report, predicted = run_recordings_demo(out, face_model=face_model, progress=display.say, left_out=display.note)
     if report is not None:
-        print(f"On the test split:\n\n{report.to_markdown()}\n")
+        print_markdown(f"On the test split:\n\n{report.to_markdown()}\n")
     print(f"{out / 'story.mp4'}, drawn in {out / 'story.png'}:\n\n{prediction_table(predicted)}")
 
 
@@ -177,7 +178,7 @@ def train(
         print(f"The best epoch is the last one: --epochs {2 * best} {way_on}")
     report = _score_test_split(result.model, data)
     if report is not None:
-        print(f"\nOn the test split:\n\n{report.to_markdown()}")
+        print_markdown(f"\nOn the test split:\n\n{report.to_markdown()}")
 
 
 def _score_test_split(model: M3ERFusion, data: Corpus | StreamedCorpus) -> ClassificationReport | None:
@@ -295,4 +296,6 @@ def ablate(
 
 
 def _print_ablation(result: AblationResult, out: Path) -> None:
-    print(f"{result.to_markdown()}\n\nTable and figures: {out}")
+    # A class takes two columns, for which a terminal has no room; the file has them.
+    print_markdown(result.overview() if is_terminal() else result.to_markdown())
+    print(f"\nTables, by class too, and figures: {out}")
