@@ -1,4 +1,4 @@
-"""The outcome of damaged, hostile and odd corpora, outputs and runs: the fault table of docs/scoring.md."""
+"""The outcome of damaged, hostile and odd corpora, outputs and runs: the fault table of docs/scoring_faults.md."""
 
 import dataclasses
 import json

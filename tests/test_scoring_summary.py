@@ -552,8 +552,8 @@ def test_every_field_of_the_json_is_listed_in_the_docs(scored):
             for inner in value:
                 yield from keys(inner)
 
-    text = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
-    section = text.split("\n## Run summary\n", 1)[1].split("\n## ", 1)[0]
+    text = (Path(__file__).parents[1] / "docs" / "scoring_summary.md").read_text(encoding="utf-8")
+    section = text.split("\n## Fields\n", 1)[1].split("\n## ", 1)[0]
     names = set(keys(summary_of(scored[0]))) - set(DIMS)
     assert len(names) > 20
     assert {name for name in names if f"`{name}`" not in section} == set()

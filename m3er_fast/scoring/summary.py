@@ -71,7 +71,7 @@ def summarize(
     quarantined: Sequence[QuarantinedShard],
     map_tasks: MapFunction = map_in_threads,
 ) -> dict[str, Any]:
-    """Return the content of ``_summary.json``, as docs/scoring.md lists it, without ``run``.
+    """Return the content of ``_summary.json``, as docs/scoring_summary.md lists it, without ``run``.
 
     The arguments are those of :func:`write_summary`.
 

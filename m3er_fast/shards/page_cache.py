@@ -12,7 +12,7 @@ def outgrows_page_cache(plan: Plan) -> bool:
     """Return whether a corpus on a local filesystem takes more than half of the memory.
 
     Reading it would evict the pages of other processes, and filling memory with it took a tenth of the time of scoring
-    (docs/scoring.md).
+    (docs/decisions.md).
     """
     if not plan.corpus.is_local or not hasattr(os, "posix_fadvise"):
         return False

@@ -40,7 +40,7 @@ _LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**17, 2**22
 # claims, up to 2 GiB, before it notices that there are fewer bytes.
 _WHOLE_COLUMN_BYTES = 2**24
 # Decoded at a time. Arrow returns larger buffers to the system, which clears every page again when they are next
-# allocated; this slowed reading by a tenth to a half (docs/scoring.md).
+# allocated; this slowed reading by a tenth to a half (docs/scoring_internals.md).
 _PIECE_BYTES = 8 * 2**20
 _IPC_END_BYTES = 10  # of an Arrow IPC file: the length of the footer before it, and "ARROW1"
 ROWS_PER_READ = 2**16
