@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report RUN.json...`` writes the generated part of ``docs/performance.md``."""
+"""``python -m benchmarks.report RUN.json...`` writes the conclusions and the tables of speed in ``docs/``."""
 
 import sys
 

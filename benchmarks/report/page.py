@@ -2,8 +2,8 @@
 
     python -m benchmarks.report RUN.json...
 
-The report replaces everything between the markers of each part: conclusions and results on the first page, every result
-in full on the second. The same runs give the same bytes. A run is a file of ``pytest benchmarks --benchmark-only
+The report replaces everything between the markers of a part: the conclusions on the first page, every table on the
+second. The same runs give the same bytes. A run is a file of ``pytest benchmarks --benchmark-only
 --benchmark-json RUN.json``; it may hold only some of the benchmarks. Runs are kept apart: by device, threads or file.
 
 Exit codes: 0 written; 2 a run or a page cannot be used.
@@ -27,6 +27,7 @@ from benchmarks.speed.operations import TITLES, current_operation, current_row
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURE_OVER_BATCH = "textbook-cpu.png"
+NEVER_SLOWER = "In these runs it was never slower than the textbook, eager or compiled."
 
 _RESULT_FIELDS = {"operation", "group", "contestant", "median", "ratios"}
 _RUN_FIELDS = {
@@ -121,14 +122,14 @@ def write_report(runs: Sequence[Run], page: Path, measurements: Path, figures: P
         ValueError: a page lacks a marker or repeats one, they are in the wrong order, or no run has a result.
     """
     texts = {path: path.read_text(encoding="utf-8") for path in (page, measurements)}
-    wanted = [(page, "conclusions"), (page, "results"), (measurements, "results")]
+    wanted = [(page, "conclusions"), (measurements, "results")]
     for path, part in wanted:
         generated(texts[path], part, path)
     if not any(run.rows for run in runs):
         raise ValueError("no run has a result")
     drawn = draw(runs, figures)
     links = figure_links(drawn, measurements.parent)
-    for (path, part), lines in zip(wanted, [conclusions(runs), results(runs), all_results(runs, links)], strict=True):
+    for (path, part), lines in zip(wanted, [conclusions(runs), results(runs, links)], strict=True):
         new = "\n".join([marker(part, "begin"), "", *lines, "", marker(part, "end")])
         old = marker(part, "begin") + generated(texts[path], part, path) + marker(part, "end")
         texts[path] = texts[path].replace(old, new)
@@ -137,22 +138,14 @@ def write_report(runs: Sequence[Run], page: Path, measurements: Path, figures: P
 
 
 def conclusions(runs: Sequence[Run]) -> list[str]:
-    """Return the first page's conclusions: a line for each panel of the figure over B, and where ours is slower."""
+    """Return the first page's conclusions: a line for each panel of the figure over B, and what is slower."""
     from benchmarks.report.panels import PANELS
 
     curves = [[panel.curve(label, run.rows) for run, label in _on_cpu(runs)] for panel in PANELS]
     lines = [
         f"- {panel.sentence(found)}" for panel, found in zip(PANELS, curves, strict=True) if any(c.sizes for c in found)
     ]
-    return [*lines, "", "## When it is slower", "", *_slower(runs)]
-
-
-def results(runs: Sequence[Run]) -> list[str]:
-    """Return the first page's results as lines of Markdown: runs, goals, and ratios by operation."""
-    lines = [*_table_of_runs(runs), "", "### Goals", "", *_table_of_goals(runs)]
-    for operation in _operations(runs):
-        lines += ["", f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
-    return lines
+    return [*lines, "", "## When it is slower", "", *_slower_kinds(runs)]
 
 
 def figure_links(drawn: Sequence[tuple[str, Path]], folder: Path) -> list[str]:
@@ -165,11 +158,16 @@ def _on_cpu(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     return [(run, label) for run, label in zip(runs, labels(runs), strict=True) if run.about["kind"] == "cpu"]
 
 
-def all_results(runs: Sequence[Run], links: Sequence[str]) -> list[str]:
-    """Return the generated part of the second page: the figures, a table per group, and the goals on a GPU."""
-    lines = [line for link in links for line in (link, "")]
+def results(runs: Sequence[Run], links: Sequence[str]) -> list[str]:
+    """Return the generated part of the second page.
+
+    It has the runs, the figures, the goals, every result that is slower than the textbook's, and for each operation
+    its ratios, then a table per group.
+    """
+    lines = [*_table_of_runs(runs), "", *(line for link in links for line in (link, ""))]
+    lines += ["### Goals", "", *_table_of_goals(runs), "", "### Slower than the textbook", "", *_slower(runs), ""]
     for operation in _operations(runs):
-        lines += [f"### {TITLES.get(operation, operation)}"]
+        lines += [f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
         for run, label in zip(runs, labels(runs), strict=True):
             lines += markdown([row for row in run.rows if row["operation"] == operation], f", {label}")
         lines += [""]
@@ -200,27 +198,64 @@ def _table_of_goals(runs: Sequence[Run]) -> list[str]:
     chosen = _on_cpu(runs)
     columns = [label for _, label in chosen]
     lines = [f"| {' | '.join(['', 'Goal before', 'Goal', *columns, ''])} |", "|---" * (4 + len(columns)) + "|"]
+    unmeasured = []
     for goal in goals.CPU:
         values = [goal.worst(run.rows) for run, _ in chosen]
+        if all(value is None for value in values):
+            unmeasured.append(goal)
+            continue
         shown = ["" if value is None else goal.shown(value) for value in values]
         cells = [goal.subject, goal.former, goal.wanted(), *shown, _verdict(goal, values)]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, *_unmeasured(unmeasured)]
+
+
+def _unmeasured(of: Sequence[goals.Goal]) -> list[str]:
+    """Return one sentence on the goals that no run measured."""
+    if not of:
+        return []
+    return ["", f"Not measured by these runs: {'; '.join(f'{goal.subject} ({goal.wanted()})' for goal in of)}."]
 
 
 def _table_of_gpu_goals(runs: Sequence[Run]) -> list[str]:
+    on_gpu = [run for run in runs if run.about["kind"] == "cuda"]
+    if not on_gpu:
+        return [f"No run was on a GPU. `benchmarks/report/goals.py` has the {len(goals.GPU)} goals for one."]
     lines = ["| | Goal | Measured | |", "|---|---|---|---|"]
+    unmeasured = []
     for goal in goals.GPU:
-        values = [goal.worst(run.rows) for run in runs if run.about["kind"] == "cuda"]
+        values = [goal.worst(run.rows) for run in on_gpu]
         found = sorted(value for value in values if value is not None)
+        if not found:
+            unmeasured.append(goal)
+            continue
         shown = " to ".join(dict.fromkeys(goal.shown(value) for value in (found[:1] + found[-1:])))
         lines.append(f"| {goal.subject} | {goal.wanted()} | {shown} | {_verdict(goal, values)} |")
-    return lines
+    return [*lines, *_unmeasured(unmeasured)]
 
 
 def _verdict(goal: goals.Goal, values: Iterable[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return "not measured" if not found else "met" if all(map(goal.met, found)) else "missed"
+    return "met" if all(goal.met(value) for value in values if value is not None) else "missed"
+
+
+def _slower_kinds(runs: Sequence[Run]) -> list[str]:
+    """Return a line per operation and contestant that was ever faster than ours: how often, and where it was most so.
+
+    Results are counted over all runs.
+    """
+    beside: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
+    for run, label in zip(runs, labels(runs), strict=True):
+        for row in run.rows:
+            if row["contestant"] in (TEXTBOOK, COMPILED) and row["ratios"].get(OURS):
+                key = TITLES.get(row["operation"], row["operation"]), row["contestant"]
+                beside[key].append((1.0 / row["ratios"][OURS], f"{row['group']}, {label}"))
+    lines = ["| | Beside | Slower in | Worst, that time : ours | at |", "|---|---|---|---:|---|"]
+    for (title, contestant), found in beside.items():
+        slower = sum(ratio < 1.0 for ratio, _ in found)
+        if slower:
+            worst, at = min(found)
+            lines.append(f"| {title} | {contestant} | {slower} of {len(found)} results | {worst:.2f} | {at} |")
+    return lines if len(lines) > 2 else [NEVER_SLOWER]
 
 
 def _slower(runs: Sequence[Run]) -> list[str]:
@@ -232,7 +267,7 @@ def _slower(runs: Sequence[Run]) -> list[str]:
             for row in run.rows
             if row["contestant"] in (TEXTBOOK, COMPILED) and row["ratios"].get(OURS, 0.0) > 1.0
         ]
-    return lines if len(lines) > 2 else ["In these runs it was never slower than the textbook, eager or compiled."]
+    return lines if len(lines) > 2 else [NEVER_SLOWER]
 
 
 def _table_of_ratios(runs: Sequence[Run], operation: str) -> list[str]:
