@@ -1,7 +1,8 @@
 """The first loop of the memory scan, forward and backward: LSTMs, attention over their cells, and its feedback.
 
 Dimension legend: M modalities, B samples, T time steps; H hidden size, A inner size of the attention, CELLS = 2MH: the
-old cells of every modality, then the new cells; ROWS samples of a program, H_TILE and A_TILE columns of a tile.
+old cells of every modality, then the new cells; ROWS samples of a program, COLUMNS of a product's tile at most, CHUNK
+terms of a product at a time at most.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from m3er_fast.kernels._memory_scan_layers import (
     ATTENTION,
     RUNTIME,
     add_product,
-    add_products,
     dropout_mask,
     load_bias,
     load_tile,
     store_tile,
+    tile_of,
 )
 
 
@@ -46,8 +47,8 @@ def memory_scan_cells_fwd_kernel(
     M: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
-    H_TILE: tl.constexpr,
-    A_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     FEEDBACK: tl.constexpr,
     DROPOUT: tl.constexpr,
     SAVE: tl.constexpr,
@@ -56,6 +57,10 @@ def memory_scan_cells_fwd_kernel(
 ):
     """Compute the LSTMs and the attention of ROWS samples, step by step."""
     CELLS: tl.constexpr = 2 * M * H
+    H_TILE: tl.constexpr = tile_of(H, 32)
+    GATE_TILE: tl.constexpr = tile_of(4 * H, COLUMNS)
+    A_TILE: tl.constexpr = tile_of(A, COLUMNS)
+    CELL_TILE: tl.constexpr = tile_of(CELLS, COLUMNS)
     batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
@@ -68,24 +73,29 @@ def memory_scan_cells_fwd_kernel(
         tl.debug_barrier()
         for m in range(M):
             gate_row = (b + m * B) * T + t
-            for start in range(0, H, H_TILE):
-                unit = m * H + start
-                gates = ()
-                for i in tl.static_range(4):  # input, forget, cell, output
-                    gates = gates + (load_tile(gates_ptr, gate_row, i * H + start, alive, 4 * H, H_TILE),)
-                gates = add_products(
-                    gates, hidden_ptr + m * H, before, continued, recurrent_ptr + (m * 4 * H + start) * H,
-                    M * H, H * H, H, H, 16, H_TILE, PRECISION,
+            for start in range(0, 4 * H, GATE_TILE):
+                gates = add_product(
+                    load_tile(gates_ptr, gate_row, start, alive, 4 * H, GATE_TILE),
+                    hidden_ptr + m * H, before, continued, recurrent_ptr + (m * 4 * H + start) * H,
+                    M * H, 1, H, H, GATE_TILE, CHUNK, PRECISION,
                 )  # fmt: skip
                 if FEEDBACK:
                     for part in range(2):
-                        gates = add_products(
+                        gates = add_product(
                             gates, attended_ptr + (part * M + m) * H, frame - B, continued,
                             feedback_ptr + (m * 4 * H + start) * 2 * H + part * H,
-                            CELLS, 2 * H * H, 2 * H, H, 16, H_TILE, PRECISION,
+                            CELLS, 1, 2 * H, H, GATE_TILE, CHUNK, PRECISION,
                         )  # fmt: skip
-                input_gate, forget_gate = sigmoid(gates[0]), sigmoid(gates[1])
-                cell_gate, output_gate = tanh(gates[2]), sigmoid(gates[3])
+                store_tile(gates_ptr, gate_row, start, alive, gates, 4 * H, GATE_TILE)
+        tl.debug_barrier()
+        for m in range(M):
+            gate_row = (b + m * B) * T + t
+            for start in range(0, H, H_TILE):
+                unit = m * H + start
+                input_gate = sigmoid(load_tile(gates_ptr, gate_row, start, alive, 4 * H, H_TILE))
+                forget_gate = sigmoid(load_tile(gates_ptr, gate_row, H + start, alive, 4 * H, H_TILE))
+                cell_gate = tanh(load_tile(gates_ptr, gate_row, 2 * H + start, alive, 4 * H, H_TILE))
+                output_gate = sigmoid(load_tile(gates_ptr, gate_row, 3 * H + start, alive, 4 * H, H_TILE))
                 cell = forget_gate * load_tile(cells_ptr, before, unit, continued, M * H, H_TILE)
                 cell += input_gate * cell_gate
                 hidden = output_gate * tanh(cell)
@@ -102,29 +112,33 @@ def memory_scan_cells_fwd_kernel(
             inner = load_bias(first_bias_ptr, start, ROWS, A_TILE)
             inner = add_product(
                 inner, cells_ptr, before, continued, first_ptr + start * CELLS,
-                M * H, 1, CELLS, M * H, H_TILE, A_TILE, PRECISION,
+                M * H, 1, CELLS, M * H, A_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             inner = add_product(
                 inner, cells_ptr, now, alive, first_ptr + start * CELLS + M * H,
-                M * H, 1, CELLS, M * H, H_TILE, A_TILE, PRECISION,
+                M * H, 1, CELLS, M * H, A_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             inner = tl.maximum(inner, 0.0)
             if DROPOUT:
                 inner *= dropout_mask(seed_ptr, frame, start, dropout, ATTENTION, ROWS, A_TILE)
             store_tile(inner_ptr, now, start, alive, inner, A, A_TILE)
         tl.debug_barrier()
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, CELLS, H_TILE):
+        for start in range(0, CELLS, CELL_TILE):
             logits = add_product(
-                load_bias(second_bias_ptr, start, ROWS, H_TILE), inner_ptr, now, alive, second_ptr + start * A,
-                A, 1, A, A, A_TILE, H_TILE, PRECISION,
+                load_bias(second_bias_ptr, start, ROWS, CELL_TILE), inner_ptr, now, alive, second_ptr + start * A,
+                A, 1, A, A, CELL_TILE, CHUNK, PRECISION,
             )  # fmt: skip
-            store_tile(softmax_ptr, now, start, alive, logits, CELLS, H_TILE)
-            higher = tl.maximum(top, tl.max(logits, axis=1))
-            power = exp(logits - higher[:, None])
-            total = total * exp(top - higher) + tl.sum(power, axis=1)
-            top = higher
+            store_tile(softmax_ptr, now, start, alive, logits, CELLS, CELL_TILE)
+        tl.debug_barrier()
+        # Each column of the tiles by itself first: threads exchange one maximum and one sum.
+        tops = tl.full([ROWS, H_TILE], -float("inf"), tl.float32)
+        for start in range(0, CELLS, H_TILE):
+            tops = tl.maximum(tops, load_tile(softmax_ptr, now, start, alive, CELLS, H_TILE))
+        top = tl.max(tops, axis=1)
+        powers = tl.zeros([ROWS, H_TILE], tl.float32)
+        for start in range(0, CELLS, H_TILE):
+            powers += exp(load_tile(softmax_ptr, now, start, alive, CELLS, H_TILE) - top[:, None])
+        total = tl.sum(powers, axis=1)
         tl.debug_barrier()
         for start in range(0, CELLS, H_TILE):
             is_old = start < M * H
@@ -151,10 +165,10 @@ def memory_scan_cells_bwd_kernel(
     feedback_ptr,  # (M, 4H, 2H)
     first_ptr,  # (A, CELLS)
     second_ptr,  # (CELLS, A)
-    attended_grad_ptr,  # (T, B, CELLS), gradient of r through û and γ; on return, of z through r alone
+    attended_grad_ptr,  # (T, B, CELLS), gradient of r through û and γ; then of z, all cells
     hidden_grad_ptr,  # (M, B, H), gradient of the last hidden states; then of each step's hidden states
     cell_grad_ptr,  # (B, MH), zeros; then the gradient of each step's cells
-    feedback_grad_ptr,  # (B, CELLS), zeros; then the gradient of r through the feedback
+    feedback_grad_ptr,  # (M, B, 2H), zeros; then the gradient of r through the feedback
     gates_grad_ptr,  # (T, B, 4MH), gradient before the gates' activations
     logits_grad_ptr,  # (T, B, CELLS), gradient before the softmax
     inner_grad_ptr,  # (T, B, A), gradient before the relu
@@ -164,14 +178,18 @@ def memory_scan_cells_bwd_kernel(
     M: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
-    H_TILE: tl.constexpr,
-    A_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     FEEDBACK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Compute the gradients of the first loop for ROWS samples, from the last step to the first."""
     CELLS: tl.constexpr = 2 * M * H
+    H_TILE: tl.constexpr = tile_of(H, 32)
+    FEEDBACK_TILE: tl.constexpr = tile_of(2 * H, COLUMNS)
+    A_TILE: tl.constexpr = tile_of(A, COLUMNS)
+    CELL_TILE: tl.constexpr = tile_of(CELLS, COLUMNS)
     batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
@@ -183,16 +201,21 @@ def memory_scan_cells_bwd_kernel(
         frame = b + t * batch
         tl.debug_barrier()
         # r = p ⊙ z with the softmax p: the gradient of its logits is q - p Σ q, with q = dr ⊙ r.
-        total = tl.zeros([ROWS], tl.float32)
+        totals = tl.zeros([ROWS, H_TILE], tl.float32)
         for start in range(0, CELLS, H_TILE):
             grad = load_tile(attended_grad_ptr, frame, start, alive, CELLS, H_TILE)
             if FEEDBACK:
-                grad += load_tile(feedback_grad_ptr, b, start, alive, CELLS, H_TILE)
-            total += tl.sum(grad * load_tile(attended_ptr, frame, start, alive, CELLS, H_TILE), axis=1)
+                m = start % (M * H) // H
+                column = start // (M * H) * H + start % H
+                grad += load_tile(feedback_grad_ptr, b + m * B, column, alive, 2 * H, H_TILE)
+            totals += grad * load_tile(attended_ptr, frame, start, alive, CELLS, H_TILE)
+        total = tl.sum(totals, axis=1)
         for start in range(0, CELLS, H_TILE):
             grad = load_tile(attended_grad_ptr, frame, start, alive, CELLS, H_TILE)
             if FEEDBACK:
-                grad += load_tile(feedback_grad_ptr, b, start, alive, CELLS, H_TILE)
+                m = start % (M * H) // H
+                column = start // (M * H) * H + start % H
+                grad += load_tile(feedback_grad_ptr, b + m * B, column, alive, 2 * H, H_TILE)
             softmax = load_tile(softmax_ptr, frame, start, alive, CELLS, H_TILE)
             product = grad * load_tile(attended_ptr, frame, start, alive, CELLS, H_TILE)
             store_tile(logits_grad_ptr, frame, start, alive, product - softmax * total[:, None], CELLS, H_TILE)
@@ -201,23 +224,24 @@ def memory_scan_cells_bwd_kernel(
         for start in range(0, A, A_TILE):
             grad = add_product(
                 tl.zeros([ROWS, A_TILE], tl.float32), logits_grad_ptr, frame, alive, second_ptr + start,
-                CELLS, A, 1, CELLS, H_TILE, A_TILE, PRECISION,
+                CELLS, A, 1, CELLS, A_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             inner = load_tile(inner_ptr, frame, start, alive, A, A_TILE)
             store_tile(inner_grad_ptr, frame, start, alive, tl.where(inner > 0, grad * scale, 0.0), A, A_TILE)
+        tl.debug_barrier()
+        for start in range(0, CELLS, CELL_TILE):
+            grad = add_product(
+                load_tile(attended_grad_ptr, frame, start, alive, CELLS, CELL_TILE), inner_grad_ptr, frame, alive,
+                first_ptr + start, A, CELLS, 1, A, CELL_TILE, CHUNK, PRECISION,
+            )  # fmt: skip
+            store_tile(attended_grad_ptr, frame, start, alive, grad, CELLS, CELL_TILE)
         tl.debug_barrier()
         for m in range(M):
             gate_row = (b + m * B) * T + t
             for start in range(0, H, H_TILE):
                 unit = m * H + start
-                old = add_product(
-                    load_tile(attended_grad_ptr, frame, unit, alive, CELLS, H_TILE),
-                    inner_grad_ptr, frame, alive, first_ptr + unit, A, CELLS, 1, A, A_TILE, H_TILE, PRECISION,
-                )  # fmt: skip
-                grad = add_product(
-                    load_tile(attended_grad_ptr, frame, M * H + unit, alive, CELLS, H_TILE),
-                    inner_grad_ptr, frame, alive, first_ptr + M * H + unit, A, CELLS, 1, A, A_TILE, H_TILE, PRECISION,
-                )  # fmt: skip
+                old = load_tile(attended_grad_ptr, frame, unit, alive, CELLS, H_TILE)
+                grad = load_tile(attended_grad_ptr, frame, M * H + unit, alive, CELLS, H_TILE)
                 input_gate = load_tile(gates_ptr, gate_row, start, alive, 4 * H, H_TILE)
                 forget_gate = load_tile(gates_ptr, gate_row, H + start, alive, 4 * H, H_TILE)
                 cell_gate = load_tile(gates_ptr, gate_row, 2 * H + start, alive, 4 * H, H_TILE)
@@ -242,14 +266,14 @@ def memory_scan_cells_bwd_kernel(
             for start in range(0, H, H_TILE):
                 grad = add_product(
                     tl.zeros([ROWS, H_TILE], tl.float32), gates_grad_ptr + m * 4 * H, frame, alive,
-                    recurrent_ptr + m * 4 * H * H + start, 4 * M * H, H, 1, 4 * H, H_TILE, H_TILE, PRECISION,
+                    recurrent_ptr + m * 4 * H * H + start, 4 * M * H, H, 1, 4 * H, H_TILE, CHUNK, PRECISION,
                 )  # fmt: skip
                 store_tile(hidden_grad_ptr, b + m * B, start, alive, grad, H, H_TILE)
-                if FEEDBACK:
-                    for part in range(2):
-                        grad = add_product(
-                            tl.zeros([ROWS, H_TILE], tl.float32), gates_grad_ptr + m * 4 * H, frame, alive,
-                            feedback_ptr + m * 8 * H * H + part * H + start,
-                            4 * M * H, 2 * H, 1, 4 * H, H_TILE, H_TILE, PRECISION,
-                        )  # fmt: skip
-                        store_tile(feedback_grad_ptr, b, (part * M + m) * H + start, alive, grad, CELLS, H_TILE)
+            if FEEDBACK:
+                for start in range(0, 2 * H, FEEDBACK_TILE):
+                    grad = add_product(
+                        tl.zeros([ROWS, FEEDBACK_TILE], tl.float32), gates_grad_ptr + m * 4 * H, frame, alive,
+                        feedback_ptr + m * 8 * H * H + start,
+                        4 * M * H, 2 * H, 1, 4 * H, FEEDBACK_TILE, CHUNK, PRECISION,
+                    )  # fmt: skip
+                    store_tile(feedback_grad_ptr, b + m * B, start, alive, grad, 2 * H, FEEDBACK_TILE)

@@ -19,6 +19,12 @@ GATES = tl.constexpr(2)
 RUNTIME = ["B", "T", "slots", "N"]
 
 
+@triton.constexpr_function
+def tile_of(size, most):
+    """Return the largest power of two, up to ``most``, that divides the size."""
+    return min(size & -size, most)
+
+
 @triton.jit
 def load_tile(ptr, row, start, mask, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
     """Load (ROWS, COLUMNS) from column ``start`` of a matrix with rows STRIDE apart; zeros where the mask is off."""
@@ -51,45 +57,18 @@ def add_product(
     IN_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
     OUT: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return ``total`` + x · weight."""
-    for start in range(0, SIZE, CHUNK):
-        x = load_tile(x_ptr, row, start, mask, STRIDE, CHUNK)
-        k = start + tl.arange(0, CHUNK)
+    """Return ``total`` + x · weight, of which at most CHUNK columns of x are multiplied at a time."""
+    TILE: tl.constexpr = tile_of(SIZE, CHUNK)
+    for start in range(0, SIZE, TILE):
+        x = load_tile(x_ptr, row, start, mask, STRIDE, TILE)
+        k = start + tl.arange(0, TILE)
         weight = tl.load(weight_ptr + (k[:, None] * IN_STRIDE + tl.arange(0, OUT)[None, :] * OUT_STRIDE))
         total = tl.dot(x, weight.to(tl.float32), total, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def add_products(
-    totals,  # four of (ROWS, OUT)
-    x_ptr,
-    row,
-    mask,
-    weight_ptr,  # the first of four weights, NEXT apart
-    STRIDE: tl.constexpr,
-    NEXT: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return ``totals`` + x · weights, for the four gates of an LSTM."""
-    for start in range(0, SIZE, CHUNK):
-        x = load_tile(x_ptr, row, start, mask, STRIDE, CHUNK)
-        k = start + tl.arange(0, CHUNK)
-        added = ()
-        for i in tl.static_range(4):
-            offsets = i * NEXT + k[:, None] + tl.arange(0, OUT)[None, :] * OUT_STRIDE
-            weight = tl.load(weight_ptr + offsets).to(tl.float32)
-            added = added + (tl.dot(x, weight, totals[i], input_precision=PRECISION),)
-        totals = added
-    return totals
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The second loop of the memory scan, forward and backward: the gated memory.
 
 Dimension legend: B samples, T time steps; U memory size, G inner size of the gates, CELLS columns of their weights
-before the memory's columns; ROWS samples of a program, U_TILE and G_TILE columns of a tile.
+before the memory's columns; ROWS samples of a program, COLUMNS of a product's tile at most, CHUNK terms of a product
+at a time at most.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from m3er_fast.kernels._memory_scan_layers import (
     load_bias,
     load_tile,
     store_tile,
+    tile_of,
 )
 
 
@@ -40,14 +42,16 @@ def memory_scan_memory_fwd_kernel(
     CELLS: tl.constexpr,
     U: tl.constexpr,
     G: tl.constexpr,
-    U_TILE: tl.constexpr,
-    G_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     DROPOUT: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Compute the gated memory of ROWS samples, step by step."""
+    U_TILE: tl.constexpr = tile_of(U, COLUMNS)
+    G_TILE: tl.constexpr = tile_of(2 * G, COLUMNS)
     batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
@@ -61,7 +65,7 @@ def memory_scan_memory_fwd_kernel(
         for start in range(0, 2 * G, G_TILE):
             inner = add_product(
                 load_tile(inner_ptr, frame, start, alive, 2 * G, G_TILE), memory_ptr, before, continued,
-                context_ptr + start * (CELLS + U) + CELLS, U, 1, CELLS + U, U, U_TILE, G_TILE, PRECISION,
+                context_ptr + start * (CELLS + U) + CELLS, U, 1, CELLS + U, U, G_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             inner = tl.maximum(inner, 0.0)
             if DROPOUT:
@@ -80,8 +84,8 @@ def memory_scan_memory_fwd_kernel(
                     1,
                     G,
                     G,
-                    G_TILE,
                     U_TILE,
+                    CHUNK,
                     PRECISION,
                 )
             )
@@ -96,8 +100,8 @@ def memory_scan_memory_fwd_kernel(
                     1,
                     G,
                     G,
-                    G_TILE,
                     U_TILE,
+                    CHUNK,
                     PRECISION,
                 )
             )
@@ -128,12 +132,14 @@ def memory_scan_memory_bwd_kernel(
     CELLS: tl.constexpr,
     U: tl.constexpr,
     G: tl.constexpr,
-    U_TILE: tl.constexpr,
-    G_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Compute the gradients of the second loop for ROWS samples, from the last step to the first."""
+    U_TILE: tl.constexpr = tile_of(U, COLUMNS)
+    G_TILE: tl.constexpr = tile_of(G, COLUMNS)
     batch = tl.full([], 0, tl.int64) + B  # offsets may pass 2^31
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     length = tl.minimum(tl.load(length_ptr + b, mask=b < B, other=0), T).to(tl.int32)
@@ -161,7 +167,7 @@ def memory_scan_memory_bwd_kernel(
             gate = start // G
             grad = add_product(
                 tl.zeros([ROWS, G_TILE], tl.float32), logits_grad_ptr + gate * U, frame, alive,
-                second_ptr + gate * U * G + start % G, 3 * U, G, 1, U, U_TILE, G_TILE, PRECISION,
+                second_ptr + gate * U * G + start % G, 3 * U, G, 1, U, G_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             inner = load_tile(inner_ptr, frame, start, alive, 2 * G, G_TILE)
             store_tile(inner_grad_ptr, frame, start, alive, tl.where(inner > 0, grad * scale, 0.0), 2 * G, G_TILE)
@@ -170,6 +176,6 @@ def memory_scan_memory_bwd_kernel(
             grad = load_tile(memory_grad_ptr, b, start, alive, U, U_TILE)
             grad = add_product(
                 grad * load_tile(gates_ptr, frame, start, alive, 2 * U, U_TILE), inner_grad_ptr, frame, alive,
-                context_ptr + CELLS + start, 2 * G, CELLS + U, 1, 2 * G, G_TILE, U_TILE, PRECISION,
+                context_ptr + CELLS + start, 2 * G, CELLS + U, 1, 2 * G, U_TILE, CHUNK, PRECISION,
             )  # fmt: skip
             store_tile(memory_grad_ptr, b, start, alive, grad, U, U_TILE)

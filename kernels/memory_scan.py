@@ -96,11 +96,6 @@ def tile_for(batch: int, generation: int) -> Tile:
     return LATENCY if batch <= MOST_FOR_LATENCY else THROUGHPUT
 
 
-def _tile_columns(size: int, most: int) -> int:
-    """Return the largest power of two, up to ``most``, that divides the size."""
-    return min(size & -size, most)
-
-
 def _compile_options(tile: Tile) -> dict[str, Any]:
     # One stage: a load prefetched one step ahead would overtake the store that it reads.
     return {"num_warps": tile.warps, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
@@ -110,29 +105,23 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _cells_constants(sizes: Sizes, tile: Tile, dtype: torch.dtype, *, feedback: bool) -> dict[str, Any]:
+def _product_constants(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    # Larger tiles of a product need fewer conversions of layouts; but the parts of tf32x3 have to fit into registers.
     return {
-        "M": sizes.modalities,
-        "H": sizes.hidden,
-        "A": sizes.attention,
-        "H_TILE": _tile_columns(sizes.hidden, 32),
-        "A_TILE": _tile_columns(sizes.attention, 64),
-        "FEEDBACK": feedback,
+        "COLUMNS": 2048 // tile.rows,
+        "CHUNK": 8 * tile.warps,
         "PRECISION": _precision(dtype),
         "ROWS": tile.rows,
     }
+
+
+def _cells_constants(sizes: Sizes, tile: Tile, dtype: torch.dtype, *, feedback: bool) -> dict[str, Any]:
+    widths = {"M": sizes.modalities, "H": sizes.hidden, "A": sizes.attention}
+    return widths | {"FEEDBACK": feedback} | _product_constants(tile, dtype)
 
 
 def _memory_constants(sizes: Sizes, tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "CELLS": sizes.cells,
-        "U": sizes.memory,
-        "G": sizes.gates,
-        "U_TILE": _tile_columns(sizes.memory, 64),
-        "G_TILE": _tile_columns(sizes.gates, 64),
-        "PRECISION": _precision(dtype),
-        "ROWS": tile.rows,
-    }
+    return {"CELLS": sizes.cells, "U": sizes.memory, "G": sizes.gates} | _product_constants(tile, dtype)
 
 
 # --- Forward pass ---

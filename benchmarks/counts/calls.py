@@ -90,13 +90,18 @@ def memory_scan() -> Iterator[Call]:
         with torch.no_grad():
             functional.memory_scan(features, lengths, weights, backend="triton")
 
-    yield Call(
-        f"forward, B={views.batch}, T={views.steps}, 300/74/36 features",
-        "step of a sample",
-        views.frames,
-        work.memory_scan(views, training=False),
-        forward,
-    )
+    def forward_and_backward():
+        hidden, memory = functional.memory_scan(features, lengths, weights, backend="triton")
+        (hidden.square().sum() + memory.sum()).backward()
+
+    for name, step in (("forward", forward), ("forward and backward", forward_and_backward)):
+        yield Call(
+            f"{name}, B={views.batch}, T={views.steps}, 300/74/36 features",
+            "step of a sample",
+            views.frames,
+            work.memory_scan(views, training=step is forward_and_backward),
+            step,
+        )
 
 
 OPERATIONS: dict[str, Callable[[], Iterator[Call]]] = {
