@@ -1,12 +1,14 @@
 """Extractors for the tests, which can be sent to other processes and need no library."""
 
+import math
 import os
 import time
 
 import numpy as np
 
-from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, read_sound
+from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, read_sound, sound_within
 from m3er_fast.recordings.frames import Frames
+from m3er_fast.recordings.words import Cue, Transcript, Word
 
 
 class Loudness:
@@ -56,3 +58,15 @@ class Letters:
 
     def encode(self, words):
         return np.array([[len(word) if len(word) > 1 else np.nan] for word in words], np.float32).reshape(-1, 1)
+
+
+class Listener:
+    """Hears two words in a recording that is loud, and none in silence."""
+
+    def describe(self):
+        return {"words": "loud"}
+
+    def transcribe(self, recording):
+        if not sound_within(recording, 0.0, math.inf).any():
+            return Transcript(())
+        return Transcript((Cue(0.0, 1.0, (Word("hello", 0.0, 0.5), Word("there.", 0.5, 1.0))),))

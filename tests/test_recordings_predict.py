@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("av")
 
 from recording_files import tone, write_recording
-from recording_problems import QuickSound
+from recording_problems import Listener, QuickSound
 
 from m3er_fast import M3ERConfig, M3ERFusion
 from m3er_fast.cli import main
@@ -104,6 +104,11 @@ def test_a_recording_is_predicted_as_its_row_of_the_corpus(corpus, model, record
     for got, want in zip(found, wanted, strict=True):
         assert got.scores == want.scores
         assert got.available == {"text": True, "audio": True}
+
+
+def test_words_of_a_recording_without_a_transcript_are_recognised(model, recordings, tmp_path):
+    found = predict_recording(model, recordings / "r0.mkv", words=tmp_path / "vectors.txt", recogniser=Listener())
+    assert [part.available for part in found] == [{"text": True, "audio": True}]
 
 
 def test_windows_and_a_lost_modality(model, recordings):

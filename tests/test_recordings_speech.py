@@ -13,7 +13,8 @@ pytest.importorskip("av")
 from recording_files import RATE, tone, write_recording
 
 from m3er_fast.recordings import speech
-from m3er_fast.recordings.speech import ForcedAlignment, _sound_within
+from m3er_fast.recordings.decoding import sound_within
+from m3er_fast.recordings.speech import ForcedAlignment
 from m3er_fast.recordings.words import Cue, Transcript, Word, read_transcript
 
 DICTIONARY = {"hello", "there", "mr."}
@@ -98,12 +99,12 @@ def test_a_transcript_without_cues_is_aligned_with_the_whole(timer, tmp_path):
 def test_sound_keeps_its_time(tmp_path):
     samples = tone(1.0)
     path = write_recording(tmp_path / "a.mkv", sound=samples, times=[0, 0.04], sound_start=0.5)
-    found = _sound_within(path, 0.25, 1.0)
+    found = sound_within(path, 0.25, 1.0)
     assert len(found) == 0.75 * RATE
     assert not found[: RATE // 4].any()
     np.testing.assert_allclose(found[RATE // 4 :] / 32767, samples[: RATE // 2], atol=2e-4)
-    assert len(_sound_within(path, 1.25, math.inf)) == RATE // 4
-    assert not len(_sound_within(path, 5.0, 6.0))
+    assert len(sound_within(path, 1.25, math.inf)) == RATE // 4
+    assert not len(sound_within(path, 5.0, 6.0))
 
 
 SPEECH = os.environ.get("M3ER_FAST_SPEECH")

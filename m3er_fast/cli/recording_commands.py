@@ -14,7 +14,7 @@ from m3er_fast.cli.options import AddressOption, EngineOption, interruptible
 from m3er_fast.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from m3er_fast.recordings import ExtractProgress, FrameExtractor, Steps
+    from m3er_fast.recordings import ExtractProgress, FrameExtractor, SpeechRecogniser, Steps
     from m3er_fast.recordings.prediction import PredictedUtterance
 
 
@@ -55,6 +55,16 @@ def extract(
     align: Annotated[
         bool, typer.Option("--align", help="Find the times of English words that have none in the sound.")
     ] = False,
+    asr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Find the words of recordings without a transcript by Whisper: a model's folder, or a size.",
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Of the speech for --asr, such as en.  [default: found out]")
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +126,7 @@ def extract(
             extractors,
             encoder=encoder,
             timer=ForcedAlignment() if align else None,
+            recogniser=_recogniser(asr, language),
             labels=labels,
             transcripts=transcripts,
             steps=_steps(steps),
@@ -159,6 +170,16 @@ def predict(
     transcript: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Transcript.  [default: beside the recording]")
     ] = None,
+    asr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Find the words if there is no transcript, by Whisper: a model's folder, or a size.",
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Of the speech for --asr, such as en.  [default: found out]")
+    ] = None,
     window: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Score every so many seconds.  [default: each cue, or the whole]"),
@@ -190,6 +211,7 @@ def predict(
             face_model=face_model,
             face_features=face_features,
             transcript=None if beside is None else read_transcript(beside),
+            recogniser=_recogniser(asr, language),
             window=window,
         )
     else:
@@ -204,6 +226,16 @@ def predict(
         print(json.dumps([{**utterance._asdict(), "scores": vars(utterance.scores)} for utterance in found], indent=2))
     else:
         print(prediction_table(found))
+
+
+def _recogniser(model: str | None, language: str | None) -> SpeechRecogniser | None:
+    from m3er_fast.recordings import WhisperRecogniser
+
+    if model is not None:
+        return WhisperRecogniser(model, language)
+    if language is not None:
+        raise typer.BadParameter("it is that of the speech for --asr, which is not given", param_hint="--language")
+    return None
 
 
 def prediction_table(found: Sequence[PredictedUtterance]) -> str:

@@ -9,6 +9,7 @@ from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.face_files import FaceFiles
 from m3er_fast.recordings.frames import FrameExtractor, Frames, ReadsFiles, means_within
+from m3er_fast.recordings.recognition import SpeechRecogniser, WhisperRecogniser
 from m3er_fast.recordings.run import ExtractProgress, ExtractSummary, extract
 from m3er_fast.recordings.sound import SoundFeatures
 from m3er_fast.recordings.speech import ForcedAlignment, WordTimer
@@ -29,11 +30,13 @@ __all__ = [
     "Frames",
     "ReadsFiles",
     "SoundFeatures",
+    "SpeechRecogniser",
     "StaticTable",
     "Steps",
     "TextVectors",
     "Transcript",
     "Utterance",
+    "WhisperRecogniser",
     "Word",
     "WordEncoder",
     "WordTimer",

@@ -159,6 +159,27 @@ def read_sound(decoder: Decoder) -> Iterator[Sound]:
         count += len(samples)
 
 
+def sound_within(recording: str | Path, start: float, end: float) -> NDArray[np.int16]:
+    """Return the samples from ``start`` to ``end``, at :data:`SAMPLE_RATE`; what the recording lacks is silence.
+
+    Raises:
+        CorpusError: if the file is no recording.
+    """
+    pieces, count = [np.empty(0, np.int16)], 0
+    for piece in read_sound(Decoder(recording, "audio")):
+        if piece.start >= end:
+            break
+        place = round((piece.start - start) * SAMPLE_RATE)
+        stop = len(piece.samples) if math.isinf(end) else round((end - piece.start) * SAMPLE_RATE)
+        part = piece.samples[max(0, count - place) : max(0, stop)]
+        if not len(part):
+            continue
+        silence = np.zeros(max(0, place - count), np.int16)
+        pieces += [silence, (np.nan_to_num(part).clip(-1, 1) * 32767).astype(np.int16)]
+        count += len(silence) + len(part)
+    return np.concatenate(pieces)
+
+
 def read_pictures(decoder: Decoder, *, per_second: float | None, width: int) -> Iterator[Picture]:
     """Yield the pictures of a recording, upright.
 

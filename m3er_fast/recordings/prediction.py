@@ -16,6 +16,7 @@ from m3er_fast.recordings.egemaps import EgemapsFeatures
 from m3er_fast.recordings.face import FaceFeatures
 from m3er_fast.recordings.face_files import FaceFiles
 from m3er_fast.recordings.frames import FrameExtractor
+from m3er_fast.recordings.recognition import SpeechRecogniser
 from m3er_fast.recordings.run import describe
 from m3er_fast.recordings.sound import SoundFeatures
 from m3er_fast.recordings.speech import ForcedAlignment
@@ -45,6 +46,7 @@ def predict_recording(
     face_model: str | Path | None = None,
     face_features: str | Path | None = None,
     transcript: Transcript | None = None,
+    recogniser: SpeechRecogniser | None = None,
     window: float | None = None,
 ) -> list[PredictedUtterance]:
     """Extract the features of a recording as the model's were, and score each utterance.
@@ -59,6 +61,7 @@ def predict_recording(
         face_features: what OpenFace or py-feat wrote, if the model's features of the face are of that kind:
             :class:`~m3er_fast.recordings.FaceFiles`.
         transcript: of the recording.
+        recogniser: of its words, if there is no transcript.
         window: seconds.
 
     Raises:
@@ -72,6 +75,8 @@ def predict_recording(
     extraction = model.extraction or {}
     if transcript is not None and "word_times" in extraction:
         transcript = ForcedAlignment().time(Path(recording), transcript)
+    if transcript is None and recogniser is not None:
+        transcript = recogniser.transcribe(Path(recording))
     extracted = extract_recording(
         recording,
         extractors,

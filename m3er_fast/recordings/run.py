@@ -25,11 +25,12 @@ from m3er_fast.execution.run_folder import OutputMismatchError, RunFolder
 from m3er_fast.execution.tasks import LostTask
 from m3er_fast.recordings.frames import FrameExtractor, ReadsFiles
 from m3er_fast.recordings.labels import Labels, read_labels_table
+from m3er_fast.recordings.recognition import SpeechRecogniser
 from m3er_fast.recordings.speech import WordTimer
 from m3er_fast.recordings.summary import write_summary
 from m3er_fast.recordings.utterances import Steps, check_steps, extract_recording
 from m3er_fast.recordings.word_vectors import WordEncoder
-from m3er_fast.recordings.words import TRANSCRIPT_SUFFIXES, read_transcript
+from m3er_fast.recordings.words import TRANSCRIPT_SUFFIXES, Transcript, read_transcript
 from m3er_fast.shards.plan import Checksum, QuarantinedShard, Shard, checksum_of, locate
 
 # fmt: off
@@ -162,6 +163,7 @@ def extract(
     *,
     encoder: WordEncoder | None = None,
     timer: WordTimer | None = None,
+    recogniser: SpeechRecogniser | None = None,
     labels: str | Path | None = None,
     transcripts: str | Path | None = None,
     steps: Steps = "words",
@@ -183,6 +185,7 @@ def extract(
         extractors: modality -> its extractor, such as ``{"audio": SoundFeatures(), "face": FaceFeatures()}``.
         encoder: of the words, for the modality ``text``; None leaves it out.
         timer: of words that have no time; None spreads them over their cue.
+        recogniser: of the words of recordings without a transcript; None leaves them without words.
         labels: a table of utterances (:func:`~m3er_fast.recordings.labels.read_labels_table`). Recordings that it does
             not name are left out. Without one, each cue of a transcript is an utterance, or else the whole recording.
         transcripts: their folder; None looks beside each recording. A transcript has the name of its recording.
@@ -210,9 +213,9 @@ def extract(
     table = None if labels is None else read_labels_table(labels)
     readers = [extractor for extractor in extractors.values() if isinstance(extractor, ReadsFiles)]
     found, unnamed = _plan(Path(recordings), None if transcripts is None else Path(transcripts), table, readers)
-    settings = describe(extractors, encoder, steps, timer)
+    settings = describe(extractors, encoder, steps, timer, recogniser)
     folder = CorpusFolder(locate(out), tuple(found), settings)
-    job = _Job(folder, dict(extractors), encoder, timer, table, steps)
+    job = _Job(folder, dict(extractors), encoder, timer, recogniser, table, steps)
     try:
         pickle.dumps(job)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -260,7 +263,11 @@ def _results(
 
 
 def describe(
-    extractors: Mapping[str, FrameExtractor], encoder: WordEncoder | None, steps: Steps, timer: WordTimer | None = None
+    extractors: Mapping[str, FrameExtractor],
+    encoder: WordEncoder | None,
+    steps: Steps,
+    timer: WordTimer | None = None,
+    recogniser: SpeechRecogniser | None = None,
 ) -> dict[str, Any]:
     """Return everything that the features of a corpus depend on but its recordings, as JSON.
 
@@ -269,11 +276,13 @@ def describe(
     """
     described = {modality: extractor.describe() for modality, extractor in extractors.items()}
     text = {} if encoder is None else {"text": encoder.describe()}
-    times = {} if timer is None else {"word_times": timer.describe()}
+    words = {} if timer is None else {"word_times": timer.describe()}
+    if recogniser is not None:
+        words["recognised_words"] = recogniser.describe()
     try:
         # As it is read back: with lists for tuples.
         settings: dict[str, Any] = json.loads(
-            json.dumps({"steps": steps, **times, "modalities": {**text, **described}})
+            json.dumps({"steps": steps, **words, "modalities": {**text, **described}})
         )
     except TypeError as error:
         raise ValueError(f"extractors must describe themselves as JSON: {error}") from error
@@ -296,14 +305,13 @@ class _Job:
     extractors: dict[str, FrameExtractor]
     encoder: WordEncoder | None
     timer: WordTimer | None
+    recogniser: SpeechRecogniser | None
     labels: Labels | None
     steps: Steps
 
     def __call__(self, recording: Recording) -> _Result:
         try:
-            transcript = None if recording.transcript is None else read_transcript(recording.transcript)
-            if transcript is not None and self.timer is not None:
-                transcript = self.timer.time(Path(recording.file.path), transcript)
+            transcript = self._transcript(recording)
             # Products by another number of threads round differently, and workers would wait for each other.
             with threadpool_limits(1):
                 extracted = extract_recording(
@@ -318,7 +326,12 @@ class _Job:
                 )
         except (CorpusError, FileNotFoundError, PermissionError) as error:
             return _Result({}, " ".join(str(error).split()))
-        report = {**extracted.report, "utterances": len(extracted.corpus), "transcript": _name(recording.transcript)}
+        report = {
+            **extracted.report,
+            "utterances": len(extracted.corpus),
+            "transcript": None if recording.transcript is None else recording.transcript.name,
+            "words_from": None if transcript is None else "asr" if recording.transcript is None else "transcript",
+        }
         about = {
             _INPUT_KEY: recording.input.encode(),
             _REPORT_KEY: json.dumps(report).encode(),
@@ -326,6 +339,13 @@ class _Job:
         with self.folder.atomic_file(recording.file.output_name) as file:
             write_shard(replace(extracted.corpus, extraction=self.folder.settings), file, about)
         return _Result(report)
+
+    def _transcript(self, recording: Recording) -> Transcript | None:
+        path = Path(recording.file.path)
+        if recording.transcript is None:
+            return None if self.recogniser is None else self.recogniser.transcribe(path)
+        transcript = read_transcript(recording.transcript)
+        return transcript if self.timer is None else self.timer.time(path, transcript)
 
 
 class _Cancellable(NamedTuple):
@@ -478,7 +498,3 @@ def transcript_of(stem: Path) -> Path | None:
         if found and found[0].stem == stem.name:
             return found[0].absolute()
     return None
-
-
-def _name(path: Path | None) -> str | None:
-    return None if path is None else path.name

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, read_sound
+from m3er_fast.recordings.decoding import SAMPLE_RATE, sound_within
 from m3er_fast.recordings.word_vectors import spellings
 from m3er_fast.recordings.words import Cue, Transcript, Word
 
@@ -62,7 +62,7 @@ class ForcedAlignment:
                 continue
             start = cue.start if math.isfinite(cue.start) else 0.0
             end = cue.end if math.isfinite(cue.end) else math.inf
-            samples = _sound_within(recording, start, end)
+            samples = sound_within(recording, start, end)
             cues.append(Cue(cue.start, cue.end, tuple(_align(decoder, samples, start, cue.words))))
         return Transcript(tuple(cues))
 
@@ -93,23 +93,6 @@ def _align(decoder: Any, samples: NDArray[np.int16], start: float, words: Sequen
 def _spelling(decoder: Any, word: str) -> str | None:
     """Return a word as the dictionary has it, or None if it has not."""
     return next((text for text in map(str.lower, spellings(word)) if decoder.lookup_word(text)), None)
-
-
-def _sound_within(recording: Path, start: float, end: float) -> NDArray[np.int16]:
-    """Return the samples from ``start`` to ``end``; what the recording lacks of them is silence."""
-    pieces, count = [np.empty(0, np.int16)], 0
-    for piece in read_sound(Decoder(recording, "audio")):
-        if piece.start >= end:
-            break
-        place = round((piece.start - start) * SAMPLE_RATE)
-        stop = len(piece.samples) if math.isinf(end) else round((end - piece.start) * SAMPLE_RATE)
-        part = piece.samples[max(0, count - place) : max(0, stop)]
-        if not len(part):
-            continue
-        silence = np.zeros(max(0, place - count), np.int16)
-        pieces += [silence, (np.nan_to_num(part).clip(-1, 1) * 32767).astype(np.int16)]
-        count += len(silence) + len(part)
-    return np.concatenate(pieces)
 
 
 def _pocketsphinx() -> Any:

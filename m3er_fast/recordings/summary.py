@@ -16,6 +16,7 @@ CONSENT = (
 )
 
 _NOTABLE_LOSS = 0.02  # the share of a recording's claimed seconds whose loss is pointed out
+_WORDS_FROM = {"transcript": "transcript", "asr": "speech recognition"}
 _MOST_ROWS = 500  # recordings that the page shows; the JSON has all
 
 
@@ -133,13 +134,14 @@ def _recordings(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{report['utterances']}",
                 *(_share(report["missing_steps"].get(modality)) for modality in modalities),
                 f"{text['unknown']} of {text['words']}" if text else html_page.DASH,
+                _WORDS_FROM.get(str(report.get("words_from")), html_page.DASH),
                 html_page.text("; ".join(problems(report))),
             ]
         )
     heads = ["Recording", "Length", "Utterances", *(f"{name}: empty steps" for name in modalities)]
     more = f"The first {_MOST_ROWS} of {len(reports)}. " if len(reports) > _MOST_ROWS else ""
     return "<h2>In each recording</h2>\n" + html_page.table(
-        [*heads, "Unknown words", "Notes"],
+        [*heads, "Unknown words", "Words from", "Notes"],
         rows,
         f"{more}A step is empty where no frame of the modality lies in it, such as a word without a face.",
         numbers=range(1, len(heads) + 1),

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,6 +253,17 @@ def _read_whisper(path: Path) -> list[Cue]:
     segments = found.get("segments") if isinstance(found, dict) else None
     if not isinstance(segments, list):
         raise CorpusError("it must be an object with a list 'segments', as Whisper writes it")
+    return list(cues_of_segments(segments))
+
+
+def cues_of_segments(segments: Iterable[Mapping[str, Any]]) -> tuple[Cue, ...]:
+    """Return the cues of segments as Whisper has them: ``start``, ``end``, and ``words`` or ``text``.
+
+    A segment without words is left out.
+
+    Raises:
+        CorpusError: if one of the times is no number.
+    """
     cues = []
     for number, segment in enumerate(segments, 1):
         start, end = _seconds(segment.get("start"), number), _seconds(segment.get("end"), number)
@@ -263,8 +274,9 @@ def _read_whisper(path: Path) -> list[Cue]:
             for text in [" ".join(split_words(str(word.get("word", ""))))]
             if text
         ]
-        cues.append(Cue(start, end, _ordered(words)))
-    return cues
+        if words:
+            cues.append(Cue(start, end, _ordered(words)))
+    return tuple(cues)
 
 
 def _read_text(path: Path) -> list[Cue]:
