@@ -50,7 +50,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "unweighted": {"beta": 0.0},
 }
 RULES = {"fused": "fused head", "sum": "Σ log p", "liu": "Liu's rule"}
-CHOICES = {"own": "the model's own loss", "head": "the fused head's cross entropy"}
+CHOICES = ("own", "head")
 MARKERS = "<!-- Written by python -m benchmarks.loss_study: begin -->", "<!-- end -->"
 
 
@@ -64,6 +64,7 @@ class Setting(NamedTuple):
     imbalance: float = 2.0
     balance: bool = False
     longer: int = 1  # factor of the epochs
+    last_epoch: bool = False  # take the last epoch: nothing keeps the network from learning wrong labels by heart
     mosi: bool = False
     losses: Sequence[str] = WEIGHTED
 
@@ -80,6 +81,7 @@ SETTINGS = {
     "label noise 40 %": Setting(label_noise=0.4, losses=ALL),
     "label noise 40 %, β 2": Setting({"beta": 2.0}, label_noise=0.4),
     "label noise 40 %, sigmoid": Setting({"activation": "sigmoid"}, label_noise=0.4),
+    "label noise 40 %, last of twice the epochs": Setting(label_noise=0.4, longer=2, last_epoch=True, losses=ALL),
     "noisy modalities": Setting(corrupted=True, losses=ALL),
     "noisy modalities, check in training": Setting(corrupted=True, check_in_training=True),
     "imbalance 10": Setting(imbalance=10.0),
@@ -115,7 +117,7 @@ def trained(setting: Setting, loss: str, seed: int, sizes: Sizes, data: Path) ->
     learner = MemoryData(given, seed)
     splits = {"valid": given.subset("valid"), "test": clean.subset("test"), "noisy test": spoilt.subset("test")}
     result: dict[str, Any] = {"epoch": {}, "f1": {}}
-    for choice, (epoch, weights) in best_epochs(model, learner).items():
+    for choice, (epoch, weights) in chosen_epochs(model, learner, setting.last_epoch).items():
         model.network.load_state_dict(weights)
         result["epoch"][choice] = epoch
         result["f1"][choice] = {name: scores(model, split) for name, split in splits.items()}
@@ -144,8 +146,8 @@ def untrained(setting, loss, seed, sizes, clean):
     return model
 
 
-def best_epochs(model, learner):
-    """Train as ``train`` does, and return (epoch, weights) by how the validation split chooses."""
+def chosen_epochs(model, learner, last_epoch=False):
+    """Train as ``train`` does, and return (epoch, weights) by choice of the epoch."""
     state, least, by_head = TrainingState(model, {}), np.inf, (0, {})
     while not state.finished():
         train_loss = train_epoch(state, learner.training)
@@ -154,6 +156,8 @@ def best_epochs(model, learner):
         if head_loss < least:
             weights = {name: value.clone() for name, value in model.network.state_dict().items()}
             least, by_head = head_loss, (state.epoch, weights)
+    if last_epoch:
+        return dict.fromkeys(CHOICES, (state.epoch, model.network.state_dict()))
     return {"own": (state.best_epoch, state.best), "head": by_head}
 
 
@@ -283,6 +287,11 @@ def difference(runs, setting, first, second, **which):
     return mean, None if deviation is None else deviation / np.sqrt(seeds)
 
 
+def trains_head(setting):
+    """Return whether the fused head of a setting has learned anything."""
+    return SETTINGS[setting].loss.get("head_weight", 1.0) > 0
+
+
 def shown(pair, sign=False):
     mean, spread = pair
     return f"{mean:+.3f}" * sign + f"{mean:.3f}" * (not sign) + ("" if spread is None else f" ± {spread:.3f}")
@@ -318,6 +327,8 @@ def loss_table(runs, found):
     lines = ["**F1 of the fused head**, test split, mean ± standard deviation over seeds:", ""]
     lines += [row("Setting", *LOSSES, *(f"{loss}, noisy test" for loss in LOSSES)), "|---" + "|---:" * 6 + "|"]
     for name, losses in found.items():
+        if not trains_head(name):
+            continue
         cells = [
             shown(mean_std(values(runs, name, loss, split=split))) if loss in losses else ""
             for split in ("test", "noisy test")
@@ -338,9 +349,14 @@ def difference_table(runs, found):
     lines = ["", "**Modified − original**, paired by seed, mean ± standard error; the fused head if not said:", ""]
     lines += [row("Setting", *(name for name, _ in which), "modified − unweighted, test"), "|---" + "|---:" * 5 + "|"]
     for name, losses in found.items():
-        cells = [shown(difference(runs, name, "modified", "original", **options), True) for _, options in which]
-        more = shown(difference(runs, name, "modified", "unweighted"), True) if "unweighted" in losses else ""
-        lines.append(row(name, *cells, more))
+        pairs = [("original", options) for _, options in which] + [("unweighted", {})] * ("unweighted" in losses)
+        cells = [
+            shown(difference(runs, name, "modified", other, **options), True)
+            if trains_head(name) or "rule" in options
+            else ""
+            for other, options in pairs
+        ]
+        lines.append(row(name, *cells, *[""] * ("unweighted" not in losses)))
     return lines
 
 
@@ -350,7 +366,10 @@ def rule_table(runs, found):
     lines = ["", "**Three decisions of the same networks**, test split, mean ± standard deviation:", ""]
     lines += [row("Setting", *(f"{loss}: {RULES[rule]}" for loss, rule in columns)), "|---" + "|---:" * 6 + "|"]
     for name in found:
-        cells = [shown(mean_std(values(runs, name, loss, rule=rule))) for loss, rule in columns]
+        cells = [
+            shown(mean_std(values(runs, name, loss, rule=rule))) if trains_head(name) or rule != "fused" else ""
+            for loss, rule in columns
+        ]
         lines.append(row(name, *cells))
     return lines
 
@@ -370,17 +389,23 @@ def gradient_table(runs, found):
 def draw(runs, path):
     """Draw the paired differences of every setting, by the fused head and by Σ log p."""
     names = [name for name in SETTINGS if len(values(runs, name, "modified"))][::-1]
-    figure = Figure(figsize=(9.5, 0.6 + 0.3 * len(names)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9.5, 0.8 + 0.24 * len(names)), dpi=130, layout="constrained")
     for axes, rule in zip(figure.subplots(1, 2, sharey=True), ("fused", "sum"), strict=True):
         for place, name in enumerate(names):
+            if rule == "fused" and not trains_head(name):
+                continue
             pairs = values(runs, name, "modified", rule=rule) - values(runs, name, "original", rule=rule)
-            axes.plot(pairs, np.full(len(pairs), place), "o", color="0.7", ms=3)
+            axes.plot(pairs, np.full(len(pairs), place), "o", color="0.65", ms=3, label="one seed")
             mean, error = difference(runs, name, "modified", "original", rule=rule)
-            axes.errorbar(mean, place, xerr=error, fmt="s", color="#0072B2", ms=5, capsize=3)
+            axes.errorbar(
+                mean, place, xerr=error, fmt="s", color="#0072B2", ms=5, capsize=3, label="mean, standard error"
+            )
         axes.axvline(0, color="0.4", lw=1)
         axes.set_title(f"decided by the {RULES[rule]}" if rule == "fused" else f"decided by {RULES[rule]}", fontsize=10)
         axes.set_xlabel("F1, modified − original loss")
         axes.grid(axis="x", color="0.92")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.axes[0].set_yticks(range(len(names)), names, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
