@@ -280,11 +280,15 @@ def values(runs, setting, loss, choice="own", split="test", rule="fused"):
     return np.array([found[seed] for seed in sorted(found)])
 
 
-def difference(runs, setting, first, second, **which):
-    """Return mean and standard error of the paired differences first − second."""
-    mean, deviation = mean_std(values(runs, setting, first, **which) - values(runs, setting, second, **which))
-    seeds = len(values(runs, setting, first))
-    return mean, None if deviation is None else deviation / np.sqrt(seeds)
+def differences(runs, setting, first, second, **which):
+    """Return the paired differences first − second, (S,), by seed."""
+    return values(runs, setting, first, **which) - values(runs, setting, second, **which)
+
+
+def mean_error(pairs):
+    """Return mean and standard error, None for a single value."""
+    mean, deviation = mean_std(pairs)
+    return mean, None if deviation is None else deviation / np.sqrt(len(pairs))
 
 
 def trains_head(setting):
@@ -318,6 +322,7 @@ def tables(runs):
         *loss_table(runs, found),
         *difference_table(runs, found),
         *rule_table(runs, found),
+        *epoch_table(runs, found),
         *gradient_table(runs, found),
     ]
 
@@ -326,11 +331,9 @@ def loss_table(runs, found):
     """Fused head: each loss's F1."""
     lines = ["**F1 of the fused head**, test split, mean ± standard deviation over seeds:", ""]
     lines += [row("Setting", *LOSSES, *(f"{loss}, noisy test" for loss in LOSSES)), "|---" + "|---:" * 6 + "|"]
-    for name, losses in found.items():
-        if not trains_head(name):
-            continue
+    for name in filter(trains_head, found):
         cells = [
-            shown(mean_std(values(runs, name, loss, split=split))) if loss in losses else ""
+            shown(mean_std(values(runs, name, loss, split=split))) if loss in found[name] else ""
             for split in ("test", "noisy test")
             for loss in LOSSES
         ]
@@ -340,23 +343,28 @@ def loss_table(runs, found):
 
 def difference_table(runs, found):
     """Paired differences, by split, rule and choice of the epoch."""
-    which = [
-        ("validation", {"split": "valid"}),
-        ("test", {}),
-        ("test, Σ log p", {"rule": "sum"}),
-        ("test, epoch by the head", {"choice": "head"}),
-    ]
+    columns = {
+        "validation": ("original", {"split": "valid"}),
+        "test": ("original", {}),
+        "test, Σ log p": ("original", {"rule": "sum"}),
+        "test, epoch by the head": ("original", {"choice": "head"}),
+        "modified − unweighted, test": ("unweighted", {}),
+    }
     lines = ["", "**Modified − original**, paired by seed, mean ± standard error; the fused head if not said:", ""]
-    lines += [row("Setting", *(name for name, _ in which), "modified − unweighted, test"), "|---" + "|---:" * 5 + "|"]
-    for name, losses in found.items():
-        pairs = [("original", options) for _, options in which] + [("unweighted", {})] * ("unweighted" in losses)
-        cells = [
-            shown(difference(runs, name, "modified", other, **options), True)
-            if trains_head(name) or "rule" in options
-            else ""
-            for other, options in pairs
+    lines += [row("Setting", *columns), "|---" + "|---:" * 5 + "|"]
+    rows = {
+        name: [
+            differences(runs, name, "modified", other, **options)
+            if other in losses and (trains_head(name) or "rule" in options)
+            else None
+            for other, options in columns.values()
         ]
-        lines.append(row(name, *cells, *[""] * ("unweighted" not in losses)))
+        for name, losses in found.items()
+    }
+    whole = zip(*rows.values(), strict=True)  # by column
+    rows["mean of these settings"] = [np.mean([one for one in column if one is not None], axis=0) for column in whole]
+    for name, cells in rows.items():
+        lines.append(row(name, *("" if pairs is None else shown(mean_error(pairs), sign=True) for pairs in cells)))
     return lines
 
 
@@ -370,6 +378,25 @@ def rule_table(runs, found):
             shown(mean_std(values(runs, name, loss, rule=rule))) if trains_head(name) or rule != "fused" else ""
             for loss, rule in columns
         ]
+        lines.append(row(name, *cells))
+    return lines
+
+
+def epoch_table(runs, found):
+    """What the choice of the epoch does to the fused head."""
+    names = {"own": "the model's own loss", "head": "the fused head's cross entropy"}
+    columns = [(loss, choice) for loss in WEIGHTED for choice in CHOICES]
+    lines = [
+        "",
+        "**Epoch chosen by the validation split's …**, F1 of the fused head on the test split (mean epoch):",
+        "",
+    ]
+    lines += [row("Setting", *(f"{loss}: {names[choice]}" for loss, choice in columns)), "|---" + "|---:" * 4 + "|"]
+    for name in filter(trains_head, found):
+        cells = []
+        for loss, choice in columns:
+            epochs = [run["epoch"][choice] for run in runs if (run["setting"], run["loss"]) == (name, loss)]
+            cells.append(f"{shown(mean_std(values(runs, name, loss, choice=choice)))} ({np.mean(epochs):.0f})")
         lines.append(row(name, *cells))
     return lines
 
@@ -394,9 +421,9 @@ def draw(runs, path):
         for place, name in enumerate(names):
             if rule == "fused" and not trains_head(name):
                 continue
-            pairs = values(runs, name, "modified", rule=rule) - values(runs, name, "original", rule=rule)
+            pairs = differences(runs, name, "modified", "original", rule=rule)
             axes.plot(pairs, np.full(len(pairs), place), "o", color="0.65", ms=3, label="one seed")
-            mean, error = difference(runs, name, "modified", "original", rule=rule)
+            mean, error = mean_error(pairs)
             axes.errorbar(
                 mean, place, xerr=error, fmt="s", color="#0072B2", ms=5, capsize=3, label="mean, standard error"
             )
@@ -405,7 +432,14 @@ def draw(runs, path):
         axes.set_xlabel("F1, modified − original loss")
         axes.grid(axis="x", color="0.92")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(
+        handles[:: len(handles) - 1],
+        labels[:: len(labels) - 1],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
     figure.axes[0].set_yticks(range(len(names)), names, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
