@@ -321,7 +321,8 @@ def tables(runs):
     return [
         *loss_table(runs, found),
         *difference_table(runs, found),
-        *rule_table(runs, found),
+        *rule_table(runs, found, "test"),
+        *rule_table(runs, found, "noisy test"),
         *epoch_table(runs, found),
         *gradient_table(runs, found),
     ]
@@ -368,14 +369,16 @@ def difference_table(runs, found):
     return lines
 
 
-def rule_table(runs, found):
+def rule_table(runs, found, split):
     """How the same networks decide by each rule."""
     columns = [(loss, rule) for loss in WEIGHTED for rule in RULES]
-    lines = ["", "**Three decisions of the same networks**, test split, mean ± standard deviation:", ""]
+    lines = ["", f"**Three decisions of the same networks**, {split} split, mean ± standard deviation:", ""]
     lines += [row("Setting", *(f"{loss}: {RULES[rule]}" for loss, rule in columns)), "|---" + "|---:" * 6 + "|"]
     for name in found:
         cells = [
-            shown(mean_std(values(runs, name, loss, rule=rule))) if trains_head(name) or rule != "fused" else ""
+            shown(mean_std(values(runs, name, loss, split=split, rule=rule)))
+            if trains_head(name) or rule != "fused"
+            else ""
             for loss, rule in columns
         ]
         lines.append(row(name, *cells))
