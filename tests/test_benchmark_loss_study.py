@@ -75,6 +75,12 @@ def test_gradient_shares_are_those_of_generalised_cross_entropy(clean):
     assert found["missed"]["gradient"] == pytest.approx(size[missed].sum() / size.sum(), abs=1e-3)
 
 
+def test_the_page_shows_the_results_that_are_kept():
+    runs = loss_study.complete(json.loads(loss_study.RESULTS.read_text())["runs"])
+    page = (loss_study.common.ROOT / "docs/which_loss.md").read_text(encoding="utf-8")
+    assert "\n".join(loss_study.tables(runs)) in page
+
+
 def test_the_study_goes_on_where_it_was_and_writes_page_and_figure(tmp_path):
     settings = {name: SETTINGS[name] for name in ("base", "noisy modalities, check in training", "label noise 40 %")}
     path, said = tmp_path / "runs.json", []
