@@ -20,6 +20,7 @@ from recording_problems import Letters, Listener, Loudness
 from m3er_fast.cli import main
 from m3er_fast.corpus import read_parquet
 from m3er_fast.recordings import WhisperRecogniser, extract, recognition
+from m3er_fast.recordings.decoding import Sound
 from m3er_fast.recordings.summary import render
 
 
@@ -84,15 +85,35 @@ def said(transcript):
 def test_words_have_their_times_and_sound_without_a_voice_is_left_out(model, tmp_path):
     path = write_recording(tmp_path / "a.mkv", sound=tone(1.0), times=[0, 0.04], sound_start=0.5)
     found = WhisperRecogniser(model, "en").transcribe(path)
-    assert said(found) == [[("Hello", 0.0, 0.25), ("there.", 0.25, 0.5)], [("Hello", 0.5, 0.75)]]
+    assert said(found) == [[("Hello", 0.5, 0.75), ("there.", 0.75, 1.0)], [("Hello", 1.0, 1.25)]]
     assert all(type(word.start) is float for word in found.words)
     [(length, loudest, options)] = WhisperModel.calls
-    assert length == 1.5 * RATE  # a sample lies where its time says
+    assert length == RATE
     assert 0.2 < loudest < 1
     assert options["vad_filter"]
     assert options["word_timestamps"]
     assert options["language"] == "en"
     assert options["temperature"] == 0
+
+
+def test_long_sound_is_cut_where_it_is_quiet_and_times_are_those_of_the_recording(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(recognition, "_STRETCH", 2 * RATE)
+    monkeypatch.setattr(recognition, "_CUT_WITHIN", RATE)
+    sound = tone(3.0)
+    sound[int(1.3 * RATE) : int(1.4 * RATE)] = 0
+    pieces = [Sound(1.0 + start / RATE, sound[start : start + 1000], start > 0) for start in range(0, len(sound), 1000)]
+    pieces.append(Sound(5.0, tone(0.1), False))  # after a gap
+    pieces.append(Sound(60.0, np.array([np.nan, 3], np.float32), False))
+    found = list(recognition._stretches(pieces))
+    assert [(round(start, 3), len(part) / RATE) for start, part in found[:2]] == [(1.0, 1.35), (2.35, 1.75)]
+    np.testing.assert_array_equal(np.concatenate([part for _, part in found[:2]])[: len(sound)], sound)
+    assert not found[1][1][len(sound) - len(found[0][1]) :].any()
+    assert [round(start, 3) for start, _ in found[2:]] == [4.1, 60.0]
+    np.testing.assert_array_equal(found[-1][1], [0, 1])
+    words = WhisperRecogniser(model).transcribe(write_recording(tmp_path / "a.wav", sound=tone(3.0))).words
+    assert len(words) == 6
+    assert words[3].start > 1
+    assert [options["language"] for _, _, options in WhisperModel.calls] == [None, "en"]
 
 
 def test_silence_and_a_recording_without_sound_have_no_words(model, tmp_path):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from m3er_fast.recordings.decoding import sound_within
+from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, Sound, read_sound
 from m3er_fast.recordings.word_vectors import sha256
 from m3er_fast.recordings.words import Transcript, cues_of_segments
 
 _WEIGHTS = "model.bin"
+_STRETCH = 120 * SAMPLE_RATE  # samples that are transcribed at once
+_CUT_WITHIN = 20 * SAMPLE_RATE  # samples at the end of a stretch in which it may be cut
+_MOMENT = SAMPLE_RATE // 10
+_LONGEST_GAP = 10 * SAMPLE_RATE
 _FILES = (_WEIGHTS, "config.json", "tokenizer.json")
 
 
@@ -36,8 +41,8 @@ class WhisperRecogniser:
     """Words and their times by Whisper (Radford et al. 2023), as faster-whisper runs it.
 
     Sound without a voice, which faster-whisper's detector (Silero) finds, is left out first: Whisper invents words in
-    silence and noise. Each stretch is transcribed by itself, without sampling, on one thread of the CPU in float32, so
-    that the same sound always has the same words. The sound is held in memory: 6 bytes per sample.
+    silence and noise. The rest is transcribed two minutes at a time, cut where it is quietest, so that memory is
+    bounded; and without sampling, on one thread of the CPU in float32, so that the same sound has the same words.
 
     Args:
         model: folder of a model that was converted for CTranslate2, or a size such as "small", which faster-whisper
@@ -76,23 +81,58 @@ class WhisperRecogniser:
         if self._language is not None and self._language not in model.supported_languages:
             known = ", ".join(sorted(model.supported_languages))
             raise ValueError(f"language must be one that {self._name} knows ({known}), got {self._language!r}")
-        sound = sound_within(recording, 0.0, math.inf)
-        if not len(sound):
-            return Transcript(())
-        segments, _ = model.transcribe(
-            sound.astype(np.float32) / 32768,
-            language=self._language,
-            word_timestamps=True,
-            vad_filter=True,
-            temperature=0.0,
-            condition_on_previous_text=False,
-        )
-        return Transcript(
-            cues_of_segments(
-                {"start": segment.start, "end": segment.end, "words": [vars(word) for word in segment.words or ()]}
-                for segment in segments
+        language = self._language
+        segments: list[dict[str, Any]] = []
+        for start, sound in _stretches(read_sound(Decoder(recording, "audio"))):
+            found, about = model.transcribe(
+                sound,
+                language=language,
+                word_timestamps=True,
+                vad_filter=True,
+                temperature=0.0,
+                condition_on_previous_text=False,
             )
-        )
+            own = [_moved(segment, start) for segment in found]
+            if own:
+                language = about.language  # what is found where somebody speaks holds for the whole recording
+            segments += own
+        return Transcript(cues_of_segments(segments))
+
+
+def _moved(segment: Any, start: float) -> dict[str, Any]:
+    """Return a segment of a stretch that begins at ``start``, with its times in the recording."""
+
+    def times(part: Any) -> dict[str, float]:
+        return {"start": start + float(part.start), "end": start + float(part.end)}
+
+    return {**times(segment), "words": [{"word": word.word, **times(word)} for word in segment.words or ()]}
+
+
+def _stretches(pieces: Iterable[Sound]) -> Iterator[tuple[float, NDArray[np.float32]]]:
+    """Yield the start and the samples of stretches of sound, which are cut where it is quietest.
+
+    A short gap between pieces is silence. faster-whisper takes 64 bytes per sample: a whole recording would not do.
+    """
+    held: list[NDArray[np.float32]] = []
+    start, count = 0.0, 0
+    for piece in pieces:
+        gap = round((piece.start - start) * SAMPLE_RATE) - count
+        if not held or gap > _LONGEST_GAP:
+            if count:
+                yield start, np.concatenate(held)
+            held, start, count, gap = [], piece.start, 0, 0
+        samples = np.nan_to_num(piece.samples[max(0, -gap) :]).clip(-1, 1)
+        held += [np.zeros(max(0, gap), np.float32), samples]
+        count += max(0, gap) + len(samples)
+        while count >= _STRETCH:
+            sound = np.concatenate(held)
+            moments = sound[_STRETCH - _CUT_WITHIN : _STRETCH].reshape(-1, _MOMENT)
+            quietest = int(np.mean(moments**2, axis=1).argmin())
+            cut = _STRETCH - _CUT_WITHIN + quietest * _MOMENT + _MOMENT // 2
+            yield start, sound[:cut]
+            held, start, count = [sound[cut:]], start + cut / SAMPLE_RATE, count - cut
+    if count:
+        yield start, np.concatenate(held)
 
 
 def _folder_of(model: str | Path) -> Path:
