@@ -32,6 +32,7 @@ COMMANDS = [
     "convert",
     "extract",
     "train",
+    "tune",
     "score",
     "predict",
     "fit-stats",

@@ -14,7 +14,7 @@ from m3er_fast.cli.evaluation_commands import evaluate
 from m3er_fast.cli.machine_commands import bench, info
 from m3er_fast.cli.recording_commands import extract, predict
 from m3er_fast.cli.scoring_commands import score
-from m3er_fast.cli.training_commands import ablate, demo, fit_stats, train
+from m3er_fast.cli.training_commands import ablate, demo, fit_stats, train, tune
 
 # Plain help: rich's boxes break option names over lines on a narrow terminal.
 app = typer.Typer(
@@ -53,6 +53,7 @@ for _command in (
     convert,
     extract,
     train,
+    tune,
     evaluate,
     score,
     predict,

@@ -241,12 +241,18 @@ def logs_of(kinds: Sequence[LogKind] | None, out: Path) -> list[Callable[[EpochR
     return logs
 
 
-def _read_config(path: Path) -> M3ERConfig:
-    from m3er_fast.config import M3ERConfig
-
+def read_values(path: Path) -> dict[str, Any]:
+    """Return what a JSON or YAML file holds by name."""
     values = _read_yaml(path) if path.suffix in (".yaml", ".yml") else _read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object of settings, got {type(values).__name__}")
+    return values
+
+
+def _read_config(path: Path) -> M3ERConfig:
+    from m3er_fast.config import M3ERConfig
+
+    values = read_values(path)
     values = values.get("config", values)  # a run's config.json holds the settings beside other fields
     try:
         return M3ERConfig.from_dict(values)

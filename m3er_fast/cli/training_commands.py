@@ -33,6 +33,7 @@ from m3er_fast.cli.options import (
     logs_of,
     open_for_training,
     read_for_training,
+    read_values,
     training_settings,
     use_threads,
 )
@@ -189,6 +190,85 @@ def _score_test_split(model: M3ERFusion, data: Corpus | StreamedCorpus) -> Class
         return data.report(model, split=data.test) if data.test.rows else None
     test = data.subset("test")
     return evaluate(model, test).report if len(test) else None
+
+
+def tune(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the trials and the best settings.")],
+    trials: Annotated[int, typer.Option(min=1, help="Number of trainings; the first has the settings given.")] = 20,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time after which no further trial is waited for.  [default: none]")
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON or YAML file of the settings to search, with the values to try."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="f1|mean_accuracy|accuracy|balanced_accuracy", help="Score on the validation split.")
+    ] = "f1",
+    seed: Annotated[int, typer.Option(help="Seed of the settings that are tried.")] = 0,
+    config: ConfigOption = None,
+    paper: PaperOption = False,
+    changes: SetOption = None,
+    epochs: EpochsOption = None,
+    resume: ResumeOption = True,
+    stream: StreamOption = None,
+    buffer: BufferOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 1,
+    address: AddressOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time.  [default: as many as there is room for]")
+    ] = None,
+) -> None:
+    """Search for the settings that suit a corpus, by Ray Tune.
+
+    Draws settings at random, trains with each, and compares them on the validation split alone. DIR/best.json then
+    holds the best ones, for train --config. After an interruption, give the same command again; with more --trials, a
+    finished search goes on.
+    """
+    from m3er_fast.training import Trial
+    from m3er_fast.training import tune as search
+
+    use_threads(threads)
+    data = open_for_training(corpus, stream, buffer)
+    settings = training_settings(data, config, paper, changes, epochs=epochs, precision=precision)
+    way_on = "the same command goes on" if resume else "the same command without --no-resume goes on"
+    with ProgressDisplay("tune", "trials") as display, interruptible(way_on):
+        done = 0
+
+        def show(trial: Trial) -> None:
+            nonlocal done
+            done += 1
+            score = f"failed: {trial.error}" if trial.score is None else f"{metric} {trial.score:.4f}"
+            display.update(done, trials, f"trial {trial.number} {score}")
+
+        def goes_on(found: int) -> None:
+            nonlocal done
+            done = found
+            display.note(f"{out} goes on after {found} trials")
+
+        result = search(
+            data,
+            settings,
+            out=out,
+            space=None if space is None else read_values(space),
+            trials=trials,
+            seconds=None if minutes is None else 60 * minutes,
+            metric=metric,  # type: ignore[arg-type]
+            seed=seed,
+            resume=resume,
+            device=device,
+            address=address,
+            workers=workers,
+            progress=show,
+            resumed=goes_on,
+        )
+    print_markdown(result.to_markdown())
+    print(f"\nBest settings, of trial {result.best.number}: m3er-fast train {corpus} --config {out / 'best.json'}")
+    if result.best.number == 0:
+        print("No trial was better than the settings given.")
 
 
 def fit_stats(

@@ -7,8 +7,10 @@ from m3er_fast.training.logs import CsvLog, TensorBoardLog
 from m3er_fast.training.loop import EpochRecord, TrainingError
 from m3er_fast.training.output import HISTORY_FILE, HISTORY_PLOT
 from m3er_fast.training.run import TrainingResult, default_config, train
+from m3er_fast.training.search_space import SearchSpace
 from m3er_fast.training.state import CHECKPOINT_FILE
 from m3er_fast.training.stream import StreamedCorpus, fits_into_memory
+from m3er_fast.training.tuning import Trial, TuningResult, tune
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -18,14 +20,18 @@ __all__ = [
     "EpochRecord",
     "Prediction",
     "ResumeMismatchError",
+    "SearchSpace",
     "StreamedCorpus",
     "TensorBoardLog",
     "TrainingError",
     "TrainingResult",
+    "Trial",
+    "TuningResult",
     "check_modalities",
     "class_weights",
     "default_config",
     "evaluate",
     "fits_into_memory",
     "train",
+    "tune",
 ]
