@@ -121,7 +121,7 @@ def test_notebooks_run_and_are_kept_with_what_they_show(path, tmp_path, monkeypa
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_blocks_are_of_a_language_that_is_checked_or_plain(path):
     text = path.read_text(encoding="utf-8")
-    assert {block.language for block in blocks(text)} <= {"python", "console", "text", "json"}
+    assert {block.language for block in blocks(text)} <= {"python", "console", "text", "json", "yaml"}
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(text))
 
 

@@ -6,12 +6,14 @@ import sys
 import types
 from pathlib import Path
 
+import yaml
+
 from m3er_fast import M3ERConfig
 from m3er_fast.cli import main
 from m3er_fast.config import TrainingConfig
 from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
-from m3er_fast.training import train
+from m3er_fast.training import SearchSpace, train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 DIMS = {"text": 6, "audio": 5, "face": 4}
@@ -37,6 +39,12 @@ def test_weights_and_biases_gets_the_losses_in_five_lines(tmp_path, monkeypatch)
     corpus = make_synthetic(60, input_dims=DIMS, num_classes=3, steps=3, latent_dim=3)
     exec(block, {"train": train, "corpus": corpus, "M3ERConfig": M3ERConfig, "TrainingConfig": TrainingConfig})
     assert logged == [(1, {"train", "valid"}), (2, {"train", "valid"})]
+
+
+def test_the_search_space_of_the_page_is_one():
+    (block,) = blocks("yaml")
+    space = SearchSpace(yaml.safe_load(block), M3ERConfig())
+    assert M3ERConfig().with_settings(space.draw(1, 0)) != M3ERConfig()
 
 
 def test_every_command_of_the_page_runs_in_order(tmp_path, monkeypatch, request):

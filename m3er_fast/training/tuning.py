@@ -196,7 +196,7 @@ def _run(
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     ended: queue.SimpleQueue[Trial | BaseException | None] = queue.SimpleQueue()
 
-    class Told(ray_tune.Callback):  # type: ignore[misc]
+    class Told(ray_tune.Callback):
         """Passes on what a trial found when it has found it."""
 
         def __reduce__(self) -> tuple[Any, ...]:
