@@ -260,6 +260,11 @@ def test_architecture_page_names_every_file_of_the_package():
     assert {path.name for path in files if f"`{path.name}`" not in page("architecture.md")} == set()
 
 
+def test_figure_of_the_index_is_the_one_of_its_notebook():
+    script = runpy.run_path(str(ROOT / "docs" / "index_figure.py"))
+    assert script["FIGURE"].read_bytes() == script["figure_of"](script["NOTEBOOK"]), "run python docs/index_figure.py"
+
+
 # --- installation -----------------------------------------------------------------------------------------------------
 
 
