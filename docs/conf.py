@@ -23,6 +23,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "signatures",
     "site_links",
 ]
 exclude_patterns = ["_build", "results/*"]

@@ -57,3 +57,14 @@ def test_every_public_name_is_in_the_reference(site):
 def test_names_in_the_text_lead_to_the_reference(site):
     method = (site / "method.html").read_text(encoding="utf-8")
     assert 'href="api/functional.html#m3er_fast.functional.memory_scan"' in method
+
+
+def test_signatures_of_the_reference_name_the_arguments(site):
+    shown = {}
+    for page in (site / "api").glob("*.html"):
+        entries = re.findall(
+            r'<dt class="sig sig-object py" id="([^"]+)">(.*?)</dt>', page.read_text("utf-8"), re.DOTALL
+        )
+        shown |= {name: re.sub(r"<[^>]+>|\s+", "", text) for name, text in entries}
+    assert [name for name, text in shown.items() if "(*args,**kwargs)" in text] == []
+    assert "(input_dims:Mapping[str,int],num_classes:int," in shown["m3er_fast.M3ERFusion"]
