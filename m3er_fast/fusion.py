@@ -67,7 +67,7 @@ class M3ERFusion(
 
     Args:
         input_dims: feature count d_m of each modality; its order is the order of every (B, M) result.
-        num_classes: C.
+        num_classes: number C of classes.
         config: all settings; see :class:`m3er_fast.M3ERConfig`.
         classes: names of the C classes, kept with the model; None numbers them.
         extraction: how its features are made from recordings (``Corpus.extraction``), kept with the model; None for
@@ -334,8 +334,8 @@ class M3ERFusion(
         there are no CUDA graphs, and after ``to`` or ``fit``, which move the recorded tensors: then compile anew.
 
         Args:
-            batch_size: B.
-            steps: T.
+            batch_size: number B of samples.
+            steps: number T of frames.
 
         Raises:
             ValueError: if an argument is no positive int, or in train mode.

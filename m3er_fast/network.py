@@ -43,7 +43,7 @@ class MemoryFusionNetwork(LastingModule):
 
     Args:
         input_dims: feature count d_m of each modality, in order.
-        num_classes: C.
+        num_classes: number C of classes.
         {settings}
 
     Raises:

@@ -178,12 +178,12 @@ def test_the_conclusions_give_the_range_over_the_batch_and_where_it_is_lowest():
     curves = [figures.RatioCurve(f"{n} threads", [1, 8], [0, 0], [float(n), 0.5 * n], [9, 9]) for n in (1, 2)]
     sentence = panels.PANELS[0].sentence([*curves, figures.RatioCurve("3 threads", [], [], [], [])])
     assert sentence == (
-        "**Loss and gradient, C = 6**, B = 1 to 8: times as fast as the textbook "
-        "0.50 (B = 8) to 1.00 with 1 threads, 1.00 (B = 8) to 2.00 with 2 threads."
+        "**Loss and gradient, C = 6**, B = 1 to 8: "
+        "0.50 (B = 8) to 1.00 times as fast as the textbook with 1 threads, 1.00 (B = 8) to 2.00 with 2 threads."
     )
     assert panels.PANELS[-1].sentence(curves) == (
-        "**Inference, a third of the utterances lacking a modality**, B = 1 to 8: times as long as clean "
-        "1.00 to 2.00 (B = 8) with 1 threads, 0.50 to 1.00 (B = 8) with 2 threads."
+        "**Inference, a third of the utterances lacking a modality**, B = 1 to 8: "
+        "1.00 to 2.00 (B = 8) times as long as clean with 1 threads, 0.50 to 1.00 (B = 8) with 2 threads."
     )
 
 

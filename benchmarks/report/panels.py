@@ -35,17 +35,17 @@ class Panel(NamedTuple):
 
     def sentence(self, curves: Sequence[RatioCurve]) -> str:
         """Return the range of each curve over B in words, with the batch where it is worst."""
-        ranges = []
+        what = " times as long as clean" if self.inverse else " times as fast as the textbook"
+        ranges: list[str] = []
         for curve in curves:
             if curve.sizes:
                 worst = min(range(len(curve.sizes)), key=curve.median.__getitem__)
                 low, high = curve.median[worst], max(curve.median)
                 at = f"(B = {curve.sizes[worst]:,})"
                 shown = f"{1 / high:.2f} to {1 / low:.2f} {at}" if self.inverse else f"{low:.2f} {at} to {high:.2f}"
-                ranges.append(f"{shown} with {curve.label}")
+                ranges.append(f"{shown}{what if not ranges else ''} with {curve.label}")
         sizes = [size for curve in curves for size in curve.sizes]
-        what = "times as long as clean" if self.inverse else "times as fast as the textbook"
-        return f"**{self.subject or self.title}**, B = {min(sizes):,} to {max(sizes):,}: {what} {', '.join(ranges)}."
+        return f"**{self.subject or self.title}**, B = {min(sizes):,} to {max(sizes):,}: {', '.join(ranges)}."
 
 
 _DIMS = "d=300/74/3[56]"

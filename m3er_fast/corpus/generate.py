@@ -43,7 +43,7 @@ def generate_corpus(
         utterances: number of utterances in all shards.
         rows_per_shard: utterances per shard.
         input_dims: features of each modality; None means text 300, audio 74, face 36.
-        steps: T.
+        steps: number T of frames.
         num_classes: C, at most 16, for labels, and for splits by video: 80 % train, 10 % valid, 10 % test. None writes
             neither.
         seed: seeds all random numbers.
