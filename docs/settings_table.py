@@ -1,4 +1,4 @@
-"""Write the tables of settings in python.md anew from m3er_fast/config.py, where each setting is declared.
+"""Write the tables of settings in settings.md anew from m3er_fast/config.py, where each setting is declared.
 
 python docs/settings_table.py
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from m3er_fast import M3ERConfig
 
-PAGE = Path(__file__).with_name("python.md")
+PAGE = Path(__file__).with_name("settings.md")
 BEGIN = "<!-- Written by docs/settings_table.py -->"
 END = "<!-- End of the settings -->"
 
@@ -32,7 +32,7 @@ def tables() -> str:
                 f"| `{field.name}` | `{getattr(part, field.name)!r}` | {markdown(field.metadata['about'])} |"
                 for field in dataclasses.fields(part)
             ]
-            blocks.append("\n".join([f"### {name}", "", "| Field | Default | |", "|---|---|---|", *rows]))
+            blocks.append("\n".join([f"## {name}", "", "| Field | Default | |", "|---|---|---|", *rows]))
     return "\n\n".join(blocks)
 
 

@@ -245,14 +245,14 @@ def test_fields_of_json_are_listed(command, names):
 
 @pytest.mark.parametrize("part", ["check", "proxy", "network", "loss", "training"])
 def test_settings_are_listed_with_their_defaults(part):
-    text = page("python.md").split(f"\n### {part}\n", 1)[1].split("\n##", 1)[0]
+    text = page("settings.md").split(f"\n## {part}\n", 1)[1].split("\n##", 1)[0]
     listed = {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", text, re.M)}
     assert listed == vars(getattr(M3ERConfig(), part))
 
 
 def test_tables_of_settings_are_what_the_settings_declare():
     script = runpy.run_path(str(ROOT / "docs" / "settings_table.py"))
-    assert page("python.md") == script["with_tables"](page("python.md")), "run python docs/settings_table.py"
+    assert page("settings.md") == script["with_tables"](page("settings.md")), "run python docs/settings_table.py"
 
 
 def test_architecture_page_names_every_file_of_the_package():
