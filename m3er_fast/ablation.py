@@ -24,17 +24,19 @@ from m3er_fast._validation import check_positive_int
 from m3er_fast.atomic_files import replacing
 from m3er_fast.baselines import fit_baselines, labelled_part, utterances_of
 from m3er_fast.check import ModalityCheck
-from m3er_fast.config import CheckConfig, M3ERConfig, Statistic
+from m3er_fast.config import CheckConfig, LossConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import PAPER_CORRUPTION
 from m3er_fast.evaluation import Prediction, corrupt_corpus, evaluate, find_corruption, standardize_corpus
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, classification_report, mean_std
+from m3er_fast.operands import Variant
 from m3er_fast.training import HISTORY_FILE, EpochRecord, default_config, train
 
 __all__ = [
     "FULL",
+    "MODIFIED",
     "NEITHER",
     "NO_PROXY",
     "ORACLE",
@@ -54,6 +56,7 @@ __all__ = [
 UNFINISHED = "unfinished"
 """The folder of the trainings of an ablation that has not written its results."""
 ORIGINAL = "Original multiplicative fusion (Liu et al. 2018)"
+MODIFIED = "M3ER with the modified loss (the paper's)"
 FULL = "M3ER"
 NO_PROXY = "M3ER – proxy feature vector"
 NEITHER = "M3ER – modality check step – proxy feature vector"
@@ -132,9 +135,10 @@ def run_ablation(
 
     The corruption is the slides' by default: white noise at an SNR of 0.01 on at least one modality of 75 % of the test
     utterances, but never on all modalities. Another kind replaces the noise, in the same modalities of the same
-    utterances. Each seed trains two models, whose weights all its rows share. Two rows are not in the slides: one with
-    the other kind of check (the paper's correlation, or ours), and one with the true corruption mask, which is the
-    result that a perfect check would give.
+    utterances. Each seed trains two models: the second with the other loss, the modified one if ``config`` has the
+    original one, and the original one otherwise. All other rows share the weights of the first. Two rows are not in
+    the slides: one with the other kind of check (the paper's correlation, or ours), and one with the true corruption
+    mask, which is the result that a perfect check would give.
 
     The baselines of :mod:`m3er_fast.baselines`, trained alike, show what the method is worth on this corpus. They have
     no check: they take every modality as it comes.
@@ -249,12 +253,12 @@ def _train_and_predict(
     """Train with both losses, each in a part of ``folder``, and predict every row of Table 2."""
     assert config.check is not None
     test = corpus.subset("test")
-    watch.say(f"{which}: training with the original loss")
-    with_original_loss = config.replace(loss=replace(config.loss, variant="original"))
-    original = train(
+    variant, other_loss = _other_loss(config.loss)
+    watch.say(f"{which}: training with the {'modified' if variant == 'm3er' else 'original'} loss")
+    contrast = train(
         corpus,
-        with_original_loss,
-        out=folder and folder / "original",
+        config.replace(loss=replace(config.loss, variant=variant)),
+        out=folder and folder / f"loss-{variant}",
         device=device,
         progress=watch.next_training(),
     ).model
@@ -265,7 +269,7 @@ def _train_and_predict(
     other = _OTHER_CHECK[_other_statistic(config.check)]
     watch.say(f"{which}: {'baselines and scoring' if baselines else 'scoring'}")
     predictions = {
-        _Experiment(False, ORIGINAL): evaluate(original, test),
+        _Experiment(False, other_loss): evaluate(contrast, test),
         _Experiment(False, FULL): evaluate(model, test),
         _Experiment(True, NEITHER): evaluate(model.ablated(check=False, proxy=False), noisy),
         _Experiment(True, NO_PROXY): evaluate(model.ablated(proxy=False), noisy),
@@ -294,6 +298,11 @@ def _score_baselines(
                     baseline.probabilities(utterances), known.target, known.classes, task=known.task
                 )
     return reports
+
+
+def _other_loss(config: LossConfig) -> tuple[Variant, str]:
+    """Return the loss that M3ER's row is compared with, and the label of its row."""
+    return ("m3er", MODIFIED) if config.variant == "original" else ("original", ORIGINAL)
 
 
 def _other_statistic(config: CheckConfig) -> Statistic:

@@ -238,7 +238,7 @@ class LossConfig:
         {settings}
     """
 
-    variant: Variant = setting("m3er", _one_of(Variant), "which weight w_m.")
+    variant: Variant = setting("original", _one_of(Variant), "which weight w_m.")
     beta: float = setting(1.0, _at_least(0.0), "β ≥ 0, how strongly the weights tell modalities apart.")
     detach_weight: bool = setting(True, check_boolean, "stop gradients at w.")
     activation: Activation = setting("softmax", _one_of(Activation), '"softmax" over the classes, or "sigmoid".')

@@ -467,7 +467,8 @@ def oracle_fusion_loss(log_p, target, beta):
 @pytest.mark.parametrize("target", ["labels", "distributions"])
 @pytest.mark.parametrize("class_weight", [None, (0.5, 1.0, 3.0)])
 def test_the_loss_is_the_fusion_loss_plus_the_weighted_cross_entropy(target, class_weight):
-    config = M3ERConfig(check=None, loss=LossConfig(beta=1.5, head_weight=0.3, class_weight=class_weight))
+    loss = LossConfig("m3er", beta=1.5, head_weight=0.3, class_weight=class_weight)
+    config = M3ERConfig(check=None, loss=loss)
     model = build(config).double().train()
     output = model({name: x.double() for name, x in sequences(7).items()})
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2])
@@ -489,7 +490,7 @@ def test_the_loss_is_the_fusion_loss_plus_the_weighted_cross_entropy(target, cla
 
 @pytest.mark.parametrize("by_label", [False, True])
 def test_the_loss_of_yes_no_questions_is_binary(by_label):
-    config = M3ERConfig(check=None, loss=LossConfig(activation="sigmoid", class_weight=(0.5, 1.0, 3.0)))
+    config = M3ERConfig(check=None, loss=LossConfig("m3er", activation="sigmoid", class_weight=(0.5, 1.0, 3.0)))
     model = build(config).double().train()
     output = model({name: x.double() for name, x in sequences(7).items()})
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2])

@@ -103,7 +103,8 @@ def test_the_weights_of_the_best_epoch_are_kept_by_an_independent_count_of_their
     # Wrong labels there make the loss rise again as the model grows sure.
     target = np.where(CORPUS.split == "valid", (CORPUS.target + 1) % 3, CORPUS.target)
     corpus = replace(CORPUS, features={**CORPUS.features, "text": text}, target=target)
-    result = train(corpus, settings(full=full, epochs=5, patience=None, calibrate=False))
+    config = settings(full=full, epochs=5, patience=None, calibrate=False, loss=LossConfig("m3er"))
+    result = train(corpus, config)
     losses = result.history["valid_loss"]
     assert len(losses) == 5
     assert result.best_epoch == int(np.argmin(losses)) + 1 < 5  # else the last weights would do as well

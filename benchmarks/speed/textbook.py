@@ -182,7 +182,7 @@ class Model(nn.Module):
     def loss(self, features: Sequence[Tensor], target: Tensor) -> Tensor:
         """Return the fusion loss of the modality heads + the cross entropy of the fused head."""
         logits, own = self(features)
-        return fusion_loss(own, target) + F.cross_entropy(logits, target)
+        return fusion_loss(own, target, variant="original") + F.cross_entropy(logits, target)
 
 
 def _two_layers(size: int, inner: int, out: int) -> nn.Sequential:
