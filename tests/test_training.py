@@ -25,7 +25,8 @@ from m3er_fast.training import ResumeMismatchError, TrainingError, class_weights
 
 DIMS = {"text": 6, "audio": 5, "face": 4}
 NETWORK = NetworkConfig(hidden=8, memory=8, attention=(8, 8, 8), fusion=8, head=8)
-RUN_FILES = {"README.md", "config.json", "model.safetensors", "history.json", "history.png", "last_epoch.pt"}
+PICTURES = {"history.png", "reliability.png"}
+RUN_FILES = {"README.md", "config.json", "model.safetensors", "history.json", "last_epoch.pt"} | PICTURES
 
 
 def synthetic(**changes):
@@ -335,7 +336,8 @@ def test_the_run_folder_holds_the_model_and_its_history_and_nothing_else(uninter
     assert len(history["train_loss"]) == len(history["valid_loss"]) == 4
     assert history["best_epoch"] == result.best_epoch == int(np.argmin(history["valid_loss"])) + 1
     assert M3ERConfig.from_dict(history["config"]) == RESUMED == result.model.config
-    assert (out / "history.png").read_bytes().startswith(b"\x89PNG")
+    for name in PICTURES:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_saved_model_predicts_the_same_as_the_returned_one(uninterrupted):
@@ -348,10 +350,10 @@ def test_the_saved_model_predicts_the_same_as_the_returned_one(uninterrupted):
     np.testing.assert_array_equal(ours.p_value, theirs.p_value)
 
 
-def test_without_matplotlib_the_picture_alone_is_missing(tmp_path, monkeypatch):
+def test_without_matplotlib_the_pictures_alone_are_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "m3er_fast.plots", None)
     train(CORPUS, settings(epochs=1), out=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES - {"history.png"}
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES - PICTURES
 
 
 @pytest.mark.parametrize("call", [(Path, "replace"), (os, "fsync")])

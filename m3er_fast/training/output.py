@@ -1,8 +1,9 @@
-"""The folder of a finished run: model, card, history and its plot."""
+"""The folder of a finished run: model, card, history and plots."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from m3er_fast.training.state import CHECKPOINT_FILE, resuming_from
 
 HISTORY_FILE = "history.json"
 HISTORY_PLOT = "history.png"
+RELIABILITY_PLOT = "reliability.png"
 LAST_EPOCH_FILE = "last_epoch.pt"
 """The last checkpoint of a finished run, from which it can go on."""
 
@@ -52,8 +54,13 @@ def write_run(
     out: Path, model: M3ERFusion, history: dict[str, Any], data: TrainingData, statistics: ModelStatistics | None
 ) -> None:
     """Write everything that a finished run holds."""
-    _save(out, model, history, data, statistics)
-    _write_plot(history, out / HISTORY_PLOT)
+    reports = {
+        "validation split": data.report(model),
+        "validation split, corrupted": data.report(model, corruption=PAPER_CORRUPTION),
+    }
+    scored = {name: report for name, report in reports.items() if report is not None}
+    _save(out, model, history, data, statistics, list(scored.values()))
+    _write_plots(out, history, scored)
     with replacing(out / HISTORY_FILE) as partial:
         partial.write_text(json.dumps(history, indent=2) + "\n")
     if (out / CHECKPOINT_FILE).exists():
@@ -61,7 +68,12 @@ def write_run(
 
 
 def _save(
-    out: Path, model: M3ERFusion, history: dict[str, Any], data: TrainingData, statistics: ModelStatistics | None
+    out: Path,
+    model: M3ERFusion,
+    history: dict[str, Any],
+    data: TrainingData,
+    statistics: ModelStatistics | None,
+    reports: Sequence[ClassificationReport],
 ) -> None:
     """Save the model with a card that describes its training data and its scores on the validation split."""
     (out / "README.md").unlink(missing_ok=True)  # save_pretrained keeps the card of an earlier training
@@ -72,13 +84,11 @@ def _save(
     )
     if statistics is not None:
         about += f" Standardiser, modality check and proxies were fitted separately, to {statistics.rows} utterances."
-    metrics = _describe_scores(data.report(model), data.report(model, corruption=PAPER_CORRUPTION))
+    metrics = _describe_scores(*reports) if reports else None
     model.save_pretrained(out, model_card_kwargs={"data": about, "metrics": metrics})
 
 
-def _describe_scores(clean: ClassificationReport | None, corrupted: ClassificationReport | None) -> str | None:
-    if clean is None or corrupted is None:
-        return None
+def _describe_scores(clean: ClassificationReport, corrupted: ClassificationReport) -> str:
     chosen = "The epoch was chosen on this split" + (
         ", and the temperature fitted to it" if clean.before_calibration else ""
     )
@@ -90,9 +100,11 @@ def _describe_scores(clean: ClassificationReport | None, corrupted: Classificati
     )
 
 
-def _write_plot(history: dict[str, Any], path: Path) -> None:
+def _write_plots(out: Path, history: dict[str, Any], reports: Mapping[str, ClassificationReport]) -> None:
     try:
-        from m3er_fast.plots import plot_history
-    except ImportError:  # the picture needs an extra; history.json holds the same numbers
+        from m3er_fast.plots import plot_history, plot_reliability
+    except ImportError:  # pictures need an extra; history.json and the card hold the same numbers
         return
-    plot_history(history, path)
+    plot_history(history, out / HISTORY_PLOT)
+    if reports:
+        plot_reliability({name: report.to_dict() for name, report in reports.items()}, out / RELIABILITY_PLOT)

@@ -84,7 +84,7 @@ def train(
         statistics: standardiser, check and proxies, learned from a larger corpus by
             :func:`m3er_fast.scoring.fit_statistics`; None learns them from the train split.
         out: the run folder, which receives config.json and model.safetensors (``save_pretrained``), history.json and,
-            if matplotlib is installed, history.png.
+            if matplotlib is installed, history.png and reliability.png.
         resume: continue the run in ``out``, also a finished one if ``config`` now allows more epochs or more patience;
             False begins anew.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one. The network is trained there; the
