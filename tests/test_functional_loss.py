@@ -578,6 +578,21 @@ def test_bad_arguments_are_named(changes, message):
         fusion_loss(arguments.pop("logits"), arguments.pop("target"), **arguments)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6])
+@pytest.mark.parametrize("with_class_weight", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e4, math.nan])  # of logits; the last two are computed otherwise
+@pytest.mark.parametrize("batch", [1, 9, 50_000])
+def test_labels_out_of_range_are_named_whatever_computes(batch, scale, with_class_weight, wrong):
+    logits = scale * torch.randn(3, batch, 6, generator=torch.Generator().manual_seed(batch))
+    target = torch.zeros(batch, dtype=torch.int64)
+    target[batch // 2] = wrong
+    weight = torch.ones(6) if with_class_weight else None
+    low, high = sorted([wrong, wrong if batch == 1 else 0])
+    for x in (logits, logits.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=f"target must lie in 0..5 or -100, got values from {low} to {high}"):
+            fusion_loss(x, target, class_weight=weight)
+
+
 def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises(BackendUnavailableError, match=r"fusion_loss.*triton"):
         fusion_loss(torch.zeros(2, 3, 4, dtype=torch.float64), LABELS, backend="triton")

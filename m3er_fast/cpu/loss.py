@@ -40,7 +40,7 @@ def loss_and_gradient(
     modalities, batch, _ = logits.shape
     x = upcast(logits)
     label, rate = _label_and_rate(target, class_weight, options, x.dtype)
-    index = label.view(1, batch, 1).expand(modalities, batch, 1)
+    index = label.as_strided((modalities, batch, 1), (0, label.stride(0), 1))  # one call where view and expand are two
     minus_gamma = _number(-options.beta / (modalities - 1) if modalities > 1 else 0.0, x.dtype)
     present = None
     if available is not None and not bool(available.all()):

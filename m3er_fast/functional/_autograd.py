@@ -63,28 +63,16 @@ class _FusionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
         gradient, logits = ctx.saved_tensors
-        return _loss_gradient(incoming, gradient, logits, *ctx.call), None, None
-
-
-def _loss_gradient(
-    incoming: Tensor,
-    gradient: Tensor,
-    logits: Tensor,
-    implementation: OnePassLoss,
-    target: Tensor,
-    factors: LossFactors,
-    options: LossOptions,
-) -> Tensor:
-    if torch.is_grad_enabled():  # the gradient itself may be differentiated
-        _, pull_back, *_ = torch.func.vjp(lambda x: reference.fusion_loss_of(x, target, factors, options), logits)
-        of_logits: Tensor = pull_back(incoming)[0]
-        return of_logits
-    # A backward pass may run again, and the caller owns what the last one returned. Only when neither can happen may
-    # the gradient be scaled where it lies.
-    if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat() or _is_batched(incoming):
-        scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
-        return scaled.to(logits.dtype)
-    return implementation.scale_(gradient, incoming)
+        implementation, *call = ctx.call
+        if torch.is_grad_enabled():  # the gradient itself may be differentiated
+            _, pull_back, *_ = torch.func.vjp(lambda x: reference.fusion_loss_of(x, *call), logits)
+            return pull_back(incoming)[0], None, None
+        # A backward pass may run again, and the caller owns what the last one returned. Only when neither can happen
+        # may the gradient be scaled where it lies.
+        if incoming.ndim or gradient.dtype != logits.dtype or _backward_may_repeat() or _is_batched(incoming):
+            scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
+            return scaled.to(logits.dtype), None, None
+        return implementation.scale_(gradient, incoming), None, None
 
 
 def _is_batched(x: Tensor) -> bool:

@@ -81,12 +81,22 @@ def fusion_loss(
     chosen = LossOptions(**options)
     factors = LossFactors(class_weight, modality_weight, available)
     _check_logits(logits)
-    _check_options(chosen)
+    if options:
+        _check_options(chosen)
     check_device("the logits", logits, target=target)
-    target = _checked_target(target, logits, chosen.activation, chosen.ignore_index)
+    target = _checked_target(target, logits, chosen.activation)
     _check_factors(logits, factors)
-    compute = choose("fusion_loss", backend, logits, target, factors, chosen).load()
-    loss: Tensor = compute(logits, target, factors, chosen)
+    implementation = choose("fusion_loss", backend, logits, target, factors, chosen)
+    compute = implementation.load()
+    if implementation.name != "cpu":
+        _check_values(target, logits, chosen)
+    try:
+        loss: Tensor = compute(logits, target, factors, chosen)
+    except (IndexError, RuntimeError):
+        # On the CPU it is gathering by the labels that refuses one out of range: looking first would take as long as
+        # three steps of a small loss.
+        _check_values(target, logits, chosen)
+        raise
     return loss
 
 
@@ -157,7 +167,7 @@ def _check_factors(logits: Tensor, factors: LossFactors) -> None:
     check_device("the logits", logits, **factors._asdict())
 
 
-def _checked_target(target: Tensor, logits: Tensor, activation: str, ignore_index: int) -> Tensor:
+def _checked_target(target: Tensor, logits: Tensor, activation: str) -> Tensor:
     """``target``, in int64 if it holds integers: small integer types wrap around when compared with ignore_index."""
     _, batch, classes = logits.shape
     by_label = target.ndim == 1
@@ -169,20 +179,23 @@ def _checked_target(target: Tensor, logits: Tensor, activation: str, ignore_inde
         raise ValueError(f"target of shape ({batch},) must hold integer labels, got {target.dtype}")
     if not by_label and integral and activation == "softmax":
         raise ValueError(f"target of shape ({batch}, {classes}) must be a floating distribution, got {target.dtype}")
-    if integral and target.dtype != torch.int64:
-        target = target.long()
+    return target.long() if integral and target.dtype != torch.int64 else target
+
+
+def _check_values(target: Tensor, logits: Tensor, options: LossOptions) -> None:
+    """Raise a ValueError if a label or an answer is out of range, where looking costs little."""
     if torch.compiler.is_compiling() or in_transform() or not target.numel():
-        return target
+        return
     if target.device.type != "cpu" and os.environ.get("M3ER_DEBUG", "0") in ("", "0"):
-        return target  # looking would wait for the device
-    highest = classes - 1 if by_label else 1
+        return  # looking would wait for the device
+    highest = logits.shape[2] - 1 if target.ndim == 1 else 1
     least, most = target.aminmax()
     if least.item() >= 0 and most.item() <= highest:
-        return target
-    values = target[target != ignore_index] if integral else target
+        return
+    integral = not target.is_floating_point()
+    values = target[target != options.ignore_index] if integral else target
     if values.numel() and not bool(((values >= 0) & (values <= highest)).all()):
-        ignored = f" or {ignore_index}" if integral else ""
+        ignored = f" or {options.ignore_index}" if integral else ""
         raise ValueError(
             f"target must lie in 0..{highest}{ignored}, got values from {values.min().item()} to {values.max().item()}"
-        )
-    return target
+        ) from None
