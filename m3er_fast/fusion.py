@@ -238,9 +238,9 @@ class M3ERFusion(
         """
         batch: StandardizedBatch = self.standardizer(features, lengths, available)
         count = self.standardizer.count
-        known = (count > 0) | (count == 0).all()  # before any fit, all modalities count as known
-        if can_look_at(known) and known.all():
+        if can_look_at(count) and (all(frames := count.tolist()) or not any(frames)):
             return batch
+        known = (count > 0) | (count == 0).all()  # before any fit, all modalities count as known
         kept = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
         return StandardizedBatch(kept, batch.lengths, batch.available & known, batch.frame_valid & known)
 
@@ -392,9 +392,9 @@ class M3ERFusion(
                 raise _not_fitted("proxy generator")
             return self.proxy_generator.proxy_batch(batch, effective)
         abstained = ~effective.any(dim=1)
-        kept = effective | abstained[:, None]
-        if can_look_at(kept) and kept.all():
+        if can_look_at(effective) and effective.all():
             return ReplacedBatch(batch.features, abstained)
+        kept = effective | abstained[:, None]
         filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
         return ReplacedBatch(filled, abstained)
 

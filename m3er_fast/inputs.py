@@ -73,7 +73,9 @@ def prepare_batch(
         if name not in input_dims:
             raise ValueError(f"features: unknown modality {name!r}; this model knows {names}")
     given = {
-        name: _as_sequence(name, features[name], input_dims[name]) for name in names if features.get(name) is not None
+        name: _as_sequence(name, value, dim)
+        for name, dim in input_dims.items()
+        if (value := features.get(name)) is not None
     }
     if not given:
         raise ValueError(f"features: none of the modalities {names} was given")
@@ -99,11 +101,12 @@ def prepare_batch(
             present[:, m] = False
     if available is not None:
         present = present & check_mask("available", available, (batch, len(names)), first.device)
-    present = present & (length > 0)[:, None]
     tensors = [
         given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
         for name, dim in input_dims.items()
     ]
+    if lengths is not None:
+        present = present & (length > 0)[:, None]
     result = FeatureBatch(tensors, length, present)
     if lengths is None and available is None:
         return result
@@ -163,17 +166,19 @@ def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
         raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype())
-    shape = tuple(tensor.shape)
+    shape = tensor.shape
     if tensor.ndim == 2:
         tensor = tensor[:, None, :]
     if tensor.ndim != 3 or tensor.shape[2] != dim or tensor.shape[1] == 0:
-        raise ValueError(f"features[{name!r}] has shape {shape}, wanted (B, T, {dim}) with T ≥ 1, or (B, {dim})")
+        raise ValueError(f"features[{name!r}] has shape {tuple(shape)}, wanted (B, T, {dim}) with T ≥ 1, or (B, {dim})")
     return tensor
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     """Return a tensor, array or sequence of numbers as a tensor, which shares its memory if torch can."""
     refuse_sparse(name, value)
+    if isinstance(value, Tensor):
+        return value
     got = type(value).__name__
     if isinstance(value, np.ndarray):
         got = f"an array of {value.dtype}"

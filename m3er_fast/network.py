@@ -99,7 +99,9 @@ class MemoryFusionNetwork(LastingModule):
         states = hidden.unbind(0)
         fused = torch.stack([layer(h) for layer, h in zip(self.fusion, states, strict=True)]).prod(dim=0)
         fused = torch.cat([fused, memory], dim=1)
-        inner = nn.functional.dropout(torch.relu(self.head[0](fused)), dropout, training=self.training)
+        inner = self.head[0](fused).relu()
+        if dropout:
+            inner = nn.functional.dropout(inner, dropout)
         modality_logits = torch.stack([layer(h) for layer, h in zip(self.modality_heads, states, strict=True)])
         return NetworkOutput(self.head[1](inner), modality_logits, fused)
 

@@ -117,7 +117,9 @@ class TwoLayers(NamedTuple):
 
     def __call__(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """The second layer's output for ``x`` (..., in); ``dropout`` is the probability of dropping an inner unit."""
-        inner = F.dropout(F.relu(F.linear(x, self.first, self.first_bias)), dropout, training=dropout > 0)
+        inner = F.linear(x, self.first, self.first_bias).relu()
+        if dropout:
+            inner = F.dropout(inner, dropout)
         return F.linear(inner, self.second, self.second_bias)
 
 

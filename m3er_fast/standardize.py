@@ -155,7 +155,9 @@ class Standardizer(PreciseModule):
         ]
         if _are_within(features, _BOUND) and _are_within(batch.features, _FLOAT32.max):
             # The usual case: every entry is finite, and none is clamped.
-            frame_valid = batch.frame_mask[:, :, None] & batch.available[:, None, :]
+            frame_valid = batch.available[:, None].expand(-1, features[0].shape[1], -1)
+            if batch.lengths.min().item() < features[0].shape[1]:
+                frame_valid = batch.frame_mask[:, :, None] & frame_valid
             if not frame_valid.all():
                 features = [z.where(frame_valid[:, :, m, None], 0.0) for m, z in enumerate(features)]
         else:
@@ -316,7 +318,7 @@ def clean_batches(
 def _are_within(tensors: Sequence[Tensor], bound: float) -> bool:
     """Whether every entry is known to lie in ±``bound``; where looking costs time, nothing is known."""
     return all(
-        x.numel() and can_look_at(x) and bool(x.amin() >= -bound) and bool(x.amax() <= bound)
+        x.numel() and can_look_at(x) and x.amin().item() >= -bound and x.amax().item() <= bound
         for x in tensors
         if torch.finfo(x.dtype).max > bound
     )

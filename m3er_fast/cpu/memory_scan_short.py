@@ -75,7 +75,7 @@ def _first_step(gates: Tensor, weights: MemoryScanWeights, dropout: float) -> tu
 
 def _columns(layers: TwoLayers, cells: int) -> TwoLayers:
     """The layers with only those columns of the first that meet the new cells."""
-    return layers._replace(first=layers.first[:, cells : 2 * cells])
+    return TwoLayers(layers.first.narrow(1, cells, cells), *layers[1:])
 
 
 def _step(
