@@ -46,6 +46,12 @@ def plain_layers(name: str, layers: Iterable[nn.Module], kind: type[nn.Module]) 
     return found
 
 
+def own_tensor(layer: nn.Module, name: str) -> Any:
+    """Return ``layer``'s tensor of that name: a plain parameter without torch's search for attributes."""
+    found = layer._parameters.get(name)
+    return getattr(layer, name) if found is None else found
+
+
 def _call_hooks(name: str, layer: nn.Module) -> None:
     """Call the hooks that set the layer's weight, and warn of others."""
     hooks = list(layer._forward_pre_hooks.values())

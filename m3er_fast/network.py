@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3er_fast._layer_weights import plain_layers
+from m3er_fast._layer_weights import own_tensor, plain_layers
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
@@ -119,11 +119,13 @@ class MemoryFusionNetwork(LastingModule):
         lstms = plain_layers("lstms", self.lstms, nn.LSTMCell)
         feedback = None
         if self.feedback is not None:
-            feedback = torch.stack([layer.weight for layer in plain_layers("feedback", self.feedback, nn.Linear)])
+            feedback = torch.stack(
+                [own_tensor(layer, "weight") for layer in plain_layers("feedback", self.feedback, nn.Linear)]
+            )
         return MemoryScanWeights(
-            input=[lstm.weight_ih for lstm in lstms],
-            recurrent=torch.stack([lstm.weight_hh for lstm in lstms]),
-            bias=torch.stack([lstm.bias_ih + lstm.bias_hh for lstm in lstms]),
+            input=[own_tensor(lstm, "weight_ih") for lstm in lstms],
+            recurrent=torch.stack([own_tensor(lstm, "weight_hh") for lstm in lstms]),
+            bias=torch.stack([own_tensor(lstm, "bias_ih") + own_tensor(lstm, "bias_hh") for lstm in lstms]),
             feedback=feedback,
             attention=_layer_weights("attention", self.attention),
             candidate=_layer_weights("candidate", self.candidate),
@@ -137,5 +139,5 @@ def _two_layers(size: int, inner: int, out: int) -> nn.ModuleList:
 
 
 def _layer_weights(name: str, layers: nn.ModuleList) -> TwoLayers:
-    first, second = plain_layers(name, layers, nn.Linear)
-    return TwoLayers(first.weight, first.bias, second.weight, second.bias)
+    found = plain_layers(name, layers, nn.Linear)
+    return TwoLayers(*(own_tensor(layer, part) for layer in found for part in ("weight", "bias")))

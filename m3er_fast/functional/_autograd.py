@@ -44,7 +44,7 @@ def fusion_loss(
         return otherwise(logits, target, factors, options)
     if not trains:
         return found[0]
-    loss: Tensor = _FusionLoss.apply(logits, found, (implementation, target, factors, options))  # type: ignore[no-untyped-call]
+    loss: Tensor = _FUSION_LOSS(logits, found, (implementation, target, factors, options))
     return loss
 
 
@@ -73,6 +73,10 @@ class _FusionLoss(torch.autograd.Function):
             scaled = gradient * (incoming[:, None] if incoming.ndim == 1 else incoming)
             return scaled.to(logits.dtype), None, None
         return implementation.scale_(gradient, incoming), None, None
+
+
+# Transforms of torch.func are refused, so what ``Function.apply`` does for them, in a microsecond, is left out.
+_FUSION_LOSS: Any = super(torch.autograd.Function, _FusionLoss).apply
 
 
 def _is_batched(x: Tensor) -> bool:
