@@ -131,4 +131,9 @@ def _exponentials(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor] | N
 
 def _sum_of_others(x: Tensor) -> Tensor:
     """(M, B, 1): each modality's sum over the others, added anew because total minus own would cancel."""
-    return torch.stack([torch.cat([x[:m], x[m + 1 :]]).sum(0) for m in range(x.shape[0])])
+    if len(x) == 1:
+        return torch.zeros_like(x)
+    total = x.roll(1, 0)
+    for distance in range(2, len(x)):
+        total += x.roll(distance, 0)
+    return total
