@@ -146,7 +146,7 @@ def plain(value: str, most: int = _MOST_NAME_LENGTH) -> str:
     """Escape text from a file, for attributes too, shorten it, and make invisible and reordering characters visible."""
     if len(value) > most:
         value = f"{value[:most]}\N{HORIZONTAL ELLIPSIS}"
-    return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in value))
+    return html.escape("".join(c if c.isprintable() or c == NARROW_SPACE else ascii(c)[1:-1] for c in value))
 
 
 def number(value: int) -> str:

@@ -1,12 +1,13 @@
 """Extractors for the tests, which can be sent to other processes and need no library."""
 
+import hashlib
 import math
 import os
 import time
 
 import numpy as np
 
-from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, read_sound, sound_within
+from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, read_pictures, read_sound, sound_within
 from m3er_fast.recordings.frames import Frames
 from m3er_fast.recordings.words import Cue, Transcript, Word
 
@@ -48,6 +49,23 @@ class QuickSound(Loudness):
         return {"features": "librosa", "version": "1", "scale": self.scale}
 
 
+class Times:
+    """The time of each picture."""
+
+    dimension = 1
+
+    def describe(self):
+        return {"features": "times"}
+
+    def extract(self, recording):
+        decoder = Decoder(recording, "video")
+        times = np.array([picture.time for picture in read_pictures(decoder, per_second=None, width=64)])
+        if not len(times):
+            return None
+        report = {"seconds": decoder.end, "damaged_packets": decoder.damaged}
+        return Frames(times, times[:, None].astype(np.float32), report)
+
+
 class Letters:
     """A word's length; words of one letter are unknown."""
 
@@ -70,3 +88,12 @@ class Listener:
         if not sound_within(recording, 0.0, math.inf).any():
             return Transcript(())
         return Transcript((Cue(0.0, 1.0, (Word("hello", 0.0, 0.5), Word("there.", 0.5, 1.0))),))
+
+
+def contents(folder):
+    """The bytes of every file of a run but the summary, which tells times."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith("_summary")
+    }

@@ -15,6 +15,8 @@ from recording_files import tone, write_recording
 from m3er_fast.recordings import face as module
 from m3er_fast.recordings import model_files
 from m3er_fast.recordings.face import FaceFeatures, choose_face
+from m3er_fast.recordings.summary import problems
+from m3er_fast.recordings.utterances import extract_recording
 
 SMALL, LARGE = [0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.9, 0.9]
 
@@ -72,9 +74,15 @@ def extractor(monkeypatch, tmp_path):
     return make
 
 
+def noted(found):
+    """What the summary of a run notes."""
+    return problems({"seconds_claimed": None, "face": found.report})
+
+
 def test_pictures_without_a_face_are_nan_and_counted(extractor, tmp_path):
     path = write_recording(tmp_path / "a.mp4", times=[0, 0.1, 0.2, 0.5])
     found = extractor([result(), result(SMALL), result(SMALL, LARGE), result()]).extract(path)
+    assert noted(found) == ["more than one face: the one that was largest first was followed"]
     np.testing.assert_allclose(found.times, [0, 0.1, 0.2, 0.5], atol=1e-3)
     assert found.values.shape == (4, FaceFeatures.dimension)
     assert np.isnan(found.values[[0, 3]]).all()
@@ -89,7 +97,19 @@ def test_a_video_without_a_face_and_a_recording_without_pictures(extractor, tmp_
     found = extractor([result()] * 2).extract(write_recording(tmp_path / "a.mp4", times=[0, 0.1]))
     assert found.values.shape == (2, FaceFeatures.dimension)
     assert np.isnan(found.values).all()
+    assert noted(found) == ["no face"]
     assert extractor([]).extract(write_recording(tmp_path / "b.wav", sound=tone(0.1))) is None
+
+
+def test_a_face_that_comes_late_has_nan_steps_before(extractor, tmp_path):
+    path = write_recording(tmp_path / "a.mp4", times=np.arange(20) / 10)
+    late = extractor([result()] * 8 + [result(SMALL)] * 12)
+    found = extract_recording(path, {"face": late}, steps=0.5)
+    assert found.corpus.available.tolist() == [[True]]
+    lost = np.isnan(found.corpus.features["face"][0])
+    assert lost.all(axis=1).tolist() == [True, False, False, False]  # the second step has faces from its middle on
+    assert not lost[1:].any()
+    assert found.report["missing_steps"] == {"face": 0.25}
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan")])

@@ -1,6 +1,5 @@
 """A run over recordings: what is written, what is left out, and how it goes on after it was stopped."""
 
-import hashlib
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import pytest
 pytest.importorskip("av")
 
 from recording_files import RATE, tone, write_recording
-from recording_problems import Letters, Loudness
+from recording_problems import Letters, Loudness, contents
 
 from m3er_fast.corpus import read_parquet
 from m3er_fast.corpus.base import CorpusError
@@ -43,15 +42,6 @@ def recordings(tmp_path):
 def run(recordings, out, **options):
     options = {"encoder": Letters(), **options}
     return extract(recordings, out, options.pop("extractors", EXTRACTORS), **options)
-
-
-def contents(folder):
-    """The bytes of every file but the summary, which tells times."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if not path.name.startswith("_summary")
-    }
 
 
 def test_recordings_become_a_corpus(recordings, tmp_path):

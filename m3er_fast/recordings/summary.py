@@ -80,15 +80,16 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     """Return what is notable about a recording, each in a few words."""
     found = []
     claimed = report["seconds_claimed"]
-    if claimed and report["seconds"] < (1 - _NOTABLE_LOSS) * claimed:
-        found.append(f"{_time(claimed - report['seconds'])} of {_time(claimed)} could not be decoded")
-    for modality in ("audio", "face"):
+    for modality, none, ends in (("audio", "no sound", "the sound ends"), ("face", "no pictures", "the pictures end")):
         if modality not in report:
             continue
         of_modality = report[modality]
         if of_modality is None:
-            found.append(f"no {'sound' if modality == 'audio' else 'pictures'}")
-        elif of_modality.get("damaged_packets"):
+            found.append(none)
+            continue
+        if claimed and of_modality.get("seconds", claimed) < (1 - _NOTABLE_LOSS) * claimed:
+            found.append(f"{ends} at {_time(of_modality['seconds'])} of {_time(claimed)}")
+        if of_modality.get("damaged_packets"):
             found.append(f"{of_modality['damaged_packets']} damaged packets of {modality}")
     face = report.get("face") or {}
     if face.get("pictures") and face.get("without_face") == face["pictures"]:
