@@ -77,17 +77,17 @@ def means_within(frames: Frames, spans: NDArray[np.float64]) -> NDArray[np.float
     Returns:
         (S, d) float32. The row of a span without a frame is NaN: never zeros, which would be a measurement.
     """
-    known = np.isfinite(frames.values).all(axis=1)
-    order = np.argsort(frames.times[known], kind="stable")
-    times, values = frames.times[known][order], frames.values[known][order]
-    first, last = np.searchsorted(times, spans.T, side="left")
+    known = np.flatnonzero(np.isfinite(frames.values).all(axis=1))
+    order = known[np.argsort(frames.times[known], kind="stable")]
+    first, last = np.searchsorted(frames.times[order], spans.T, side="left")
     found = last > first
-    means = np.full((len(spans), values.shape[1]), np.nan, dtype=np.float32)
+    means = np.full((len(spans), frames.values.shape[1]), np.nan, dtype=np.float32)
     if found.any():
         # Each span is added up by itself: differences of running sums would lose small values behind large ones.
         # reduceat adds up from each index to the next; a row beyond the last lets a span end there.
         ends = np.stack([first[found], last[found]], axis=1).reshape(-1)
-        padded = np.concatenate([values.astype(np.float64), np.zeros((1, values.shape[1]))])
-        sums = np.add.reduceat(padded, ends, axis=0)[::2]
+        values = np.zeros((len(order) + 1, frames.values.shape[1]))
+        values[:-1] = frames.values[order]
+        sums = np.add.reduceat(values, ends, axis=0)[::2]
         means[found] = sums / (last - first)[found, None]
     return means

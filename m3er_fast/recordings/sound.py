@@ -25,7 +25,7 @@ _PITCH = 1024  # samples in which a period is looked for: four of the longest
 _LOWEST_HZ, _HIGHEST_HZ = 62.5, 500.0
 _VOICED = 0.45  # the least correlation of a voiced frame with itself one period later: Boersma 1993's threshold
 _SILENT_DB = -60.0  # below full scale; what is quieter is never voiced
-_BLOCK = 6000  # frames that are computed at once: a minute
+_BLOCK = 1000  # frames that are computed at once, 10 s: a minute took 1.25 times as long, and 0.13 GB more
 _MARGIN = _PITCH // 2 + HOP  # samples that a frame sees on either side, with the frame before it for the flux
 
 NAMES = (
@@ -89,7 +89,7 @@ class SoundFeatures:
 
 
 def _blocks(pieces: Iterator[Sound]) -> Iterator[tuple[float, NDArray[np.float32]]]:
-    """Yield the time of the first frame and the features of consecutive frames, a minute or less at a time.
+    """Yield the time of the first frame and the features of consecutive frames, 10 s or less at a time.
 
     Each frame sees the same samples wherever a block ends: blocks overlap by what a frame sees on either side. Before
     and after a run of pieces without a gap is silence.
