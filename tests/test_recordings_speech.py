@@ -23,7 +23,7 @@ DICTIONARY = {"hello", "there", "mr."}
 class Aligner:
     """Stands in for pocketsphinx: each word gets an equal part of the sound, after a silence."""
 
-    def __init__(self, samprate, loglevel):
+    def __init__(self, samprate, lm, loglevel):
         self.heard = []
 
     def lookup_word(self, word):

@@ -54,7 +54,8 @@ class ForcedAlignment:
         """
         if all(word.timed for word in transcript.words):
             return transcript
-        decoder = _pocketsphinx().Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+        # Without a model of language, which alignment does not use and which takes 0.2 s to load.
+        decoder = _pocketsphinx().Decoder(samprate=SAMPLE_RATE, lm=None, loglevel="FATAL")
         cues = []
         for cue in transcript.cues:
             if all(word.timed for word in cue.words):
