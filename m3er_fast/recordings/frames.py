@@ -86,8 +86,8 @@ def means_within(frames: Frames, spans: NDArray[np.float64]) -> NDArray[np.float
         # Each span is added up by itself: differences of running sums would lose small values behind large ones.
         # reduceat adds up from each index to the next; a row beyond the last lets a span end there.
         ends = np.stack([first[found], last[found]], axis=1).reshape(-1)
-        values = np.zeros((len(order) + 1, frames.values.shape[1]))
-        values[:-1] = frames.values[order]
-        sums = np.add.reduceat(values, ends, axis=0)[::2]
+        values = np.zeros((len(order) + 1, frames.values.shape[1]), dtype=np.float32)
+        np.take(frames.values, order, axis=0, out=values[:-1])
+        sums = np.add.reduceat(values, ends, axis=0, dtype=np.float64)[::2]
         means[found] = sums / (last - first)[found, None]
     return means
