@@ -102,6 +102,25 @@ def test_samples_that_are_not_finite_spoil_the_rows_that_see_them():
     np.testing.assert_allclose(values[:46], features(tone(1.0))[1][:46], rtol=1e-4, atol=1e-3)
 
 
+def test_a_hum_in_the_pauses_and_a_drift_are_no_voice(tmp_path):
+    hum = tone(3.0, 100.0, level=0.01)
+    samples = hum.copy()
+    samples[RATE : 2 * RATE] += tone(1.0)
+    found = SoundFeatures().extract(write_recording(tmp_path / "a.wav", sound=samples))
+    voiced = column(found.values, "voiced")
+    assert voiced[105:195].all()
+    assert not voiced[:95].any()
+    assert not voiced[205:].any()
+    assert (column(found.values, "f0_hz") > 0).tolist() == (voiced == 1).tolist()
+    alone = SoundFeatures().extract(write_recording(tmp_path / "b.wav", sound=hum))
+    assert column(alone.values, "voiced")[10:-10].all()
+    np.testing.assert_allclose(column(alone.values, "f0_hz")[10:-10], 100, rtol=0.01)
+    drift = np.linspace(0, 0.5, RATE, dtype=np.float32)  # correlates with itself, but for its mean
+    noise = np.random.default_rng(0).normal(0, 0.05, RATE).astype(np.float32)
+    found = SoundFeatures().extract(write_recording(tmp_path / "c.wav", sound=drift + noise))
+    assert column(found.values, "voiced")[10:-10].mean() < 0.05
+
+
 def test_a_recording(tmp_path):
     found = SoundFeatures().extract(write_recording(tmp_path / "a.wav", sound=tone(0.5)))
     assert found.values.shape == (50, SoundFeatures.dimension)

@@ -25,6 +25,10 @@ _PITCH = 1024  # samples in which a period is looked for: four of the longest
 _LOWEST_HZ, _HIGHEST_HZ = 62.5, 500.0
 _VOICED = 0.45  # the least correlation of a voiced frame with itself one period later: Boersma 1993's threshold
 _SILENT_DB = -60.0  # below full scale; what is quieter is never voiced
+# What is so far below the loud parts of its recording is not voiced: hum in the pauses correlates with itself, too. On
+# read speech, frames then agree with Praat's, whose threshold of silence is relative as well (docs/recordings.md).
+_QUIET_DB = -20.0
+_LOUD_PERCENTILE = 95  # not the maximum, which may be a door
 _BLOCK = 1000  # frames that are computed at once, 10 s: a minute took 1.25 times as long, and 0.13 GB more
 _MARGIN = _PITCH // 2 + HOP  # samples that a frame sees on either side, with the frame before it for the flux
 
@@ -49,8 +53,10 @@ class SoundFeatures:
 
     * ``mfcc_1`` to ``mfcc_12``: mel frequency cepstral coefficients, of 40 bands in dB;
     * ``f0_hz``: fundamental frequency by YIN (de Cheveigné and Kawahara 2002), 62.5 to 500 Hz; 0 where unvoiced;
-    * ``voiced``: 1 or 0;
-    * ``harmonicity_db``: 10 log₁₀(r / (1 − r)), with r the correlation of the frame with itself one period later;
+    * ``voiced``: 1 or 0: whether r (below) is above 0.45, and the level is above −60 dB and less than 20 dB below that
+      of the loud parts of the recording (the 95th percentile);
+    * ``harmonicity_db``: 10 log₁₀(r / (1 − r)), with r the correlation of the frame, less its mean, with itself one
+      period later;
     * ``level_db``: mean power, in dB of full scale, at least −100;
     * ``zero_crossings``: per sample;
     * ``centroid_hz``, ``rolloff_hz`` (85 % of the power), ``flatness``: of the spectrum;
@@ -68,6 +74,7 @@ class SoundFeatures:
             "version": _librosa().__version__,
             "names": list(NAMES),
             "hop_s": HOP / SAMPLE_RATE,
+            "voiced": {"correlation": _VOICED, "silent_db": _SILENT_DB, "quiet_db": _QUIET_DB},
         }
 
     def extract(self, recording: Path) -> Frames | None:
@@ -85,7 +92,7 @@ class SoundFeatures:
         if not values:
             return None
         report = {"seconds": round(decoder.end, 3), "damaged_packets": decoder.damaged}
-        return Frames(np.concatenate(times), np.concatenate(values), report)
+        return Frames(np.concatenate(times), _without_quiet_pitch(np.concatenate(values)), report)
 
 
 def _blocks(pieces: Iterator[Sound]) -> Iterator[tuple[float, NDArray[np.float32]]]:
@@ -121,6 +128,18 @@ def _blocks(pieces: Iterator[Sound]) -> Iterator[tuple[float, NDArray[np.float32
         yield start, take(-(-(count - _MARGIN) // HOP), last=True)
 
 
+def _without_quiet_pitch(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Make those rows of a recording unvoiced, in place, that are quiet beside its loud parts."""
+    level = values[:, NAMES.index("level_db")]
+    known = level[~np.isnan(level)]
+    if len(known):
+        loud = float(np.percentile(known, _LOUD_PERCENTILE))
+        quiet = level <= max(_SILENT_DB, loud + _QUIET_DB)
+        for name in ("f0_hz", "voiced"):
+            values[quiet, NAMES.index(name)] = 0
+    return values
+
+
 def _features(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the features of the frames whose middles are ``_MARGIN``, ``_MARGIN + HOP``, … samples in."""
     librosa = _librosa()
@@ -149,7 +168,7 @@ def _features(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     seen = windows(samples, _WINDOW)
     level = 10 * np.log10(np.mean(seen**2, axis=1) + 1e-10)
     pitch, correlation = _pitch(around(samples, _PITCH), windows(samples, _PITCH))
-    voiced = (correlation > _VOICED) & (level > _SILENT_DB)
+    voiced = correlation > _VOICED
     features = np.column_stack(
         [
             librosa.feature.mfcc(S=decibels, n_mfcc=13)[1:].T,
@@ -182,11 +201,16 @@ def _pitch(samples: NDArray[np.float32], windows: NDArray[np.float32]) -> tuple[
     longest = int(SAMPLE_RATE / _LOWEST_HZ) + 1
     here = np.arange(_PITCH - longest)
     later = here + np.round(SAMPLE_RATE / pitch).astype(np.int64).clip(1, longest)[:, None]
-    one = windows[:, here]
-    other = np.take_along_axis(windows, later, axis=1)
+    one = _centred(windows[:, here])
+    other = _centred(np.take_along_axis(windows, later, axis=1))
     power = np.sqrt(np.sum(one**2, axis=1) * np.sum(other**2, axis=1))
     correlation = np.sum(one * other, axis=1) / np.maximum(power, 1e-10)
     return pitch, correlation.clip(1e-3, 1 - 1e-4)
+
+
+def _centred(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    centred: NDArray[np.float32] = values - values.mean(axis=1, keepdims=True)
+    return centred
 
 
 @functools.cache
