@@ -16,7 +16,7 @@ from m3er_fast.recordings import (
     read_transcript,
     word_vectors,
 )
-from m3er_fast.recordings.generate import generate_recordings, write_video
+from m3er_fast.recordings.generate import generate_recordings, voice_here, write_video
 from m3er_fast.recordings.prediction import PredictedUtterance, predict_recording
 from m3er_fast.recordings.timeline import draw_timeline
 from m3er_fast.scoring import score
@@ -40,7 +40,8 @@ def run_recordings_demo(
     ``out`` receives the recordings (recordings/), the corpus (corpus/), a trained model (model/), its scores (scores/)
     and the predictions of a recording in which a modality is lost at times (story.mp4, story.png).
 
-    Where MediaPipe's model can neither be found nor fetched, the face is left out.
+    The words are said by espeak-ng if it is installed, or else there is a tone for each. Where MediaPipe's model can
+    neither be found nor fetched, the face is left out.
 
     Args:
         out: a folder that is empty or does not exist yet.
@@ -60,8 +61,9 @@ def run_recordings_demo(
         raise ValueError(f"{out} is not empty: give another folder with --out, or remove it")
     say = progress or (lambda line: None)
     made = out / "recordings"
-    say(f"making {recordings} recordings")
-    generate_recordings(made, recordings=recordings)
+    voice = voice_here()
+    say(f"making {recordings} recordings, with the voice of {voice}")
+    generate_recordings(made, recordings=recordings, voice=voice)
     extractors: dict[str, FrameExtractor] = {"audio": SoundFeatures()}
     try:
         extractors["face"] = FaceFeatures(model=face_model)
@@ -77,7 +79,7 @@ def run_recordings_demo(
     score(out / "corpus", model, out / "scores")
     say("predicting a recording in which the face is hidden and the sound is lost at times")
     story = out / "story.mp4"
-    write_video(story, _STORY, seed=99, hidden=_HIDDEN, noisy=_NOISY)
+    write_video(story, _STORY, voice=voice, seed=99, hidden=_HIDDEN, noisy=_NOISY)
     predicted = predict_recording(
         model, story, words=vectors, face_model=face_model, transcript=read_transcript(story.with_suffix(".json"))
     )

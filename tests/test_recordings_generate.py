@@ -1,6 +1,9 @@
 """Recordings made here, and the demonstration on them."""
 
 import csv
+import os
+import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,14 +11,13 @@ import pytest
 pytest.importorskip("av")
 pytest.importorskip("skimage")
 
-
 from recording_problems import QuickSound
 
 from m3er_fast import M3ERConfig, TrainingConfig
 from m3er_fast.cli import main
 from m3er_fast.corpus import read_parquet
-from m3er_fast.recordings import read_transcript
-from m3er_fast.recordings.decoding import Decoder, probe, read_pictures, read_sound
+from m3er_fast.recordings import generate, read_transcript
+from m3er_fast.recordings.decoding import SAMPLE_RATE, Decoder, probe, read_pictures, read_sound
 from m3er_fast.recordings.generate import MANNERS, generate_recordings, write_video
 
 
@@ -51,6 +53,34 @@ def test_a_folder_of_recordings_is_reproducible(tmp_path):
         generate_recordings(tmp_path / "three", recordings=0)
 
 
+def test_a_voice_that_does_not_speak_is_one_line(tmp_path, monkeypatch):
+    program = tmp_path / "espeak-ng"
+    program.write_text("#!/bin/sh\necho no voice en >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert generate.voice_here() == "espeak-ng"
+    generate._said.cache_clear()
+    with pytest.raises(OSError, match="espeak-ng does not speak: no voice en"):
+        write_video(tmp_path / "a.mp4", ["happy"], voice="espeak-ng")
+    monkeypatch.setenv("PATH", "")
+    assert generate.voice_here() == "tones"
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
+def test_words_are_spoken_by_espeak_ng(tmp_path):
+    spoken = write_video(tmp_path / "a.mp4", ["happy", "sad"], voice="espeak-ng", seed=1)
+    samples = np.concatenate([piece.samples for piece in read_sound(Decoder(tmp_path / "a.mp4", "audio"))])
+
+    def part(start, end):
+        return samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+
+    for said in spoken:
+        for word in said.words:
+            assert np.abs(part(word.start, word.end)).max() > 0.1
+        pauses = [np.abs(part(a.end + 0.02, b.start - 0.02)).max() for a, b in pairwise(said.words)]
+        assert max(pauses) < 0.05
+
+
 def test_the_demonstration_without_a_face(tmp_path, monkeypatch, capsys):
     """As on a machine without MediaPipe's model and without network; sound and training are quick ones."""
     from m3er_fast import recordings_demo
@@ -63,7 +93,10 @@ def test_the_demonstration_without_a_face(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recordings_demo, "SoundFeatures", QuickSound)
     monkeypatch.setattr(prediction, "SoundFeatures", QuickSound)
     made, trained = recordings_demo.generate_recordings, recordings_demo.train
-    monkeypatch.setattr(recordings_demo, "generate_recordings", lambda out, recordings: made(out, recordings=5))
+    monkeypatch.setattr(
+        recordings_demo, "generate_recordings", lambda out, recordings, voice: made(out, recordings=5, voice=voice)
+    )
+    monkeypatch.setattr(recordings_demo, "voice_here", lambda: "tones")
     config = M3ERConfig(training=TrainingConfig(epochs=2))
     monkeypatch.setattr(recordings_demo, "train", lambda corpus, out: trained(corpus, config, out=out))
     out = tmp_path / "out"

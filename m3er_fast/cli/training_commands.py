@@ -70,9 +70,9 @@ def demo(
     Some of its modalities are ineffectual. Fits, trains and scores, then prints the ablation table and draws the
     figures. It takes a few minutes on two cores. After an interruption, give the same command again.
 
-    With --recordings, makes videos of a portrait that moves and a voice of tones, extracts their features, trains, and
-    predicts a video in which the face is hidden and the sound is lost at times. It is a toy: it shows that every step
-    works, and nothing about people.
+    With --recordings, makes videos of a portrait that moves and a voice (of espeak-ng if it is installed, else of
+    tones), extracts their features, trains, and predicts a video in which the face is hidden and the sound is lost at
+    times. It is a toy: it shows that every step works, and nothing about people.
     """
     use_threads(threads)
     if recordings:

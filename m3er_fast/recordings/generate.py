@@ -1,7 +1,7 @@
-"""Recordings made here, of a portrait that moves and a voice of tones: to try the whole path without any other file.
+"""Recordings made here, of a portrait that moves and a voice: to try the whole path without any other file.
 
-They are a toy: an "emotion" is a pitch, a pace, some words and a way to move the head. They show that every step works,
-and nothing about people.
+The voice is that of the program espeak-ng, or else of tones. The recordings are a toy: an "emotion" is a pitch, a pace,
+some words and a way to move the head. They show that every step works, and nothing about people.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,15 @@ PICTURES_PER_SECOND = 12
 _SIZE = 224  # pixels of a side
 _EYES, _EYE_SIZE = ((107, 99), (151, 101)), 11.0  # x and y in the portrait, and the reach of a lid
 _VECTOR_DIMENSION = 16
+_PROGRAM = "espeak-ng"
+
+Voice: TypeAlias = Literal["espeak-ng", "tones"]
+"""What says the words: the program espeak-ng, or a tone for each word."""
+
+
+def voice_here() -> Voice:
+    """Return the best voice that this machine has."""
+    return "tones" if shutil.which(_PROGRAM) is None else "espeak-ng"
 
 
 class Manner(NamedTuple):
@@ -66,6 +77,7 @@ def generate_recordings(
     *,
     recordings: int = 30,
     utterances: int = 6,
+    voice: Voice = "tones",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -78,12 +90,13 @@ def generate_recordings(
         folder: to write to, created if need be.
         recordings: number of videos.
         utterances: in each of them.
+        voice: that says the words.
         seed: seeds all random numbers.
         progress: called after every video with the number of those that are written, and of all.
 
     Raises:
         ImportError: scikit-image or PyAV is missing.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or the voice does not speak.
         ValueError: a number is not a positive int.
     """
     check_positive_int("recordings", recordings)
@@ -95,7 +108,8 @@ def generate_recordings(
     for number in range(recordings):
         name = f"video_{number:03d}"
         split = ("train", "train", "train", "valid", "test")[number % 5]
-        spoken = write_video(folder / f"{name}.mp4", _emotions(utterances, (seed, number)), seed=(seed, number))
+        emotions = _emotions(utterances, (seed, number))
+        spoken = write_video(folder / f"{name}.mp4", emotions, voice=voice, seed=(seed, number))
         rows += [
             (f"{name}_{part}", name, f"{said.start:.3f}", f"{said.end:.3f}", said.emotion, split)
             for part, said in enumerate(spoken)
@@ -110,6 +124,7 @@ def write_video(
     path: Path,
     emotions: Sequence[str],
     *,
+    voice: Voice = "tones",
     seed: Any = 0,
     hidden: Sequence[int] = (),
     noisy: Sequence[int] = (),
@@ -119,15 +134,19 @@ def write_video(
     Args:
         path: of the video.
         emotions: of the utterances, one after the other.
+        voice: that says the words.
         seed: seeds all random numbers.
         hidden: utterances during which a box hides the face.
         noisy: utterances during which the sound is noise.
+
+    Raises:
+        OSError: the file cannot be written, or the voice does not speak.
     """
     generator = np.random.default_rng(seed)
     spoken, sounds, pictures = [], [], []
     start = 0.0
     for number, emotion in enumerate(emotions):
-        words, sound = _speak(MANNERS[emotion], generator, start)
+        words, sound = _speak(MANNERS[emotion], generator, start, voice)
         if number in noisy:
             sound = generator.normal(0, 0.3, len(sound)).astype(np.float32)
         end = start + len(sound) / SAMPLE_RATE
@@ -165,27 +184,55 @@ def _emotions(count: int, seed: Any) -> list[str]:
 
 
 def _speak(
-    manner: Manner, generator: np.random.Generator, start: float
+    manner: Manner, generator: np.random.Generator, start: float, voice: Voice
 ) -> tuple[tuple[Word, ...], NDArray[np.float32]]:
-    """Return words with their times, and their sound: a tone with overtones for each."""
+    """Return words with their times, and their sound; the last fifth of a word's time is a pause."""
     count = int(generator.integers(5, 9))
     own = generator.random(count) < 0.5
     texts = [str(generator.choice(manner.words if mine else _COMMON)) for mine in own]
-    length = 1 / manner.words_per_second
     words, sounds = [], []
     begin = start
     for number, text in enumerate(texts):
-        seconds = length * generator.uniform(0.8, 1.2)
-        samples = round(seconds * SAMPLE_RATE)
-        time = np.arange(samples) / SAMPLE_RATE
-        rise = manner.melody * np.sin(2 * np.pi * (0.5 * time + 0.37 * number)) + generator.normal(0, 0.03)
-        phase = 2 * np.pi * np.cumsum(manner.hertz * 2**rise) / SAMPLE_RATE
-        tone = sum(np.sin(k * phase) / k for k in range(1, 9))
-        envelope = np.minimum(1, 8 * np.minimum(time / seconds, 1 - time / seconds)) * (time < 0.8 * seconds)
-        sounds.append(manner.level / 2 * tone * envelope + generator.normal(0, 0.003, samples))
+        if voice == "tones":
+            sound = _tone(manner, generator, number)
+        else:
+            said = _said(text, manner, int(generator.integers(-1, 2)))
+            sound = np.pad(said, (0, len(said) // 4))
+        samples = len(sound)
+        sounds.append(sound + generator.normal(0, 0.003, samples))
         words.append(Word(text, begin, begin + 0.8 * samples / SAMPLE_RATE))
         begin += samples / SAMPLE_RATE
     return tuple(words), np.concatenate(sounds).astype(np.float32)
+
+
+def _tone(manner: Manner, generator: np.random.Generator, number: int) -> NDArray[np.float64]:
+    """Return a tone with overtones in place of a word."""
+    seconds = generator.uniform(0.8, 1.2) / manner.words_per_second
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    rise = manner.melody * np.sin(2 * np.pi * (0.5 * time + 0.37 * number)) + generator.normal(0, 0.03)
+    phase = 2 * np.pi * np.cumsum(manner.hertz * 2**rise) / SAMPLE_RATE
+    tone = sum(np.sin(k * phase) / k for k in range(1, 9))
+    envelope = np.minimum(1, 8 * np.minimum(time / seconds, 1 - time / seconds)) * (time < 0.8 * seconds)
+    sound: NDArray[np.float64] = manner.level / 2 * tone * envelope
+    return sound
+
+
+@functools.cache
+def _said(text: str, manner: Manner, higher: int) -> NDArray[np.float64]:
+    """Return a word as espeak-ng says it, a little higher or lower, without the silence around it."""
+    from scipy.signal import resample_poly
+
+    pitch = round((manner.hertz - 100) / 1.6) + 5 * higher  # of espeak-ng's 0 to 99
+    command = [_PROGRAM, "-v", "en", "-p", str(pitch), "-s", str(round(60 * manner.words_per_second)), "--stdout", text]
+    try:
+        wave = subprocess.run(command, capture_output=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{_PROGRAM} does not speak: {error.stderr.decode(errors='replace').strip()}") from error
+    rate = int.from_bytes(wave[24:28], "little")  # the header has 44 bytes; its length is not that of a pipe's content
+    sound = resample_poly(np.frombuffer(wave, np.int16, offset=44).astype(np.float64), SAMPLE_RATE, rate)
+    loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max())
+    said: NDArray[np.float64] = sound[loud[0] : loud[-1] + 1] * (2 * manner.level / np.abs(sound).max())
+    return said
 
 
 class _Movement:
