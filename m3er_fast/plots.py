@@ -444,12 +444,14 @@ def _timeline_figure(timeline: Timeline) -> Figure:
         stack.text(spans[row].mean(), 0.5, "abstained", rotation=90, ha="center", va="center", fontsize=8)
     stack.set(ylim=(0, 1), ylabel="probability")
     stack.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    verdicts: dict[bool, dict[str, Any]] = {
+    verdicts: dict[bool | None, dict[str, Any]] = {
         True: {"facecolor": _GREEN, "edgecolor": "0.3", "label": "trusted"},
         False: {"facecolor": "white", "edgecolor": "0.3", "hatch": "////", "label": "not trusted"},
+        None: {"facecolor": "white", "edgecolor": "0.6", "linestyle": ":", "label": "unavailable"},
     }
-    for row, m in zip(*np.nonzero(~np.isnan(trusted)), strict=True):
-        bands.barh(m, widths[row], 0.7, spans[row, 0], linewidth=0.5, **verdicts[bool(trusted[row, m])])
+    for (row, m), value in np.ndenumerate(trusted):
+        verdict = None if np.isnan(value) else bool(value)
+        bands.barh(m, widths[row], 0.7, spans[row, 0], linewidth=0.5, **verdicts[verdict])
     bands.set(yticks=range(modalities), yticklabels=[_shorten(name, 16) for name in timeline.modalities])
     bands.set(ylim=(modalities - 0.4, -0.6), xlim=(start, end), xlabel="seconds")
     bands.legend(handles=[Patch(**style) for style in verdicts.values()], loc="upper left", bbox_to_anchor=(1, 1))

@@ -393,6 +393,10 @@ def timeline(rows=3, classes=2, **changes):
     return Timeline(**{**values, **changes})
 
 
+def look(patch):
+    return patch.get_facecolor(), patch.get_edgecolor(), patch.get_hatch()
+
+
 def test_timeline_shows_probabilities_and_what_was_trusted(figure_of):
     figure = figure_of(plot_timeline, timeline())
     pictures, level, stack, bands = figure.axes
@@ -400,8 +404,13 @@ def test_timeline_shows_probabilities_and_what_was_trusted(figure_of):
     np.testing.assert_allclose(heights, timeline().probabilities.T)
     assert [text.get_text() for text in stack.texts] == ["abstained"]
     assert [text.get_text() for text in bands.get_yticklabels()] == ["text", "audio"]
-    drawn = [(round(bar.get_y() + 0.35), bar.get_x(), bar.get_hatch()) for bar in bands.patches]
-    assert drawn == [(0, 0, None), (1, 0, "////"), (1, 1, None)]
+    drawn = {(round(bar.get_y() + 0.35), float(bar.get_x())): look(bar) for bar in bands.patches}
+    trusted, other, unavailable = [look(patch) for patch in bands.get_legend().get_patches()]
+    assert len({trusted, other, unavailable}) == 3
+    assert drawn == {
+        (0, 0): trusted, (1, 0): other, (0, 1): unavailable, (1, 1): trusted, (0, 2): unavailable, (1, 2): unavailable
+    }  # fmt: skip
+    assert [text.get_text() for text in bands.get_legend().get_texts()] == ["trusted", "not trusted", "unavailable"]
     assert len(pictures.images) == 1
     assert level.get_ylabel() == "sound"
 

@@ -73,6 +73,17 @@ def enlarge(clip, path, size):
     return path
 
 
+def table(result):
+    """Return the table of docs/recordings.md."""
+    rows = ["| | Recordings | Frames × features | Missing | Times real time |", "|---|---:|---:|---:|---:|"]
+    for name, found in result["medians"].items():
+        shape = f"{found['frames']:,} × {found['features']}"
+        speed = found["times_real_time"]
+        shown = f"{speed:.0f}" if speed < 1000 else f"{round(speed, -3):,.0f}"
+        rows.append(f"| {name} | {found['seconds']:.1f} s | {shape} | {100 * found['missing']:.0f} % | {shown} |")
+    return "\n".join(rows)
+
+
 def measured(step, files, rounds):
     """Return what is reported of a step, which takes one file and returns values with a row per frame."""
     step(files[0])

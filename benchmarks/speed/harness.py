@@ -471,7 +471,7 @@ def processor() -> str:
 def circumstances() -> dict[str, Any]:
     """Return the details that a script writes beside its results; pytest-benchmark has them in ``machine_info``."""
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([os.path.relpath(sys.argv[0], Path(__file__).parents[2]), *sys.argv[1:]]),
         "commit": commit(),
         "cpu": processor(),
         "cores": os.cpu_count(),
