@@ -79,7 +79,7 @@ def table(result):
     for name, found in result["medians"].items():
         shape = f"{found['frames']:,} × {found['features']}"
         speed = found["times_real_time"]
-        shown = f"{speed:.0f}" if speed < 1000 else f"{round(speed, -3):,.0f}"
+        shown = f"{speed:.1f}" if speed < 20 else f"{speed:.0f}" if speed < 1000 else f"{round(speed, -3):,.0f}"
         rows.append(f"| {name} | {found['seconds']:.1f} s | {shape} | {100 * found['missing']:.0f} % | {shown} |")
     return "\n".join(rows)
 
@@ -128,7 +128,8 @@ def main():
         if find_spec("opensmile"):
             egemaps = EgemapsFeatures()
             measure("audio, eGeMAPS", lambda path: egemaps.extract(path).values, speech)
-        videos = {"as it is": options.face} | {
+        own = next(read_pictures(Decoder(options.face, "video"), per_second=None, width=10_000)).pixels.shape
+        videos = {f"{own[1]} × {own[0]}": options.face} | {
             name: enlarge(options.face, Path(scratch) / f"{size[0]}.mp4", size) for name, size in SIZES.items()
         }
         for name, path in videos.items():
