@@ -1,5 +1,7 @@
 """Features of sound: what is known of tones, noise and silence, and that no block's end is seen in them."""
 
+import importlib.metadata
+
 import numpy as np
 import pytest
 
@@ -127,3 +129,13 @@ def test_a_recording(tmp_path):
     assert found.report == {"seconds": 0.5, "damaged_packets": 0}
     assert SoundFeatures().extract(write_recording(tmp_path / "b.mp4", times=[0, 0.04])) is None
     assert SoundFeatures().describe()["names"] == list(NAMES)
+    assert SoundFeatures().describe()["version"] == librosa.__version__
+
+
+def test_without_librosa_the_error_says_what_to_install(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=r"features of sound need librosa: pip install 'm3er-fast\[extract\]'"):
+        SoundFeatures().describe()

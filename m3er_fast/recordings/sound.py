@@ -6,6 +6,7 @@ Dimension legend: n samples, N frames.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class SoundFeatures:
         """Return everything that the features depend on, as JSON."""
         return {
             "features": "librosa",
-            "version": _librosa().__version__,
+            "version": _version(),
             "names": list(NAMES),
             "hop_s": HOP / SAMPLE_RATE,
             "voiced": {"correlation": _VOICED, "silent_db": _SILENT_DB, "quiet_db": _QUIET_DB},
@@ -213,6 +214,21 @@ def _centred(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return centred
 
 
+_MISSING = "features of sound need librosa: pip install 'm3er-fast[extract]'"
+
+
+def _version() -> str:
+    """Return the version of librosa without loading it, for which the process that starts workers has no use.
+
+    Raises:
+        ImportError: if it is missing.
+    """
+    try:
+        return importlib.metadata.version("librosa")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(_MISSING) from error
+
+
 @functools.cache
 def _librosa() -> Any:
     """Return the module ``librosa``, one process after the other.
@@ -226,7 +242,7 @@ def _librosa() -> Any:
     try:
         import librosa
     except ImportError as error:
-        raise ImportError("features of sound need librosa: pip install 'm3er-fast[extract]'") from error
+        raise ImportError(_MISSING) from error
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "librosa.lock"):
