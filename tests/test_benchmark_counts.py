@@ -12,7 +12,7 @@ from benchmarks.counts.__main__ import table, with_bounds, write_page
 from benchmarks.counts.bounds import DEVICES, Bound, Device, Launch, bound, total
 
 ROOT = Path(__file__).parents[1]
-NOTHING = Launch("k", 1, 128, *[0] * 10)
+NOTHING = Launch("k", 1, 128, *[0] * 12)
 # One cycle per nanosecond; products take a second per 1e12 operations.
 PLAIN = Device(80, 10, 2e12, 100, 1e12, 2e12, 1e11)
 
@@ -58,6 +58,7 @@ def test_each_launch_is_counted_by_itself():
     assert (first.load_sectors, first.store_sectors, first.distinct_sectors) == (3 * 64, 3 * 64, 2 * 3 * 64)
     assert (first.barriers, first.shared_wavefronts, first.special, first.tf32_flops) == (0, 0, 0, 0)
     assert 3 * 4 * 4 <= first.instructions <= 3 * 4 * 40
+    assert first.instructions == 3 * first.most_instructions
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,8 @@ def test_each_launch_is_counted_by_itself():
     [
         ({"programs": 10, "instructions": 4000}, 100e-9, "issue"),
         ({"programs": 11, "instructions": 4400}, 200e-9, "issue"),  # one multiprocessor runs two
+        ({"programs": 10, "instructions": 4000, "most_instructions": 800}, 200e-9, "issue"),
+        ({"programs": 2, "shared_wavefronts": 300, "most_wavefronts": 200}, 200e-9, "shared memory"),
         ({"programs": 1, "special": 100}, 200e-9, "special functions"),
         ({"programs": 1, "shared_wavefronts": 300}, 300e-9, "shared memory"),
         ({"programs": 5, "tf32_flops": 1000}, 2e-9, "tensor cores"),  # half of the device

@@ -9,7 +9,9 @@ LANE = np.arange(32)
 
 def counted(space, address, size, lanes=LANE):
     counters = Counters()
+    counters.start(1, 32)
     counters.count_access(space, "load", address.astype(np.uint64 if space == "global" else np.uint32), lanes, size, 0)
+    assert counters.of_busiest_cta("wavefronts") == (counters.traffic(space, "load").moved if space == "shared" else 0)
     return counters.traffic(space, "load")
 
 
@@ -54,3 +56,12 @@ def test_each_warp_moves_its_own_sectors_and_distinct_ones_are_counted_once():
     assert counters.traffic_by_instruction("global", "store") == {7: Traffic(4, 512, 16, 16)}
     assert counters.distinct_sectors("store") == 4
     assert counters.distinct_sectors("load") == 0
+
+
+def test_the_busiest_program():
+    counters = Counters()
+    for conflicts in (4, 2):  # wavefronts per access: of one warp and of two, each of another program
+        counters.start(2, 64)
+        address = (4 * conflicts * LANE).astype(np.uint32)
+        counters.count_access("shared", "load", np.tile(address, 3), np.arange(32, 128), 4, 0)
+    assert counters.of_busiest_cta("wavefronts") == 2 * 4

@@ -2,8 +2,9 @@
 
 A multiprocessor issues at most four instructions of warps per cycle, and finishes one wavefront of shared memory and
 half a warp's special functions (2^x, logarithm, reciprocal, root). The busiest one runs at least its share of the
-programs, rounded up. The L2 cache, as if L1 caught nothing, and DRAM serve all of them together. The largest of these
-times is the bound. Latencies, dependences and the launch itself come on top; ptxas may fuse or drop some of the PTX.
+programs, rounded up, and at least the program with the most instructions, or wavefronts. The L2 cache, as if L1 caught
+nothing, and DRAM serve all of them together. The largest of these times is the bound. Latencies, dependences and the
+launch itself come on top; ptxas may fuse or drop some of the PTX.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Launch(NamedTuple):
     ideal_wavefronts: int  # without bank conflicts
     tf32_flops: int  # of tensor cores
     bf16_flops: int  # the same in bfloat16 and float16
+    most_instructions: int  # of warps of one program
+    most_wavefronts: int  # of one program
 
 
 class Bound(NamedTuple):
@@ -76,9 +79,9 @@ def bound(launch: Launch, device: Device) -> Bound:
     moved = SECTOR * (launch.load_sectors + launch.store_sectors)
     alone = share * device.multiprocessors  # as if the whole device did the busiest one's share
     seconds = {
-        "issue": share * launch.instructions / ISSUES / device.clock,
+        "issue": max(share * launch.instructions, launch.most_instructions) / ISSUES / device.clock,
         "special functions": share * SPECIAL_CYCLES * launch.special / device.clock,
-        "shared memory": share * launch.shared_wavefronts / device.clock,
+        "shared memory": max(share * launch.shared_wavefronts, launch.most_wavefronts) / device.clock,
         "tensor cores": alone * (launch.tf32_flops / device.tf32_flops + launch.bf16_flops / device.bf16_flops),
         "L2": moved / L2_BYTES / device.clock,
         "DRAM": SECTOR * launch.distinct_sectors / device.dram,

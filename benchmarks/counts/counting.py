@@ -60,6 +60,8 @@ def summary(kernel, programs, threads, counters):
         ideal_wavefronts=shared.ideal,
         tf32_flops=flops["tf32"],
         bf16_flops=flops["bf16"],
+        most_instructions=counters.of_busiest_cta("instructions"),
+        most_wavefronts=counters.of_busiest_cta("wavefronts"),
     )
 
 

@@ -41,11 +41,20 @@ class Counters:
     def __init__(self):
         self.instructions = collections.Counter()
         self.barriers = 0
+        self._of_ctas = {"instructions": [], "wavefronts": []}  # an array per chunk of the grid
         self._traffic = collections.defaultdict(Traffic)
         self._touched = {"load": set(), "store": set()}
 
-    def count_block(self, block, warps):
-        """Some warps execute a block."""
+    def start(self, ctas, threads):
+        """Some CTAs start, whose lanes are numbered from 0 on."""
+        self._threads = threads
+        for chunks in self._of_ctas.values():
+            chunks.append(np.zeros(ctas, int))
+
+    def count_block(self, block, warps_of_ctas):
+        """Some warps of each CTA execute a block."""
+        warps = int(warps_of_ctas.sum())
+        self._of_ctas["instructions"][-1] += warps_of_ctas * (len(block.instructions) + (block.end is not None))
         for instruction in block.instructions:
             self.instructions[instruction.opcode] += warps
         if block.end is not None:
@@ -53,11 +62,15 @@ class Counters:
 
     def count_access(self, space, kind, address, lanes, size, at):
         """Lanes access ``size`` bytes each: ``space`` is "global" or "shared", ``kind`` "load" or "store"."""
-        count = _sectors if space == "global" else _wavefronts
         requests = len(np.unique(lanes // _WARP))
-        self._traffic[space, kind, at] += Traffic(requests, len(lanes) * size, *count(address, lanes, size))
         if space == "global":
+            moved, ideal = _sectors(address, lanes, size)
             self._touched[kind].update(np.unique(address // np.uint64(SECTOR)).tolist())
+        else:
+            lane, cycles = _wavefronts(address, lanes, size)
+            moved, ideal = int(cycles.sum()), len(cycles)
+            np.add.at(self._of_ctas["wavefronts"][-1], lane // self._threads, cycles)
+        self._traffic[space, kind, at] += Traffic(requests, len(lanes) * size, moved, ideal)
 
     def traffic(self, space, kind):
         """The traffic of all instructions."""
@@ -70,6 +83,10 @@ class Counters:
     def distinct_sectors(self, kind):
         """How many sectors of global memory were accessed at all."""
         return len(self._touched[kind])
+
+    def of_busiest_cta(self, what):
+        """The most "instructions" of warps, or "wavefronts", of a CTA."""
+        return int(max(chunk.max() for chunk in self._of_ctas[what]))
 
     @property
     def warp_instructions(self):
@@ -85,7 +102,7 @@ def _sectors(address, lanes, size):
 
 
 def _wavefronts(address, lanes, size):
-    """Wavefronts of the warps' accesses, and the fewest.
+    """The first lane, and the wavefronts, of each part of a warp that accesses at once: one wavefront would be ideal.
 
     A wavefront takes one word per bank. A warp whose lanes access 8 or 16 bytes does so in halves or quarters.
     """
@@ -94,5 +111,5 @@ def _wavefronts(address, lanes, size):
     word = (np.asarray(address, np.int64) // 4)[:, None] + np.arange(words)
     pairs = np.unique(np.stack([np.repeat(part, words), word.ravel()]), axis=1)
     bank, conflicts = np.unique(pairs[0] * BANKS + pairs[1] % BANKS, return_counts=True)
-    _, first = np.unique(bank // BANKS, return_index=True)
-    return int(np.maximum.reduceat(conflicts, first).sum()), len(first)
+    part, first = np.unique(bank // BANKS, return_index=True)
+    return part * (_WARP // words), np.maximum.reduceat(conflicts, first)

@@ -80,6 +80,8 @@ class _Chunk:
         findings, races = work.program.findings, work.options.races
         self.memory = Memory(work.tensors, findings, first, ctas, self.threads, work.shared, unit, races)
         self.approximations = Approximations(work.options.noise)
+        if self.counters is not None:
+            self.counters.start(ctas, self.threads)
 
     def run(self):
         teams = self._teams()
@@ -198,7 +200,7 @@ class _Team:
 
     def _execute(self, code, registers, lanes):
         if self._chunk.counters is not None:
-            self._chunk.counters.count_block(code.block, lanes.warps)
+            self._chunk.counters.count_block(code.block, lanes.warps_of_ctas)
         return code.run(registers, lanes)
 
     @staticmethod
@@ -353,6 +355,12 @@ class Lanes:
     def warps(self):
         """Number of warps with a lane here."""
         return len(np.unique(self.index // WARP))
+
+    @cached_property
+    def warps_of_ctas(self):
+        """The same of each CTA of the chunk."""
+        warps = np.unique(self.index // WARP)
+        return np.bincount(warps * WARP // self._chunk.threads, minlength=self._chunk.ctas)
 
     @cached_property
     def _are_whole_warps(self):
