@@ -45,6 +45,22 @@ def test_branches_within_a_loop_meet_before_its_next_round():
     assert results(body + STORE).tolist() == np.where(LANE % 2, 5 + 3 + 5, 3 + 5 + 3).tolist()
 
 
+def test_a_switch_leads_each_lane_to_its_own_case_and_all_meet_again():
+    cases = "".join(f"$L__case{n}:\nmov.b32 %r10, {10 + n};\nbra.uni $L__meet;\n" for n in range(3))
+    body = (
+        "rem.u32 %r20, %r1, 4;\n"
+        "$L_brx_0: .branchtargets\n\t$L__case0,\n\t$L__case2,\n\t$L__case1,\n\t$L__case2;\nbrx.idx %r20, $L_brx_0;\n"
+        f"{cases}$L__meet:\nshfl.sync.bfly.b32 %r10, %r10, 1, 31, -1;\n"
+    )
+    assert results(body + STORE).tolist() == np.array([10, 12, 11, 12])[(LANE ^ 1) % 4].tolist()
+
+
+def test_a_switch_under_a_guard_is_refused():
+    body = "$L_brx_0: .branchtargets $L__end;\nsetp.gt.u32 %p1, %r1, 20;\n@%p1 brx.idx %r1, $L_brx_0;\n$L__end:\n"
+    with pytest.raises(RefusedError, match=r"a switch under a guard"):
+        run(body)
+
+
 def test_lanes_that_have_ended_store_nothing():
     body = "setp.gt.u32 %p1, %r1, 20;\n@%p1 ret;\nmov.b32 %r10, 7;\n"
     assert results(body + STORE).tolist() == np.where(LANE > 20, 0, 7).tolist()

@@ -159,7 +159,9 @@ class _Team:
         block = code.block
         if block.kind == "barrier":
             self._waiting[:] = True
-        if taken is None or taken.all():
+        if block.kind == "switch":
+            self._places = np.array(block.targets)[taken]
+        elif taken is None or taken.all():
             self._place = self._destination(block)
         elif not taken.any():
             self._place = block.next
@@ -187,8 +189,11 @@ class _Team:
             self._registers[number] = self._registers[number].copy()
             self._registers[number][positions] = registers[number]
         block = code.block
-        destination = self._destination(block)
-        self._places[positions] = destination if taken is None else np.where(taken, destination, block.next)
+        if block.kind == "switch":
+            self._places[positions] = np.array(block.targets)[taken]
+        else:
+            destination = self._destination(block)
+            self._places[positions] = destination if taken is None else np.where(taken, destination, block.next)
         self._waiting[positions] = block.kind == "barrier"
         return True
 

@@ -13,6 +13,8 @@ from ptx.findings import RefusedError
 
 _LABEL = re.compile(r"([\w$]+):\s*(.*)", re.DOTALL)
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+_TABLE = re.compile(r"([\w$]+):\s*\.branchtargets\s+([^;]*);")
+_KINDS = {"bra": "jump", "brx": "switch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
 _SHARED_ACCESS = re.compile(r"\b(?:ld|st)\.(?:volatile\.)?shared\b[\w.:]*\.[busf](8|16|32|64)\b")
 
 
@@ -39,9 +41,10 @@ class Block:
     """Instructions that are executed one after another, and how they end."""
 
     instructions: list = field(default_factory=list)
-    kind: str = "fall"  # or "jump", "exit", "barrier"
-    end: Instruction | None = None  # the jump, exit or barrier
+    kind: str = "fall"  # or "jump", "switch", "exit", "barrier"
+    end: Instruction | None = None  # the jump, switch, exit or barrier
     target: int | None = None  # the block that a jump leads to
+    targets: list = field(default_factory=list)  # those that a switch leads to, by the value of its register
     next: int = 0  # the block that follows
 
     @property
@@ -50,6 +53,8 @@ class Block:
             return [self.next] if self.end.guard else []
         if self.kind == "jump":
             return [self.target, self.next] if self.end.guard else [self.target]
+        if self.kind == "switch":
+            return self.targets
         return [self.next]
 
 
@@ -96,6 +101,8 @@ def split_operands(text):
 def _blocks(kernel, body):
     """Basic blocks in the order in which lanes execute them, and the text of every instruction."""
     blocks, labels, lines, source = [Block()], {}, [], ""
+    tables = {name: split_operands(targets) for name, targets in _TABLE.findall(body)}
+    body = _TABLE.sub("", body)
 
     def begin():
         if blocks[-1].instructions or blocks[-1].kind != "fall":
@@ -119,20 +126,22 @@ def _blocks(kernel, body):
             negated, guard, opcode, operands = read.groups()
             instruction = Instruction(len(lines), opcode, split_operands(operands), guard, bool(negated))
             lines.append(f"{' '.join(statement.split())} [{source}]")
-            kind = {"bra": "jump", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}.get(
-                instruction.name, "fall"
-            )
+            kind = _KINDS.get(instruction.name, "fall")
             if kind == "fall" or "warp" in instruction.modifiers:
                 blocks[-1].instructions.append(instruction)
                 continue
             if kind == "barrier" and (guard or operands != "0" or "sync" not in instruction.modifiers):
                 raise RefusedError(f"{kernel}: unknown barrier, at: {lines[-1]}")
+            if kind == "switch" and guard:
+                raise RefusedError(f"{kernel}: a switch under a guard, at: {lines[-1]}")
             blocks[-1].kind, blocks[-1].end = kind, instruction
             blocks.append(Block())
     for number, block in enumerate(blocks):
         block.next = number + 1
         if block.kind == "jump":
             block.target = labels[block.end.operands[0]]
+        if block.kind == "switch":
+            block.targets = [labels[label] for label in tables[block.end.operands[1]]]
     return _in_order(blocks), lines
 
 
@@ -153,6 +162,7 @@ def _in_order(blocks):
     for block in blocks:
         block.next = place.get(block.next, len(order))
         block.target = place.get(block.target)
+        block.targets = [place.get(target) for target in block.targets]
     return [blocks[n] for n in order]
 
 

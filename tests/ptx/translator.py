@@ -134,6 +134,8 @@ class _Writer:
         self._result = "None"
         if block.kind in ("jump", "exit"):
             self._result = self.guard(block.end)
+        if block.kind == "switch":
+            self._result = self.read(block.end.operands[0], "u32")
 
     def _write_instruction(self, instruction, findings):
         handler, allowed = _HANDLERS.get(instruction.name, (_unknown, frozenset()))
