@@ -1,11 +1,11 @@
 """The statistics of utterance vectors that the modality check judges by, in one kernel.
 
-Each program computes the statistics of one block of samples. For each pair of modalities it projects both sides by the
-folded matrices, block of features by block of features, and reduces the two projections to their correlation and their
-likelihood ratio while they are still in registers. For each modality it computes the mean square of the whitened
-features in the same way. Products are
-tf32x3: three passes of the matrix unit, which keep float32's digits. Plain tf32 would change which samples pass near a
-threshold, and so would bf16x3 when features are nearly collinear, since a whitener enlarges their rounding errors.
+Each program computes one part of the statistics of one block of samples. For a pair of modalities it projects both
+sides by the folded matrices, block of features by block of features, and reduces the two projections to their
+correlation and their likelihood ratio while they are still in registers. For a modality it computes the mean square of
+the whitened features in the same way. Products are tf32x3: three passes of the matrix unit, which keep float32's
+digits. Plain tf32 would change which samples pass near a threshold, and so would bf16x3 when features are nearly
+collinear, since a whitener enlarges their rounding errors.
 
 The code of each pair and each modality is compiled for its own number of features. Up to four modalities need one
 launch. With more, one kernel would take minutes to compile: each pair and each modality then has a launch of its own.
@@ -31,11 +31,19 @@ from m3er_fast.kernels._specialization import TRITON_TYPE, Specialization
 from m3er_fast.operands import CheckProjections, CheckStatistics, modality_pairs
 
 
+@triton.constexpr_function
+def width_of(size, most):
+    """Return the columns of a tile for a number of directions or components: a power of two, up to ``most``."""
+    # Matrix units multiply blocks of at least 16.
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
 @triton.jit
 def _projected(
     x_ptr,  # (B, D), rows STRIDE apart
     center_ptr,  # (D,) float32
     matrix_ptr,  # (K, D) float32
+    first_sample,  # 64 bits
     B,
     first_row,
     D: tl.constexpr,
@@ -46,11 +54,11 @@ def _projected(
     FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Return rows first_row.. of the matrix times the centred samples: (ROWS, COLUMNS), zeros past the last row."""
+    """Return rows first_row.. of the matrix times ROWS centred samples: (ROWS, COLUMNS), zeros past the last row."""
     # One 64-bit address per program: offsets from it fit into 32 bits, which halves their registers.
-    x_ptr += tl.program_id(0).to(tl.int64) * ROWS * STRIDE
+    x_ptr += first_sample * STRIDE
     row = tl.arange(0, ROWS)
-    inside = row < B - tl.program_id(0) * ROWS
+    inside = first_sample + row < B
     k = first_row + tl.arange(0, COLUMNS)
     result = tl.zeros([ROWS, COLUMNS], tl.float32)
     start = first_row // FEATURES * FEATURES if TRIANGULAR else 0
@@ -117,7 +125,7 @@ def _cosine(u, v):
     return tl.where(defined, tl.minimum(tl.maximum(cosine, -1.0), 1.0), 0.0)
 
 
-# Neither batch sizes nor the index of a pair cause a recompilation.
+# Neither batch sizes, within those of a tile, nor the index of a pair cause a recompilation.
 @triton.jit(do_not_specialize=["B", "first_pair", "first_modality", "correlation_stride", "energy_stride"])
 def check_statistics_fwd_kernel(
     x_ptrs,  # M of (B, d_m), rows STRIDES apart
@@ -149,38 +157,44 @@ def check_statistics_fwd_kernel(
     COLUMNS: tl.constexpr,  # components of a tile, at least every k_p
     DIRECTIONS: tl.constexpr,
 ):
-    """Compute ρ and the likelihood ratio of every pair, and the energy of every modality."""
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Compute the energy of a modality, or ρ and the likelihood ratio of a pair, for ROWS samples."""
+    # All parts of a block of samples are neighbours, which read its features while the L2 cache has them.
+    parts: tl.constexpr = len(RANKS) + len(FIRST)
+    part, first_sample = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64) * ROWS
+    b = first_sample + tl.arange(0, ROWS)
     inside = b < B
     for m in tl.static_range(len(RANKS)):
-        total = tl.zeros([ROWS], tl.float32)
-        for first in range(0, RANKS[m], DIRECTIONS):
-            whitened = _projected(
-                x_ptrs[m], center_ptrs[m], whitener_ptrs[m], B, first,
-                DIMS[m], STRIDES[m], RANKS[m], TRIANGULAR, ROWS, FEATURES, DIRECTIONS,
-            )  # fmt: skip
-            total += tl.sum(whitened * whitened, axis=1)
-        energy = total / max(RANKS[m], 1)
-        energy = tl.where(energy <= LARGEST, energy, LARGEST)  # also for NaN and inf
-        tl.store(energy_ptr + b * energy_stride + (first_modality + m), energy, mask=inside)
+        if part == m:
+            width: tl.constexpr = width_of(RANKS[m], DIRECTIONS)
+            total = tl.zeros([ROWS], tl.float32)
+            for first in range(0, RANKS[m], width):
+                whitened = _projected(
+                    x_ptrs[m], center_ptrs[m], whitener_ptrs[m], first_sample, B, first,
+                    DIMS[m], STRIDES[m], RANKS[m], TRIANGULAR, ROWS, FEATURES, width,
+                )  # fmt: skip
+                total += tl.sum(whitened * whitened, axis=1)
+            energy = total / max(RANKS[m], 1)
+            energy = tl.where(energy <= LARGEST, energy, LARGEST)  # also for NaN and inf
+            tl.store(energy_ptr + b * energy_stride + (first_modality + m), energy, mask=inside)
     k = tl.arange(0, COLUMNS)
     for p in tl.static_range(len(FIRST)):
-        u = _projected(
-            x_ptrs[FIRST[p]], center_ptrs[FIRST[p]], left_ptrs[p], B, 0,
-            DIMS[FIRST[p]], STRIDES[FIRST[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
-        )  # fmt: skip
-        u += tl.load(left_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
-        v = _projected(
-            x_ptrs[SECOND[p]], center_ptrs[SECOND[p]], right_ptrs[p], B, 0,
-            DIMS[SECOND[p]], STRIDES[SECOND[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
-        )  # fmt: skip
-        v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
-        likelihood = _log_likelihood_ratio(u, v, canonical_ptrs[p], k, COMPONENTS[p])
-        tl.store(likelihood_ptr + b * correlation_stride + (first_pair + p), likelihood, mask=inside)
-        correlation = _cosine(
-            _centered(u, weight_ptrs[p], k, COMPONENTS[p]), _centered(v, weight_ptrs[p], k, COMPONENTS[p])
-        )
-        tl.store(correlation_ptr + b * correlation_stride + (first_pair + p), correlation, mask=inside)
+        if part == len(RANKS) + p:
+            u = _projected(
+                x_ptrs[FIRST[p]], center_ptrs[FIRST[p]], left_ptrs[p], first_sample, B, 0,
+                DIMS[FIRST[p]], STRIDES[FIRST[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
+            )  # fmt: skip
+            u += tl.load(left_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
+            v = _projected(
+                x_ptrs[SECOND[p]], center_ptrs[SECOND[p]], right_ptrs[p], first_sample, B, 0,
+                DIMS[SECOND[p]], STRIDES[SECOND[p]], COMPONENTS[p], False, ROWS, FEATURES, COLUMNS,
+            )  # fmt: skip
+            v += tl.load(right_bias_ptrs[p] + k, mask=k < COMPONENTS[p], other=0.0)[None, :]
+            likelihood = _log_likelihood_ratio(u, v, canonical_ptrs[p], k, COMPONENTS[p])
+            tl.store(likelihood_ptr + b * correlation_stride + (first_pair + p), likelihood, mask=inside)
+            correlation = _cosine(
+                _centered(u, weight_ptrs[p], k, COMPONENTS[p]), _centered(v, weight_ptrs[p], k, COMPONENTS[p])
+            )
+            tl.store(correlation_ptr + b * correlation_stride + (first_pair + p), correlation, mask=inside)
 
 
 # --- Launching ---
@@ -210,18 +224,19 @@ class Tile(NamedTuple):
 
 # More modalities than this need a launch per modality and per pair.
 _MOST_AT_ONCE = 4
+# Up to this many samples a tile has 16 of them, beyond 64. Large tiles take less than 60 % of the instructions per
+# sample and read the matrices less often, but a small batch has too few of them for the multiprocessors of a GPU.
+_MOST_IN_SMALL_TILES = 1024
 
 
-def tile_for(part: Part, capability: int) -> Tile:
+def tile_for(part: Part, batch: int, capability: int) -> Tile:
     """Return the tile for a launch on one generation of GPU (80, 90, ...)."""
-    # Matrix units multiply blocks of at least 16.
-    columns = max(16, triton.next_power_of_2(max((*part.components, 1))))
-    directions = min(64, max(16, triton.next_power_of_2(max((*part.ranks, 1)))))
-    # Before Hopper the parts of both tf32x3 factors wait in registers: only half as many features fit.
-    features, stages = (32, 2) if capability >= 90 else (16, 3)
+    rows, most = (16, 128) if batch <= _MOST_IN_SMALL_TILES else (64, 64)
+    columns = width_of(max((*part.components, 1)), 2**20)
+    directions = width_of(max((*part.ranks, 1)), most)
     # Both projections of a pair are alive at once; Blackwell's compiler needs more registers for them.
     warps = (16 if capability >= 100 else 8) if columns >= 128 else 4
-    return Tile(64, features, columns, directions, warps, stages)
+    return Tile(rows, 32, columns, directions, warps, 2)
 
 
 def _constants(part: Part, tile: Tile) -> dict[str, Any]:
@@ -279,11 +294,12 @@ def _launch(
         tuple(projections.left[p].shape[0] for p in pairs),
         projections.triangular,
     )
-    tile = tile_for(part, capability(energy))
+    batch = energy.shape[0]
+    tile = tile_for(part, batch, capability(energy))
     # Every argument of the kernel needs a tensor. The energies stand in for those that it does not read.
     unread = (energy,)
     sides = (projections.left, projections.left_bias, projections.right, projections.right_bias)
-    check_statistics_fwd_kernel[(triton.cdiv(energy.shape[0], tile.rows),)](
+    check_statistics_fwd_kernel[(triton.cdiv(batch, tile.rows) * (len(part.ranks) + len(part.pairs)),)](
         tuple(features[m] for m in modalities),
         tuple(projections.center[m] for m in modalities),
         *(tuple(side[p] for p in pairs) or unread for side in sides),
@@ -292,7 +308,7 @@ def _launch(
         correlation,
         energy,
         likelihood,
-        energy.shape[0],
+        batch,
         pairs[0] if pairs else 0,
         modalities[0],
         correlation.stride(0),
@@ -361,18 +377,16 @@ def check_statistics(features: Sequence[Tensor], projections: CheckProjections) 
 
 
 def specializations() -> Iterator[Specialization]:
-    """Yield every tile of the table, in one launch and in several."""
-    paper = _whole((300, 74, 35), 30)
+    """Yield every tile of the table, all parts in one launch."""
+    paper, wide = _whole((300, 74, 35), 30), (2048, 256)
+    small, large = _MOST_IN_SMALL_TILES, _MOST_IN_SMALL_TILES + 1
     for targets in ((80,), (90,), (100,)):
-        for dtype in (torch.float32, torch.bfloat16):
-            yield _specialization("300/74/35 k=30", paper, dtype, targets)
-        yield _specialization("4 x 64 k=16", _whole((64,) * 4, 16), torch.float32, targets)
-        for k in (64, 128):
-            part = _whole((2048, 256), k)
-            yield _specialization(f"2048/256 k={k}", part, torch.float32, targets)
-            yield _specialization(f"2048/256 k={k} pair", part._replace(ranks=()), torch.float32, targets)
-        single = Part((2048,), (2048,), (2048,), (), (), True)
-        yield _specialization("2048", single, torch.float32, targets)
+        for batch in (small, large):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield _specialization("300/74/35 k=30", paper, batch, dtype, targets)
+            yield _specialization("2048/256 k=128", _whole(wide, 128), batch, torch.float32, targets)
+        yield _specialization("2048/256 k=64", _whole(wide, 64), large, torch.float32, targets)
+        yield _specialization("4 x 64 k=16", _whole((64,) * 4, 16), large, torch.float32, targets)
 
 
 def _whole(dims: tuple[int, ...], k: int) -> Part:
@@ -381,7 +395,7 @@ def _whole(dims: tuple[int, ...], k: int) -> Part:
     return Part(dims, dims, dims, pairs, (k,) * len(pairs), True)
 
 
-def _specialization(label: str, part: Part, dtype: torch.dtype, targets: tuple[int, ...]) -> Specialization:
+def _specialization(label: str, part: Part, batch: int, dtype: torch.dtype, targets: tuple[int, ...]) -> Specialization:
     modalities, pairs = len(part.dims), max(len(part.pairs), 1)
     pointers: dict[str, str | tuple[str, ...]] = {
         "x_ptrs": (f"*{TRITON_TYPE[dtype]}",) * modalities,
@@ -392,9 +406,9 @@ def _specialization(label: str, part: Part, dtype: torch.dtype, targets: tuple[i
         **{f"{name}_ptr": "*fp32" for name in CheckStatistics._fields},
     }
     numbers = ("B", "first_pair", "first_modality", "correlation_stride", "energy_stride")
-    tile = tile_for(part, targets[0])
+    tile = tile_for(part, batch, targets[0])
     return Specialization(
-        f"{label} {TRITON_TYPE[dtype]}",
+        f"{label} {TRITON_TYPE[dtype]} rows={tile.rows}",
         check_statistics_fwd_kernel,
         pointers | dict.fromkeys(numbers, "i32"),
         _constants(part, tile),

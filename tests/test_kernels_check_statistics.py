@@ -137,16 +137,21 @@ def assert_equals_oracle(device, features, projections, backend="triton"):
         ((3, 4, 5, 6, 7, 8, 9, 10), (2,) * 28),
     ],
 )
-@pytest.mark.parametrize("triangular", [True, False])
-def test_every_number_and_size_of_modalities(device, dims, components, triangular):
-    features, projections = problem(0, 70, dims, components, triangular=triangular)
+@pytest.mark.parametrize(("triangular", "small"), [(True, True), (True, False), (False, False)])
+def test_every_number_and_size_of_modalities(device, monkeypatch, dims, components, triangular, small):
+    from m3er_fast.kernels import check_statistics as kernels
+
+    if not small:
+        monkeypatch.setattr(kernels, "_MOST_IN_SMALL_TILES", 0)
+    # Two blocks of samples, the second one not full.
+    features, projections = problem(0, 19 if small else 70, dims, components, triangular=triangular)
     assert_equals_oracle(device, features, projections)
 
 
-@pytest.mark.parametrize("batch", [1, 63, 64, 65, 4096, 9001])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 1025, 4096, 9001])
 def test_every_batch(device, backend, batch):
     if backend == "triton" and device.type == "cpu":
-        batch = min(batch, 130)  # the interpreter is slow, and only the CPU's own path has blocks of thousands
+        batch = min(batch, 1025)  # only the CPU's own path has blocks of thousands
     features, projections = problem(1, batch, (40, 20, 9), (6, 5, 4))
     assert_equals_oracle(device, features, projections, backend)
 
