@@ -51,10 +51,14 @@ def label_weight(
 ):
     """Add up the weights of the labels in blocks ``first``, ``first + step``, ... of LABELS labels."""
     total = tl.zeros([LABELS], tl.float32)
-    for block in range(first, tl.cdiv(N, LABELS).to(tl.int32), step):
+    whole = (N // LABELS).to(tl.int32)
+    every = tl.full([LABELS], 1, tl.int1)  # with a mask, a load of two labels would be two loads of the same sectors
+    for block in range(first, whole, step):
         b = tl.full([], 1, tl.int64) * block * LABELS + tl.arange(0, LABELS)
-        _, _, weight = labels_of(target_ptr, class_weight_ptr, b, b < N, ignore_index, C, HAS_CLASS_WEIGHT)
-        total += weight
+        total += labels_of(target_ptr, class_weight_ptr, b, every, ignore_index, C, HAS_CLASS_WEIGHT)[2]
+    if N % LABELS != 0 and whole % step == first:
+        b = tl.full([], 1, tl.int64) * whole * LABELS + tl.arange(0, LABELS)
+        total += labels_of(target_ptr, class_weight_ptr, b, b < N, ignore_index, C, HAS_CLASS_WEIGHT)[2]
     return tl.sum(total)
 
 

@@ -97,6 +97,17 @@ def test_every_option_and_shape(
             assert_equals_reference(device, logits, target, dtype, backend, **options)
 
 
+@pytest.mark.parametrize("batch", [2048, 2051])  # blocks of 1024 labels, of 128 in a launch of their own
+@pytest.mark.parametrize("weights_first", [False, True])
+def test_every_label_counts_in_a_mean(device, monkeypatch, batch, weights_first):
+    from m3er_fast.kernels import loss as kernels
+
+    if weights_first:
+        monkeypatch.setattr(kernels, "OWN_LABEL_READS", 0)
+    logits, target, options = problem(4, 2, batch, 3, "softmax", "hard", weighted=True, masked=False)
+    assert_equals_reference(device, logits, target, **options)
+
+
 @pytest.mark.parametrize("target_kind", ["hard", "soft"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_blocks_of_many_classes(device, variant, target_kind):
