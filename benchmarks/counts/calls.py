@@ -36,21 +36,23 @@ def fusion_loss() -> Iterator[Call]:
 
 
 def check_statistics() -> Iterator[Call]:
-    batch, k = 256, work.COMPONENTS
-    shared = harness.draw(1024, k, seed=0)
+    k = work.COMPONENTS
+    shared = harness.draw(2048, k, seed=0)
     features = {
-        name: shared @ harness.draw(k, d, seed=d) + harness.draw(1024, d, seed=1000 + d)
+        name: shared @ harness.draw(k, d, seed=d) + harness.draw(2048, d, seed=1000 + d)
         for name, d in MOSEI_DIMS.items()
     }
     projections = ModalityCheck(MOSEI_DIMS, n_components=k).fit(features).projections_
     dims = list(MOSEI_DIMS.values())
-    yield Call(
-        f"{batch} samples, 300/74/35 features, {k} components",
-        "sample",
-        batch,
-        work.check_statistics(batch, dims, [k] * 3, dims, torch.float32),
-        lambda: functional.check_statistics([x[:batch] for x in features.values()], projections, backend="triton"),
-    )
+    for batch in (256, 2048):
+        some = [x[:batch] for x in features.values()]
+        yield Call(
+            f"{batch} samples, 300/74/35 features, {k} components",
+            "sample",
+            batch,
+            work.check_statistics(batch, dims, [k] * 3, dims, torch.float32),
+            lambda some=some: functional.check_statistics(some, projections, backend="triton"),
+        )
 
 
 def sequence_statistics() -> Iterator[Call]:
