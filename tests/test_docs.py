@@ -141,9 +141,14 @@ def test_cli_page_has_a_section_for_each_command():
     assert sorted(re.findall(r"^## m3er-fast (.+)$", page("cli.md"), re.MULTILINE)) == sorted(COMMANDS)
 
 
+def test_tables_of_options_are_what_the_commands_declare():
+    script = runpy.run_path(str(ROOT / "docs" / "cli_options.py"))
+    assert page("cli_options.md") == script["with_tables"](page("cli_options.md")), "run python docs/cli_options.py"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_cli_page_lists_the_options_of_a_command(command):
-    rows = re.findall(r"^\| (`--.*?) \| ", section(page("cli.md"), f"m3er-fast {command}"), re.MULTILINE)
+def test_tables_of_options_have_every_option(command):
+    rows = re.findall(r"^\| `(--.*?)` \| ", section(page("cli_options.md"), command), re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"--[a-z-]+", row)}
     assert listed == {name for name in options(command) if name.startswith("--")}
 
@@ -215,7 +220,7 @@ def test_columns_of_scores_are_listed():
         for instance, pattern in (("_text", "_<modality>"), ("_audio", "_<modality>"), ("p_a", "p_<class>")):
             name = name.replace(instance, pattern) if name.endswith(instance) else name
         columns.add("p_<class>" if name == "p_b" else name)
-    listed = re.findall(r"^\| `([^`]+)` \| \w+ \|", section(page("cli.md"), "m3er-fast score"), re.MULTILINE)
+    listed = re.findall(r"^\| `([^`]+)` \| \w+ \|", section(page("cli_files.md"), "score"), re.MULTILINE)
     assert set(listed) == columns
 
 
@@ -223,7 +228,7 @@ def test_fields_of_history_are_listed(tmp_path):
     corpus = make_synthetic(60, input_dims={"text": 3, "audio": 2}, steps=2)
     settings = M3ERConfig(check=None, training=config.TrainingConfig(epochs=1))
     history = train(corpus, settings, out=tmp_path).history
-    text = section(page("cli.md"), "m3er-fast train")
+    text = section(page("cli_files.md"), "train")
     files = [path.name for path in tmp_path.iterdir()]
     assert [name for name in (*history, *files) if f"`{name}`" not in text] == []
 
@@ -239,7 +244,7 @@ def test_fields_of_history_are_listed(tmp_path):
     ids=["table.json", "reports", "evaluation.json", "audit"],
 )
 def test_fields_of_json_are_listed(command, names):
-    text = section(page("cli.md"), f"m3er-fast {command}")
+    text = section(page("cli_files.md"), command)
     assert {name for name in names if f"`{name}`" not in text} == set()
 
 

@@ -47,7 +47,8 @@ AddressOption = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="Address of a Ray cluster, such as auto or HOST:PORT.  [default: Ray is started on this machine]",
+        metavar="HOST:PORT",
+        help="Address of a Ray cluster, or auto.  [default: Ray is started on this machine]",
     ),
 ]
 WorkersOption = Annotated[

@@ -53,7 +53,9 @@ def demo(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for table and figures.  [default: runs/demo, or runs/recordings]", show_default=False
+            metavar="DIR",
+            help="Folder for table and figures.  [default: runs/demo, or runs/recordings]",
+            show_default=False,
         ),
     ] = None,
     recordings: Annotated[
