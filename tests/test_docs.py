@@ -126,9 +126,9 @@ def test_blocks_are_of_a_language_that_is_checked_or_plain(path):
 
 
 @pytest.mark.parametrize("module", [m3er_fast, functional], ids=lambda module: module.__name__)
-def test_every_public_name_is_used_in_a_snippet_of_the_python_guide(module):
+def test_every_public_name_is_used_in_a_snippet_of_the_python_pages(module):
     used = set()
-    for block in blocks(page("python.md")):
+    for block in blocks(page("python.md") + page("python_steps.md")):
         for node in ast.walk(ast.parse(block.text if block.language == "python" else "")):
             used |= {getattr(node, attribute, None) for attribute in ("id", "attr")}
     assert set(module.__all__) - used == set()
