@@ -1,4 +1,4 @@
-"""Several processes with one fitted state: broadcast, fitted to shares, and the recipe of docs/drop_in.md."""
+"""Several processes with one fitted state: broadcast, fitted to shares, and the recipe of docs/drop_in_deploy.md."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from m3er_fast.distributed import data_parallel
 DIMS = {"text": 6, "audio": 4, "face": 3}
 BANKS = ("regression", "neighbours", "basis")
 SHARES = (slice(0, 90), slice(90, 240))
-RECIPE = Path(__file__).parents[1] / "docs" / "drop_in.md"
+RECIPE = Path(__file__).parents[1] / "docs" / "drop_in_deploy.md"
 
 
 def sequences(rows=slice(0, 240)):
@@ -200,13 +200,13 @@ def run_recipe():
     """Run the page's code from the model to DDP in this process of a group, which stands in for the page's own."""
     text = RECIPE.read_text(encoding="utf-8")
     found = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    encoders, fusing, data = found[:3]
+    model = found[0]
     [recipe] = [block for block in found if "broadcast_fitted" in block]
     recipe, count = re.subn(r"^(meeting = .*|distributed\.(init|destroy)_process_group.*)\n", "", recipe, flags=re.M)
     assert count == 3
     namespace = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        for code in (encoders, fusing, data, recipe):
+        for code in (model, recipe):
             exec(compile(code, str(RECIPE), "exec"), namespace)
     model = namespace["model"]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
