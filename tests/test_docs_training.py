@@ -1,4 +1,4 @@
-"""Every command of docs/training.md runs, in its order, on a small corpus in place of the page's."""
+"""Every command of the pages on training runs, in its order, on a small corpus in place of the page's."""
 
 import re
 import shlex
@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import yaml
 
 from m3er_fast import M3ERConfig
@@ -15,18 +16,20 @@ from m3er_fast.corpus import write_parquet
 from m3er_fast.corpus.synthetic import make_synthetic
 from m3er_fast.training import SearchSpace, train
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("training.md", "training_scale.md")
 DIMS = {"text": 6, "audio": 5, "face": 4}
 
 
-def blocks(language):
-    """Return the page's blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language, page="training.md"):
+    """Return a page's blocks of a language."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def console_commands():
-    """Return the commands of the page, as words."""
-    script = "".join(blocks("console")).replace("\\\n", " ")
+def console_commands(page):
+    """Return the commands of a page, as words."""
+    script = "".join(blocks("console", page)).replace("\\\n", " ")
     return [shlex.split(line) for line in script.splitlines()]
 
 
@@ -47,11 +50,12 @@ def test_the_search_space_of_the_page_is_one():
     assert M3ERConfig().with_settings(space.draw(1, 0)) != M3ERConfig()
 
 
-def test_every_command_of_the_page_runs_in_order(tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_page_runs_in_order(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     corpus = make_synthetic(120, input_dims=DIMS, num_classes=3, steps=3, latent_dim=3, seed=0)
     write_parquet(corpus, "corpora/generated", rows_per_shard=50)
-    commands = [words for words in console_commands() if words[0] != "pip"]
+    commands = [words for words in console_commands(page) if words[0] != "pip"]
     assert {words[0] for words in commands} == {"m3er-fast"}
     for words in commands:
         if {"ray", "tune", "runs/tuned"} & set(words) and not request.config.getoption("--slow"):
