@@ -3,7 +3,7 @@
     python -m benchmarks.quality.check_accuracy OUT
 
 trains the default network with three seeds on the generated corpus and, if $M3ER_DATA or shared/data has it, on
-CMU-MOSI, with the settings of docs/results.md. It corrupts the test split by the protocol of
+CMU-MOSI, with the settings of docs/results_ablation.md. It corrupts the test split by the protocol of
 :func:`m3er_fast.corruption.corrupt`: some modalities, but never all, of about 75 % of the utterances. Each corruption
 has its medium severity; the paper's noise and silent, frozen and swapped modalities are there too. The utterances are
 then classified with proxies for the modalities that are judged ineffectual
