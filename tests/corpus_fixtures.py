@@ -1,5 +1,6 @@
 """Helpers shared by the corpus tests: small corpora, comparison, pickles and real data."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -72,3 +73,66 @@ class Hostile:
 
     def __reduce__(self):
         return self.call
+
+
+# --- Files in their published structure ---
+
+
+def mmsa_fold(rows=2, steps=4, audio_steps=4, seed=0, **changes):
+    """Return one split of an MMSA pickle."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((rows, 3, steps), np.float32)
+    fold = {
+        "raw_text": np.array(["a b"] * rows, dtype=object),
+        "text": rng.standard_normal((rows, steps, 6)).astype(np.float32),
+        "text_bert": mask,
+        "audio": rng.standard_normal((rows, audio_steps, 3)),
+        "vision": rng.standard_normal((rows, audio_steps, 2)),
+        "id": [f"vid{seed}$_${row}" for row in range(rows)],
+        "annotations": ["Positive", "Negative"][:rows],
+        "classification_labels": np.array([2.0, 0.0][:rows]),
+        "regression_labels": np.array([1.5, -0.5][:rows]),
+    }
+    return {name: value for name, value in {**fold, **changes}.items() if value is not None}
+
+
+def mult_fold(labels, rows=2, steps=4, audio_steps=4, seed=0, **changes):
+    """Return one split of a MulT pickle."""
+    rng = np.random.default_rng(seed)
+    text, audio = rng.standard_normal((rows, steps, 3)), rng.standard_normal((rows, audio_steps, 2))
+    vision = rng.standard_normal((rows, audio_steps, 1))
+    return {"text": text, "audio": audio, "vision": vision, "labels": np.asarray(labels, np.float32), **changes}
+
+
+def iemocap_members(variant=9):
+    """Return the tuple of an IEMOCAP pickle of the conversation-emotion field, with as many members as its variant."""
+    rng = np.random.default_rng(0)
+    turns = {"Ses01F_a": 2, "Ses02M_b": 1, "Ses05F_c": 3, "unused": 1}
+    labels = {"Ses01F_a": [0, 5], "Ses02M_b": [2], "Ses05F_c": [1, 3, 4], "unused": [0]}
+
+    def vectors(dim):
+        return {name: [rng.standard_normal(dim).astype(np.float32) for _ in range(n)] for name, n in turns.items()}
+
+    ids = {name: [f"{name}_F{turn:03d}" for turn in range(n)] for name, n in turns.items()}
+    speakers = {name: ["M"] * n for name, n in turns.items()}
+    sentences = {name: ["hello"] * n for name, n in turns.items()}
+    train, test = {"Ses02M_b", "Ses01F_a"}, {"Ses05F_c"}
+    layers = [vectors(4) for _ in range(4)]
+    return {
+        9: (ids, speakers, labels, vectors(4), vectors(3), vectors(2), sentences, train, test),
+        10: (speakers, labels, *layers, sentences, ["Ses01F_a"], ["Ses05F_c"], ["Ses02M_b"]),
+        12: (ids, speakers, labels, *layers, vectors(3), vectors(2), sentences, ["Ses02M_b", "Ses01F_a"], ["Ses05F_c"]),
+    }[variant]
+
+
+def save_csd(folder, file, root, entries, metadata=()):
+    """Write one .csd file; entries: id -> (features, intervals)."""
+    import h5py
+
+    with h5py.File(folder / f"{file}.csd", "w") as opened:
+        for name, (features, intervals) in entries.items():
+            opened[f"{root}/data/{name}/features"] = features
+            opened[f"{root}/data/{name}/intervals"] = np.asarray(intervals, float)
+        group = opened.require_group(f"{root}/metadata")
+        for key, value in dict(metadata).items():
+            group.create_dataset(key, data=[json.dumps(value)], dtype=h5py.string_dtype())

@@ -44,7 +44,14 @@ def write_recording(path, *, sound=None, times=None, picture=grey, sound_start=0
             video.time_base = CLOCK
             video.bit_rate = 2_000_000
         if sound is not None:
-            names = {".wav": "pcm_s16le", ".mp4": "aac", ".mov": "pcm_s16le", ".mkv": "pcm_s16le", ".mp3": "mp3"}
+            names = {
+                ".wav": "pcm_s16le",
+                ".avi": "pcm_s16le",
+                ".mp4": "aac",
+                ".mov": "pcm_s16le",
+                ".mkv": "pcm_s16le",
+                ".mp3": "mp3",
+            }
             audio = container.add_stream(names[path.suffix], rate=rate)
             audio.layout = "mono"
         if video is not None:

@@ -1,25 +1,13 @@
 """CMU Multimodal SDK files: words are the time axis; all other frames are averaged over them."""
 
-import json
-
 import numpy as np
 import pytest
+from corpus_fixtures import save_csd
 
 from m3er_fast.corpus import CorpusError
 from m3er_fast.corpus.csd import EMOTIONS, read
 
 h5py = pytest.importorskip("h5py")
-
-
-def save(folder, file, root, entries, metadata=()):
-    """Write one .csd file; entries: id -> (features, intervals)."""
-    with h5py.File(folder / f"{file}.csd", "w") as opened:
-        for name, (features, intervals) in entries.items():
-            opened[f"{root}/data/{name}/features"] = features
-            opened[f"{root}/data/{name}/intervals"] = np.asarray(intervals, float)
-        group = opened.require_group(f"{root}/metadata")
-        for key, value in dict(metadata).items():
-            group.create_dataset(key, data=[json.dumps(value)], dtype=h5py.string_dtype())
 
 
 # Two utterances of video "v": 0-2 s with two words and a pause, 2-4 s with one word; one of "w" without any word.
@@ -38,10 +26,10 @@ NAMES = ["sentiment", "happy", "sad", "anger", "surprise", "disgust", "fear"]
 
 @pytest.fixture
 def folder(tmp_path):
-    save(tmp_path, "words", "words", WORDS)
-    save(tmp_path, "glove", "glove_vectors", GLOVE)
-    save(tmp_path, "covarep", "COVAREP", AUDIO)
-    save(tmp_path, "all_labels", "All Labels", LABELS, {"dimension names": NAMES})
+    save_csd(tmp_path, "words", "words", WORDS)
+    save_csd(tmp_path, "glove", "glove_vectors", GLOVE)
+    save_csd(tmp_path, "covarep", "COVAREP", AUDIO)
+    save_csd(tmp_path, "all_labels", "All Labels", LABELS, {"dimension names": NAMES})
     return tmp_path
 
 
@@ -71,14 +59,14 @@ def test_a_modality_without_frames_is_unavailable_and_a_wordless_utterance_is_cu
 
 
 def test_a_word_without_frames_of_a_modality_gets_zeros(folder):
-    save(folder, "facet", "FACET 4.2", {"v": (np.array([[4.0]]), [[1.2, 1.3]])})
+    save_csd(folder, "facet", "FACET 4.2", {"v": (np.array([[4.0]]), [[1.2, 1.3]])})
     corpus = read(folder)
     assert corpus.modalities == ("text", "audio", "face")
     np.testing.assert_array_equal(corpus.features["face"][0, :2, 0], [0, 4])
 
 
 def test_an_entry_that_is_not_finite_in_any_frame_is_nan(folder):
-    save(folder, "covarep", "COVAREP", {"v": (np.array([[-np.inf], [np.nan]]), [[0, 0.2], [0.2, 0.4]])})
+    save_csd(folder, "covarep", "COVAREP", {"v": (np.array([[-np.inf], [np.nan]]), [[0, 0.2], [0.2, 0.4]])})
     assert np.isnan(read(folder).features["audio"][0, 0, 0])
 
 
@@ -99,16 +87,18 @@ def test_longer_utterances_keep_their_first_words(folder):
 
 def test_frames_out_of_order_are_sorted_by_time(folder):
     features, intervals = AUDIO["v"]
-    save(folder, "covarep", "COVAREP", {"v": (features[::-1], intervals[::-1])})
+    save_csd(folder, "covarep", "COVAREP", {"v": (features[::-1], intervals[::-1])})
     np.testing.assert_array_equal(read(folder, max_steps=2).features["audio"][0, :, 0], [2, 7])
 
 
 def test_aligned_files_name_the_utterance_themselves(tmp_path):
     axis = [[0, 1], [1, 2]]
-    save(tmp_path, "glove", "glove", {"v[0]": (np.array([[1.0], [2.0]]), axis), "v[7]": (np.array([[3.0], [4]]), axis)})
-    save(tmp_path, "openface", "OpenFace_2", {"v[0]": (np.array([[5.0], [6.0]]), axis)})
+    save_csd(
+        tmp_path, "glove", "glove", {"v[0]": (np.array([[1.0], [2.0]]), axis), "v[7]": (np.array([[3.0], [4]]), axis)}
+    )
+    save_csd(tmp_path, "openface", "OpenFace_2", {"v[0]": (np.array([[5.0], [6.0]]), axis)})
     labels = {"v[0]": (np.array([[-1.5]]), [[10, 12]]), "v[7]": (np.array([[0.0]]), [[20, 22]])}
-    save(tmp_path, "labels", "Opinion Segment Labels", labels)
+    save_csd(tmp_path, "labels", "Opinion Segment Labels", labels)
     corpus = read(tmp_path)
     assert corpus.ids.tolist() == ["v[0]", "v[7]"]
     assert corpus.group.tolist() == ["v", "v"]
@@ -123,7 +113,7 @@ def test_aligned_files_name_the_utterance_themselves(tmp_path):
 def test_a_row_with_nan_among_its_emotions_has_no_label(folder, missing):
     values = LABELS["v"][0].copy()
     values[1] = missing
-    save(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
+    save_csd(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
     corpus = read(folder)
     np.testing.assert_array_equal(corpus.target, [[1, 0, 0, 0, 1, 0], [np.nan] * 6, [0, 1, 0, 0, 0, 0]])
     assert corpus.labelled.tolist() == [True, False, True]
@@ -132,7 +122,7 @@ def test_a_row_with_nan_among_its_emotions_has_no_label(folder, missing):
 def test_nan_in_a_column_that_is_not_read_is_no_matter(folder):
     values = LABELS["v"][0].copy()
     values[:, 0] = np.nan  # sentiment
-    save(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
+    save_csd(folder, "all_labels", "All Labels", {**LABELS, "v": (values, LABELS["v"][1])}, {"dimension names": NAMES})
     assert read(folder).labelled.all()
 
 
@@ -157,12 +147,14 @@ def test_a_video_without_features_has_none_and_the_others_have_theirs(folder, no
 
 
 def test_a_video_without_labels_has_no_utterance(folder):
-    save(folder, "all_labels", "All Labels", {**LABELS, "a": (np.array([]), np.array([]))}, {"dimension names": NAMES})
+    save_csd(
+        folder, "all_labels", "All Labels", {**LABELS, "a": (np.array([]), np.array([]))}, {"dimension names": NAMES}
+    )
     assert read(folder).ids.tolist() == ["v[0]", "v[1]", "w[0]"]
 
 
 def test_a_file_without_any_frame_says_so(folder):
-    save(folder, "covarep", "COVAREP", {"v": (np.zeros((0, 10**9)), np.zeros((0, 2))), "w": (np.array([]), [])})
+    save_csd(folder, "covarep", "COVAREP", {"v": (np.zeros((0, 10**9)), np.zeros((0, 2))), "w": (np.array([]), [])})
     with pytest.raises(CorpusError, match=r"covarep\.csd: none of its 2 entries has a frame"):
         read(folder)
 
@@ -176,13 +168,13 @@ def test_hidden_files_beside_the_data_are_not_read(folder):
 @pytest.mark.parametrize("key", ["dimension names", "dimension namescomputational sequence version"])
 def test_dimension_names_order_the_classes_even_under_the_fused_key(folder, key):
     names = ["sentiment", *reversed(NAMES[1:])]
-    save(folder, "all_labels", "All Labels", LABELS, {key: names})
+    save_csd(folder, "all_labels", "All Labels", LABELS, {key: names})
     assert read(folder).classes == tuple(names[1:])
 
 
 @pytest.mark.parametrize("metadata", [{}, {"dimension names": None}, {"dimension names": ["a"]}])
 def test_seven_columns_without_usable_names_are_moseis(folder, metadata):
-    save(folder, "all_labels", "All Labels", LABELS, metadata)
+    save_csd(folder, "all_labels", "All Labels", LABELS, metadata)
     assert read(folder).classes == EMOTIONS
 
 
@@ -198,7 +190,7 @@ def test_folds_split_videos_and_leave_out_the_others(folder):
 
 
 def test_modalities_can_be_named(folder):
-    save(folder, "strange", "strange", AUDIO)
+    save_csd(folder, "strange", "strange", AUDIO)
     with pytest.raises(CorpusError, match=r"strange\.csd: no modality is known by the name 'strange'"):
         read(folder)
     assert read(folder, modalities={"strange": "breath"}).modalities == ("text", "audio", "breath")
@@ -233,7 +225,7 @@ def test_files_can_be_listed(folder):
     ],
 )
 def test_contradictory_files_are_refused_by_name(folder, file, root, entries, message):
-    save(folder, file, root, entries)
+    save_csd(folder, file, root, entries)
     with pytest.raises(CorpusError, match=message) as caught:
         read(folder)
     assert "\n" not in str(caught.value)

@@ -4,29 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from corpus_fixtures import Hostile, write_pickle
+from corpus_fixtures import Hostile, iemocap_members, mmsa_fold, mult_fold, write_pickle
 
 from m3er_fast.corpus import CorpusError, iemocap_pickle, mmsa_pickle, mult_pickle
 from m3er_fast.corpus._labels import label_name
 
 NEGATIVE, NEUTRAL, POSITIVE = range(3)
-
-
-def mmsa_fold(rows=2, steps=4, audio_steps=4, seed=0, **changes):
-    rng = np.random.default_rng(seed)
-    mask = np.ones((rows, 3, steps), np.float32)
-    fold = {
-        "raw_text": np.array(["a b"] * rows, dtype=object),
-        "text": rng.standard_normal((rows, steps, 6)).astype(np.float32),
-        "text_bert": mask,
-        "audio": rng.standard_normal((rows, audio_steps, 3)),
-        "vision": rng.standard_normal((rows, audio_steps, 2)),
-        "id": [f"vid{seed}$_${row}" for row in range(rows)],
-        "annotations": ["Positive", "Negative"][:rows],
-        "classification_labels": np.array([2.0, 0.0][:rows]),
-        "regression_labels": np.array([1.5, -0.5][:rows]),
-    }
-    return {name: value for name, value in {**fold, **changes}.items() if value is not None}
 
 
 def read_mmsa(tmp_path, train, **folds):
@@ -209,13 +192,6 @@ def test_other_structures_are_refused(tmp_path, module, value):
         module.read(write_pickle(tmp_path / "m.pkl", value))
 
 
-def mult_fold(labels, rows=2, steps=4, audio_steps=4, seed=0, **changes):
-    rng = np.random.default_rng(seed)
-    text, audio = rng.standard_normal((rows, steps, 3)), rng.standard_normal((rows, audio_steps, 2))
-    vision = rng.standard_normal((rows, audio_steps, 1))
-    return {"text": text, "audio": audio, "vision": vision, "labels": np.asarray(labels, np.float32), **changes}
-
-
 PAIRS = np.eye(2)[np.array([[0, 1, 0, 1], [1, 0, 0, 0]])]  # (2, 4, 2): happy and angry; neutral
 
 
@@ -290,26 +266,6 @@ def test_a_mult_row_of_nan_has_no_label(tmp_path):
 def test_mult_labels_of_no_known_kind_are_refused(tmp_path, labels, message):
     with pytest.raises(CorpusError, match=message):
         mult_pickle.read(write_pickle(tmp_path / "m.pkl", {"train": mult_fold(labels)}))
-
-
-def iemocap_members(variant=9):
-    rng = np.random.default_rng(0)
-    turns = {"Ses01F_a": 2, "Ses02M_b": 1, "Ses05F_c": 3, "unused": 1}
-    labels = {"Ses01F_a": [0, 5], "Ses02M_b": [2], "Ses05F_c": [1, 3, 4], "unused": [0]}
-
-    def vectors(dim):
-        return {name: [rng.standard_normal(dim).astype(np.float32) for _ in range(n)] for name, n in turns.items()}
-
-    ids = {name: [f"{name}_F{turn:03d}" for turn in range(n)] for name, n in turns.items()}
-    speakers = {name: ["M"] * n for name, n in turns.items()}
-    sentences = {name: ["hello"] * n for name, n in turns.items()}
-    train, test = {"Ses02M_b", "Ses01F_a"}, {"Ses05F_c"}
-    layers = [vectors(4) for _ in range(4)]
-    return {
-        9: (ids, speakers, labels, vectors(4), vectors(3), vectors(2), sentences, train, test),
-        10: (speakers, labels, *layers, sentences, ["Ses01F_a"], ["Ses05F_c"], ["Ses02M_b"]),
-        12: (ids, speakers, labels, *layers, vectors(3), vectors(2), sentences, ["Ses02M_b", "Ses01F_a"], ["Ses05F_c"]),
-    }[variant]
 
 
 @pytest.mark.parametrize("variant", [9, 10, 12])
