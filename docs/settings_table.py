@@ -19,7 +19,7 @@ END = "<!-- End of the settings -->"
 def markdown(about: str) -> str:
     """Turn the description of a setting from reStructuredText into one line of Markdown."""
     line = re.sub(r":\w+:`(?:m3er_fast\.)?([\w.]+)`", r"`\1`", " ".join(about.split())).replace("``", "`")
-    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", line)
+    return re.sub(r"docs/(\w+)\.md", lambda page: f"[{page[1].replace('_', ' ').capitalize()}]({page[1]}.md)", line)
 
 
 def tables() -> str:

@@ -37,7 +37,7 @@ def extract(
     face: Annotated[
         Literal["mediapipe", "none"], typer.Option(metavar="mediapipe|none", help="Features of the face.")
     ] = "mediapipe",
-    face_fps: Annotated[float, typer.Option(help="The most pictures per second that are looked at.")] = 10.0,
+    face_fps: Annotated[float, typer.Option(help="Most pictures per second to look at.")] = 10.0,
     face_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="face_landmarker.task.  [default: fetched once]")
     ] = None,
@@ -45,7 +45,7 @@ def extract(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="What OpenFace or py-feat wrote, instead of MediaPipe: a folder of CSV files with the names of the "
+            help="Output of OpenFace or py-feat, instead of MediaPipe: a folder of CSV files with the names of the "
             "recordings, or the file of one recording.",
         ),
     ] = None,
@@ -63,7 +63,7 @@ def extract(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Of the speech for --asr, such as en.  [default: found out]")
+        str | None, typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]")
     ] = None,
     labels: Annotated[
         Path | None,
@@ -165,7 +165,7 @@ def predict(
     ] = None,
     face_features: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="What OpenFace or py-feat wrote of FILE, if the model's face was theirs."),
+        typer.Option(metavar="PATH", help="Output of OpenFace or py-feat for FILE, if the model was trained with it."),
     ] = None,
     transcript: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Transcript.  [default: beside the recording]")
@@ -178,7 +178,7 @@ def predict(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Of the speech for --asr, such as en.  [default: found out]")
+        str | None, typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]")
     ] = None,
     window: Annotated[
         float | None,

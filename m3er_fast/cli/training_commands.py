@@ -199,7 +199,7 @@ def tune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the trials and the best settings.")],
     trials: Annotated[int, typer.Option(min=1, help="Number of trainings; the first has the settings given.")] = 20,
     minutes: Annotated[
-        float | None, typer.Option(help="Time after which no further trial is waited for.  [default: none]")
+        float | None, typer.Option(help="Minutes after which no trial is waited for.  [default: none]")
     ] = None,
     space: Annotated[
         Path | None,
