@@ -63,7 +63,8 @@ def extract(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]")
+        str | None,
+        typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]"),
     ] = None,
     labels: Annotated[
         Path | None,
@@ -178,7 +179,8 @@ def predict(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]")
+        str | None,
+        typer.Option(metavar="CODE", help="Language of the speech for --asr, such as en.  [default: found out]"),
     ] = None,
     window: Annotated[
         float | None,
