@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -296,6 +296,34 @@ def accuracy_by_corruption(corpus: str) -> str:
     return check_accuracy.to_markdown({corpus: load("check_accuracy")["results"][corpus]}).strip()
 
 
+def beside(operation: str, ours: str, contestants: Mapping[str, str], wanted: str) -> str:
+    """Return our time and the ratios of others to it, from a run of ``pytest benchmarks`` with two threads."""
+    run = json.loads((ROOT / "benchmarks" / "results" / "cpu-2-cores" / "one-call.json").read_text(encoding="utf-8"))
+    found = (result["extra_info"] for result in run["benchmarks"])
+    rows = [
+        [
+            row["group"].removeprefix("local least squares, ").removesuffix(", float32"),
+            f"{1000 * row['median']:.3g} ms",
+            *(f"{row['ratios'][name]:.2f}" for name in contestants),
+        ]
+        for row in found
+        if (row["operation"], row["contestant"]) == (operation, ours) and set(contestants) <= set(row["ratios"])
+    ]
+    return table([wanted, "ours", *contestants.values()], rows)
+
+
+SEARCHES = {
+    "torch addmm + topk": "product + top-k",
+    "scikit-learn brute": "scikit-learn brute",
+    "faiss flat (index and search)": "FAISS flat, index and search",
+    "faiss flat (search alone)": "FAISS flat, search alone",
+}
+SOLUTIONS = {
+    "eager, affine": "reference",
+    "compiled": "reference, compiled",
+    "scikit-learn barycenter_weights": "scikit-learn `barycenter_weights`",
+}
+APPROXIMATE = {"faiss-ivf": '`"faiss-ivf"`', "faiss-hnsw": '`"faiss-hnsw"`'}
 DETECTED = ("generated", "CMU-MOSI, test videos", "YouTube")
 TABLES: dict[str, Callable[[], str]] = {
     "real data": real_data,
@@ -313,6 +341,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "proxy errors by correlation": error_by_correlation,
     "filling": filling,
     "unfilled": unfilled,
+    "search": lambda: beside("neighbors", "ours", SEARCHES, "k nearest of n × d"),
+    "approximate search": lambda: beside("neighbors", "ours", APPROXIMATE, "k nearest of n × d"),
+    "solution": lambda: beside("local_lstsq", "ours, affine", SOLUTIONS, "Weights and proxies"),
     "speakers": speakers,
     **{
         f"accuracy by corruption, {name}": lambda name=name: accuracy_by_corruption(name)
