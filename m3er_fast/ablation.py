@@ -28,7 +28,14 @@ from m3er_fast.config import CheckConfig, LossConfig, M3ERConfig, Statistic
 from m3er_fast.corpus.base import Corpus
 from m3er_fast.corpus.splits import ensure_validation
 from m3er_fast.corruption import PAPER_CORRUPTION
-from m3er_fast.evaluation import Prediction, corrupt_corpus, evaluate, find_corruption, standardize_corpus
+from m3er_fast.evaluation import (
+    Prediction,
+    corrupt_corpus,
+    evaluate,
+    find_corruption,
+    labels_of,
+    standardize_corpus,
+)
 from m3er_fast.fusion import M3ERFusion
 from m3er_fast.metrics import ClassificationReport, auroc, classification_report, mean_std
 from m3er_fast.operands import Variant
@@ -295,7 +302,7 @@ def _score_baselines(
         for baseline in found:
             if baseline.fuses or not ineffectual:
                 reports[_Experiment(ineffectual, baseline.label)] = classification_report(
-                    baseline.probabilities(utterances), known.target, known.classes, task=known.task
+                    baseline.probabilities(utterances), labels_of(known), known.classes, task=known.task
                 )
     return reports
 

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from m3er_fast._canonical import canonical_directions
 from m3er_fast._validation import check_number, check_positive_int
+from m3er_fast.inputs import Array
 from m3er_fast.moments import Moments
 
 # What float32 products may change in the variance of any direction. Correlations lost at most a third of it.
@@ -82,7 +83,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         self.n_components = n_components
         self.ridge = ridge
 
-    def fit(self, X: Any, Y: Any) -> Self:
+    def fit(self, X: Array, Y: Array) -> Self:
         """Learn the canonical directions of X (n, d_x) and Y (n, d_y) or (n,), forgetting what was seen before.
 
         Raises:
@@ -93,7 +94,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
         x, y = self._validate(X, Y, reset=True, min_rows=2)
         return self._solve(Moments(x.shape[1] + y.shape[1]).update(x, y, tolerance=_TOLERANCE))
 
-    def partial_fit(self, X: Any, Y: Any) -> Self:
+    def partial_fit(self, X: Array, Y: Array) -> Self:
         """Learn from further rows; any split of the rows gives the result of ``fit`` for all of them.
 
         One row is enough. Before the second one there is no variance, and hence no component.
@@ -124,7 +125,7 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
             raise ValueError(f"cannot merge a CCA of (d_x, d_y) = {sizes[1]} features into one of {sizes[0]}")
         return self._solve(self._moments.merge(other._moments))
 
-    def transform(self, X: Any, Y: Any = None) -> Any:
+    def transform(self, X: Array, Y: Array | None = None) -> Any:
         """Project the centred views on the canonical directions.
 
         Args:
@@ -148,14 +149,14 @@ class CCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # 
             y, self.y_mean_, self.y_rotations_, like=Y
         )
 
-    def fit_transform(self, X: Any, y: Any) -> Any:
+    def fit_transform(self, X: Array, y: Array) -> Any:
         """Fit to both views and return the variates of both, as ``fit(X, Y).transform(X, Y)`` does.
 
         The second view is named y here and in ``score``, because scikit-learn passes it by that name.
         """
         return self.fit(X, y).transform(X, y)
 
-    def score(self, X: Any, y: Any) -> float:
+    def score(self, X: Array, y: Array) -> float:
         """Return the mean Pearson correlation, in [-1, 1], between the variates of both views over the k components.
 
         On held-out rows it measures how well the directions generalise. A component in which a view does not vary

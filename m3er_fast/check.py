@@ -36,7 +36,7 @@ from m3er_fast._warnings import warn_user
 from m3er_fast.config import CheckConfig
 from m3er_fast.fitted_module import FittedModule, ordinary_tensors
 from m3er_fast.functional import unchecked
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, prepare_batch
+from m3er_fast.inputs import Array, Features, FeatureSource, check_input_dims, prepare_batch
 from m3er_fast.moments import PairwiseMoments
 from m3er_fast.operands import CheckProjections, CheckStatistics, SequenceStatistics, modality_pairs
 from m3er_fast.standardize import StandardizedBatch, clean_batches, clean_frames
@@ -165,7 +165,7 @@ class ModalityCheck(FittedModule):
             triangular=True,
         )
 
-    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None) -> Self:
         """Learn projections and calibration from clean training data.
 
         The projections are learned from all samples. Calibration is by cross-fitting: the samples are cut into ten
@@ -260,7 +260,7 @@ class ModalityCheck(FittedModule):
         self._warn_if_few_samples()
         return self
 
-    def check(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
+    def check(self, features: Features, lengths: Array | None = None, available: Array | None = None) -> CheckResult:
         """Judge a batch of features, in the units that ``fit`` saw.
 
         Args:
@@ -274,7 +274,7 @@ class ModalityCheck(FittedModule):
         """
         return self.check_batch(clean_frames(prepare_batch(features, lengths, available, input_dims=self.input_dims)))
 
-    def forward(self, features: Features, lengths: Any = None, available: Any = None) -> CheckResult:
+    def forward(self, features: Features, lengths: Array | None = None, available: Array | None = None) -> CheckResult:
         """Return what :meth:`check` returns."""
         return self.check(features, lengths, available)
 

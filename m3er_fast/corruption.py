@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from m3er_fast._validation import check_choice, check_number, check_positive_int
-from m3er_fast.inputs import check_lengths, check_mask
+from m3er_fast.inputs import Array, check_lengths, check_mask
 
 Corruption = Callable[..., Tensor]
 """Takes the samples of one modality: ``corruption(x, generator=generator, lengths=lengths)``."""
 
 
-def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Add white Gaussian noise at a signal-to-noise ratio that holds for each sample.
 
     Computes ``x + sqrt(P / snr) · N(0, 1)``, where the signal power P of a sample is the mean square of its valid,
@@ -59,7 +59,7 @@ def gaussian_noise(x: Tensor, snr: float, generator: torch.Generator, *, lengths
 
 
 def coloured_noise(
-    x: Tensor, snr: float, exponent: float, generator: torch.Generator, *, lengths: Any = None
+    x: Tensor, snr: float, exponent: float, generator: torch.Generator, *, lengths: Array | None = None
 ) -> Tensor:
     """Add Gaussian noise with a power of 1/f^exponent along time, at the signal-to-noise ratio given in each sample.
 
@@ -90,7 +90,7 @@ def coloured_noise(
     return torch.where(valid, x + (noise * amplitude).to(x.dtype), x)
 
 
-def offset(x: Tensor, size: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def offset(x: Tensor, size: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Shift every feature by a constant, as a sensor whose zero is set wrongly does.
 
     Each feature of each sample moves up or down, drawn at random, by ``size`` in every frame.
@@ -110,7 +110,7 @@ def offset(x: Tensor, size: float, generator: torch.Generator, *, lengths: Any =
     return torch.where(valid, torch.where(up, x + size, x - size), x)
 
 
-def gain(x: Tensor, factor: float, generator: torch.Generator | None = None, *, lengths: Any = None) -> Tensor:
+def gain(x: Tensor, factor: float, generator: torch.Generator | None = None, *, lengths: Array | None = None) -> Tensor:
     """Multiply every feature by a factor, as an amplifier that is set wrongly does.
 
     Args:
@@ -128,7 +128,7 @@ def gain(x: Tensor, factor: float, generator: torch.Generator | None = None, *, 
 
 
 def silence(
-    x: Tensor, generator: torch.Generator | None = None, *, fraction: float = 0.0, lengths: Any = None
+    x: Tensor, generator: torch.Generator | None = None, *, fraction: float = 0.0, lengths: Array | None = None
 ) -> Tensor:
     """Replace the valid frames by zeros, the training mean: a sensor that carries no information.
 
@@ -146,7 +146,7 @@ def silence(
     return x.masked_fill(_after(valid, fraction), 0.0)
 
 
-def freeze(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def freeze(x: Tensor, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Freeze the sequence: each sample repeats one of its valid frames, drawn uniformly.
 
     A sample with one valid frame is unchanged.
@@ -168,7 +168,9 @@ def freeze(x: Tensor, generator: torch.Generator, *, lengths: Any = None) -> Ten
     return torch.where(valid, frame[:, None, :], x)
 
 
-def freeze_from(x: Tensor, fraction: float, generator: torch.Generator | None = None, *, lengths: Any = None) -> Tensor:
+def freeze_from(
+    x: Tensor, fraction: float, generator: torch.Generator | None = None, *, lengths: Array | None = None
+) -> Tensor:
     """Freeze the sequence from a moment on, as a camera that hangs does: the frame of that moment is held.
 
     Of L valid frames, frame ⌊fraction · (L − 1)⌋ is repeated to the end. A fraction of 0 holds the first frame. At
@@ -192,7 +194,7 @@ def freeze_from(x: Tensor, fraction: float, generator: torch.Generator | None = 
     return torch.where(valid, _take_frames(x, torch.minimum(time, moment[:, None])), x)
 
 
-def clip(x: Tensor, limit: float, generator: torch.Generator | None = None, *, lengths: Any = None) -> Tensor:
+def clip(x: Tensor, limit: float, generator: torch.Generator | None = None, *, lengths: Array | None = None) -> Tensor:
     """Saturate each sample at ± ``limit`` times its own root mean square, as an overdriven sensor does.
 
     The root mean square is taken over the sample's valid, finite entries; it is the standard deviation about zero, the
@@ -213,7 +215,7 @@ def clip(x: Tensor, limit: float, generator: torch.Generator | None = None, *, l
     return torch.where(valid, x.clamp(-bound, bound), x)
 
 
-def drop_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def drop_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Zero whole frames: each valid frame independently, with the given probability.
 
     Args:
@@ -231,7 +233,7 @@ def drop_frames(x: Tensor, probability: float, generator: torch.Generator, *, le
     return x.masked_fill(valid & dropped, 0.0)
 
 
-def hold_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def hold_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Lose frames and repeat the last good one in their place, as a decoder that conceals lost packets does.
 
     Each valid frame but the first, which has none before it, is lost independently with the given probability.
@@ -254,7 +256,9 @@ def hold_frames(x: Tensor, probability: float, generator: torch.Generator, *, le
     return torch.where(valid, _take_frames(x, good), x)
 
 
-def shuffle_frames(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def shuffle_frames(
+    x: Tensor, probability: float, generator: torch.Generator, *, lengths: Array | None = None
+) -> Tensor:
     """Put frames out of order: those chosen, each independently, change places among themselves.
 
     Args:
@@ -277,7 +281,7 @@ def shuffle_frames(x: Tensor, probability: float, generator: torch.Generator, *,
     return _take_frames(x, torch.empty_like(order).scatter_(1, places, order))
 
 
-def time_shift(x: Tensor, steps: int, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def time_shift(x: Tensor, steps: int, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Shift each sequence in time against the other modalities, as clocks that disagree do.
 
     Each sample comes ``steps`` frames late or early, drawn at random. The first or last valid frame is held where the
@@ -302,7 +306,7 @@ def time_shift(x: Tensor, steps: int, generator: torch.Generator, *, lengths: An
     return torch.where(valid, _take_frames(x, torch.minimum(time, last)), x)
 
 
-def drop_words(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def drop_words(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Zero whole words, as a recogniser that misses them does: each independently, with the given probability.
 
     A word is a run of equal frames, such as an embedding repeated for as long as the word lasts. Where no frame equals
@@ -324,7 +328,7 @@ def drop_words(x: Tensor, probability: float, generator: torch.Generator, *, len
     return x.masked_fill(valid & lost.view(valid.shape), 0.0)
 
 
-def wrong_words(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Any = None) -> Tensor:
+def wrong_words(x: Tensor, probability: float, generator: torch.Generator, *, lengths: Array | None = None) -> Tensor:
     """Replace whole words, as a recogniser that mishears them does: each independently, with the given probability.
 
     A word is a run of equal frames, as in `drop_words`. All its frames become one frame, drawn uniformly from the
@@ -357,7 +361,7 @@ def wrong_words(x: Tensor, probability: float, generator: torch.Generator, *, le
     return result.view(x.shape)
 
 
-def mismatch(x: Tensor, generator: torch.Generator, *, fraction: float = 0.0, lengths: Any = None) -> Tensor:
+def mismatch(x: Tensor, generator: torch.Generator, *, fraction: float = 0.0, lengths: Array | None = None) -> Tensor:
     """Give every sample the modality of another sample, as when sound and picture do not belong together.
 
     The donors form one random cycle through the whole batch, so no sample keeps its own modality. A donor that is
@@ -385,7 +389,12 @@ def mismatch(x: Tensor, generator: torch.Generator, *, fraction: float = 0.0, le
 
 
 def another_speaker(
-    x: Tensor, generator: torch.Generator, *, fraction: float = 0.0, groups: Any = None, lengths: Any = None
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    fraction: float = 0.0,
+    groups: Array | None = None,
+    lengths: Array | None = None,
 ) -> Tensor:
     """Give every sample the modality of a sample of another group, as when a channel carries another speaker.
 
@@ -409,7 +418,12 @@ def another_speaker(
 
 
 def wrong_face(
-    x: Tensor, generator: torch.Generator, *, fraction: float = 0.0, groups: Any = None, lengths: Any = None
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    fraction: float = 0.0,
+    groups: Array | None = None,
+    lengths: Array | None = None,
 ) -> Tensor:
     """Give every sample the modality of another sample of its group, as when a tracker follows the wrong face.
 
@@ -524,7 +538,12 @@ class _Composition:
     parts: tuple[Corruption, ...]
 
     def __call__(
-        self, x: Tensor, generator: torch.Generator | None = None, *, groups: Any = None, lengths: Any = None
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        groups: Array | None = None,
+        lengths: Array | None = None,
     ) -> Tensor:
         for part in self.parts:
             known = {"groups": groups} if takes_groups(part) else {}
@@ -545,9 +564,9 @@ def corrupt(
     *,
     kind: str | Corruption = "gaussian_noise",
     probability: float = 0.75,
-    lengths: Any = None,
-    available: Any = None,
-    groups: Any = None,
+    lengths: Array | None = None,
+    available: Array | None = None,
+    groups: Array | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Corrupt some modalities of some samples, but never all modalities of a sample.
 
@@ -613,8 +632,8 @@ def paper_protocol(
     *,
     snr: float = 0.01,
     probability: float = 0.75,
-    lengths: Any = None,
-    available: Any = None,
+    lengths: Array | None = None,
+    available: Array | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Make modalities ineffectual as the paper does: noise on some, never all, modalities of about 75% of the samples.
 
@@ -658,7 +677,7 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.d
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).to(device)
 
 
-def _valid_entries(x: Tensor, lengths: Any) -> Tensor:
+def _valid_entries(x: Tensor, lengths: Array | None) -> Tensor:
     """Return a mask of the valid frames: (B, T, 1), or (B, 1) for a matrix ``x``."""
     _check_tensor("x", x)
     steps = x.shape[1] if x.ndim == 3 else 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from m3er_fast._validation import check_positive_int
-from m3er_fast.inputs import FeatureBatch, Features, prepare_batch
+from m3er_fast.inputs import Array, FeatureBatch, Features, prepare_batch
 
 Output = TypeVar("Output")
 
@@ -97,7 +97,7 @@ class CompiledInference(Generic[Output]):
             self._warn(f"there are no CUDA graphs on {device.type}: batches go through the model itself")
 
     @torch.no_grad()
-    def __call__(self, features: Features, lengths: Any = None, available: Any = None) -> Output:
+    def __call__(self, features: Features, lengths: Array | None = None, available: Array | None = None) -> Output:
         """Return the model's output for a batch; arguments as in :meth:`m3er_fast.M3ERFusion.forward`."""
         if not self.is_recorded:
             return self._run_model(features, lengths, available)
@@ -150,7 +150,7 @@ class CompiledInference(Generic[Output]):
         self._network_input = [x.clone() for x in standardized.features]
         self._second = Recording(lambda: self._stages.classify(self._network_input, standardized.lengths), self._device)
 
-    def _run_model(self, features: Features, lengths: Any, available: Any) -> Output:
+    def _run_model(self, features: Features, lengths: Array | None, available: Array | None) -> Output:
         output: Output = self._stages.model(features, lengths, available)
         return output
 
@@ -160,7 +160,7 @@ class CompiledInference(Generic[Output]):
             warnings.warn(f"compile_for_inference: {message}", UserWarning, stacklevel=4)
 
 
-def _copy(source: Any, target: Any) -> None:
+def _copy(source: Any, target: Array) -> None:
     """Copy every tensor of a structure into the tensor at the same place of another."""
     for new, old in zip(pytree.tree_leaves(source), pytree.tree_leaves(target), strict=True):
         old.copy_(new)

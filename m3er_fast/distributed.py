@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from m3er_fast.check import ModalityCheck
-from m3er_fast.inputs import FeatureSource, iterate_batches
+from m3er_fast.inputs import Array, FeatureSource, iterate_batches
 from m3er_fast.proxy import ProxyGenerator, count_paired
 from m3er_fast.standardize import Standardizer
 
@@ -97,8 +97,8 @@ def fit_shares(
     check: ModalityCheck | None,
     proxy: ProxyGenerator | None,
     features: FeatureSource,
-    lengths: Any,
-    available: Any,
+    lengths: Array | None,
+    available: Array | None,
 ) -> None:
     """Fit a standardiser everywhere, and check and proxies on rank 0, to the shares of all processes in their order.
 

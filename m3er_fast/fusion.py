@@ -20,7 +20,7 @@ from m3er_fast.cuda_graphs import CompiledInference, Stages
 from m3er_fast.distributed import broadcast_state, fit_shares
 from m3er_fast.fitted_module import eval_mode, ordinary_tensors
 from m3er_fast.hub import HubModel
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, iterate_batches
+from m3er_fast.inputs import Array, Features, FeatureSource, check_input_dims, check_mask, iterate_batches
 from m3er_fast.loss import MultiplicativeFusionLoss, as_target
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.operands import LossOptions, modality_pairs, upcast
@@ -123,7 +123,7 @@ class M3ERFusion(
             **options,
         )
 
-    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None) -> Self:
         """Learn the standardiser, the modality check and the proxy bank from clean training data.
 
         The network's weights stay as they are: train them with :meth:`loss`, like any module's, or with
@@ -155,7 +155,9 @@ class M3ERFusion(
                 step.fit_batches(batches)
         return self
 
-    def fit_distributed(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def fit_distributed(
+        self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None
+    ) -> Self:
         """Learn what :meth:`fit` learns from the data of all processes, each of which gives a share of its own.
 
         Call it in every process of ``torch.distributed``. The result is that of ``fit`` for all shares, one after the
@@ -207,7 +209,12 @@ class M3ERFusion(
         return self
 
     def forward(
-        self, features: Features, lengths: Any = None, available: Any = None, *, effective: Any = None
+        self,
+        features: Features,
+        lengths: Array | None = None,
+        available: Array | None = None,
+        *,
+        effective: Array | None = None,
     ) -> M3EROutput:
         """Classify a batch.
 
@@ -230,7 +237,9 @@ class M3ERFusion(
             replaced = ReplacedBatch(batch.features, ~batch.available.any(dim=1))
         return self._output(batch, verdict, replaced, self._classify(replaced.features, batch.lengths))
 
-    def standardize(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
+    def standardize(
+        self, features: Features, lengths: Array | None = None, available: Array | None = None
+    ) -> StandardizedBatch:
         """Return the features as check, proxies and network see them: the first step of :meth:`forward`.
 
         Arguments are those of :meth:`forward`. A modality that training never saw counts as unavailable, since no
@@ -244,7 +253,7 @@ class M3ERFusion(
         kept = [x.where(known[m], 0.0) for m, x in enumerate(batch.features)]
         return StandardizedBatch(kept, batch.lengths, batch.available & known, batch.frame_valid & known)
 
-    def loss(self, output: M3EROutput, target: Any) -> Tensor:
+    def loss(self, output: M3EROutput, target: Array) -> Tensor:
         """Return the fusion loss of the modality heads + ``head_weight`` · cross entropy of the fused head, a scalar.
 
         Args:
@@ -271,7 +280,7 @@ class M3ERFusion(
         )
         return fusion + self.config.loss.head_weight * head
 
-    def fit_temperature(self, logits: Any, target: Any) -> Self:
+    def fit_temperature(self, logits: Array, target: Array) -> Self:
         """Calibrate the probabilities: fit the temperature that divides the fused head's logits.
 
         Logits, losses and predictions stay as they are. ``m3er_fast.training`` does this after training.
@@ -295,10 +304,10 @@ class M3ERFusion(
     def predict_proba(
         self,
         features: Features,
-        lengths: Any = None,
-        available: Any = None,
+        lengths: Array | None = None,
+        available: Array | None = None,
         *,
-        effective: Any = None,
+        effective: Array | None = None,
         calibrate: bool = True,
     ) -> Tensor:
         """Return class probabilities (B, C), in eval mode whatever mode the model is in.
@@ -374,7 +383,7 @@ class M3ERFusion(
 
     # --- Steps ---
 
-    def _judge(self, batch: StandardizedBatch, effective: Any = None) -> CheckResult:
+    def _judge(self, batch: StandardizedBatch, effective: Array | None = None) -> CheckResult:
         if effective is not None:
             mask = check_mask("effective", effective, batch.available.shape, batch.available.device)
             return _trust_available(batch)._replace(effective=mask & batch.available)

@@ -6,18 +6,22 @@ Dimension legend: M modalities, B batch, T time steps, d_m features of modality 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from m3er_fast._validation import check_positive_int
 
-Features = Mapping[str, Any]
+Array: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
+"""A tensor, a NumPy array, or nested sequences of numbers or truth values."""
+
+Features: TypeAlias = Mapping[str, Array | None]
 """A mapping from modality name to a (B, T, d_m) or (B, d_m) tensor or array; missing or None means unavailable."""
 
-FeatureSource = Features | Iterable[Any]
+FeatureSource: TypeAlias = Features | Iterable[Any]
 """One mapping, or a re-iterable source of batches: mappings or (mapping, lengths, available) tuples."""
 
 
@@ -52,7 +56,7 @@ def check_input_dims(input_dims: Mapping[str, int]) -> dict[str, int]:
 
 
 def prepare_batch(
-    features: Features, lengths: Any = None, available: Any = None, *, input_dims: Mapping[str, int]
+    features: Features, lengths: Array | None = None, available: Array | None = None, *, input_dims: Mapping[str, int]
 ) -> FeatureBatch:
     """Check one batch of features against ``input_dims`` and return it in canonical form.
 
@@ -117,8 +121,8 @@ def prepare_batch(
 
 def iterate_batches(
     source: FeatureSource,
-    lengths: Any = None,
-    available: Any = None,
+    lengths: Array | None = None,
+    available: Array | None = None,
     *,
     input_dims: Mapping[str, int],
     batch_size: int = 4096,
@@ -201,7 +205,7 @@ def refuse_sparse(name: str, value: Any) -> None:
         raise ValueError(f"{name} is sparse (a {type(value).__name__}), wanted a dense array: value.toarray()")
 
 
-def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+def check_lengths(lengths: Array | None, batch: int, steps: int, device: torch.device) -> Tensor:
     """Return (B,) lengths in 0..T as int64 on ``device``; None stands for all T.
 
     Raises:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from m3er_fast import functional
 from m3er_fast._settings import takes_keywords_of
+from m3er_fast.inputs import Array
 from m3er_fast.operands import Activation, LossKeywords, LossOptions
 
 
@@ -46,7 +47,7 @@ class MultiplicativeFusionLoss(nn.Module):
         self.options = LossOptions(**options)
         self.backend = backend
 
-    def forward(self, logits: Tensor, target: Any, available: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Array, available: Tensor | None = None) -> Tensor:
         """Return the loss of (M, B, C) ``logits``; ``available`` (B, M) replaces the mask given at construction.
 
         Raises:
@@ -90,7 +91,7 @@ def mean_weight(target: Tensor, activation: Activation, class_weight: Tensor | N
     return float(len(labels) if class_weight is None else class_weight[labels].double().sum())
 
 
-def as_target(target: Any, like: Tensor) -> Tensor:
+def as_target(target: Array, like: Tensor) -> Tensor:
     """Return a target as a tensor; an array or a list comes to the device of ``like``.
 
     Raises:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3er_fast._answer_counts import AnswerCounts, Reliability
 from m3er_fast._validation import check_choice
+from m3er_fast.inputs import Array
 
 __all__ = [
     "ClassScores",
@@ -141,7 +142,12 @@ class ClassificationReport:
 
 
 def classification_report(
-    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None, uncalibrated: Any = None
+    probabilities: Array,
+    target: Array,
+    classes: Sequence[str],
+    *,
+    task: str | None = None,
+    uncalibrated: Array | None = None,
 ) -> ClassificationReport:
     """Score predictions: F1, MA and support of each class, means over classes, accuracy, divergences and calibration.
 
@@ -178,7 +184,12 @@ def classification_report(
 
 
 def count_answers(
-    probabilities: Any, target: Any, classes: Sequence[str], *, task: str | None = None, uncalibrated: Any = None
+    probabilities: Array,
+    target: Array,
+    classes: Sequence[str],
+    *,
+    task: str | None = None,
+    uncalibrated: Array | None = None,
 ) -> AnswerCounts:
     """Return the counts behind :func:`classification_report`, which checks its arguments here.
 
@@ -253,7 +264,7 @@ def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_probabilities(name: str, probabilities: Any, num_classes: int) -> NDArray[np.float64]:
+def _check_probabilities(name: str, probabilities: Array, num_classes: int) -> NDArray[np.float64]:
     p = _as_array(probabilities)
     if p.ndim != 2 or p.shape[1] != num_classes or p.dtype.kind != "f":
         raise ValueError(f"{name} must be floats of shape (N, {num_classes}), got {p.dtype} of shape {p.shape}")

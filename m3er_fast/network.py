@@ -14,7 +14,7 @@ from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
 from m3er_fast.fitted_module import LastingModule, ordinary_tensors
 from m3er_fast.functional import unchecked
-from m3er_fast.inputs import Features, check_input_dims, prepare_batch
+from m3er_fast.inputs import Array, Features, check_input_dims, prepare_batch
 from m3er_fast.operands import MemoryScanWeights, TwoLayers
 
 
@@ -76,7 +76,9 @@ class MemoryFusionNetwork(LastingModule):
         self.head = _two_layers(config.fusion + memory, config.head, num_classes)
         self.modality_heads = nn.ModuleList(nn.Linear(hidden, num_classes) for _ in range(modalities))
 
-    def forward(self, features: Features, lengths: Any = None, available: Any = None) -> NetworkOutput:
+    def forward(
+        self, features: Features, lengths: Array | None = None, available: Array | None = None
+    ) -> NetworkOutput:
         """Classify a batch.
 
         Args:

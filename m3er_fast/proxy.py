@@ -19,7 +19,7 @@ from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import not_fitted
 from m3er_fast.config import Bank, ProxyConfig
 from m3er_fast.fitted_module import FittedModule, ordinary_tensors
-from m3er_fast.inputs import Features, FeatureSource, check_input_dims, check_mask, prepare_batch
+from m3er_fast.inputs import Array, Features, FeatureSource, check_input_dims, check_mask, prepare_batch
 from m3er_fast.standardize import StandardizedBatch, clean_batches, clean_frames
 
 __all__ = [
@@ -166,7 +166,7 @@ class ProxyGenerator(FittedModule):
 
     # --- Learning ---
 
-    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None) -> Self:
         """Learn the bank from the paired frames of clean training data.
 
         Args:
@@ -221,7 +221,9 @@ class ProxyGenerator(FittedModule):
         self._bank.learn(self, part)
         return self
 
-    def partial_fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def partial_fit(
+        self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None
+    ) -> Self:
         """Add clean training data to what was learned; arguments as in :meth:`fit`."""
         if not self.is_fitted:
             return self.fit(features, lengths=lengths, available=available)
@@ -257,7 +259,9 @@ class ProxyGenerator(FittedModule):
 
     # --- Regenerating ---
 
-    def proxy(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
+    def proxy(
+        self, features: Features, effective: Any, lengths: Array | None = None, available: Array | None = None
+    ) -> ProxyResult:
         """Replace the modalities of each sample that are not effective.
 
         Args:
@@ -279,7 +283,9 @@ class ProxyGenerator(FittedModule):
         replaced = self.proxy_batch(batch, mask & batch.available)
         return ProxyResult(dict(zip(self.input_dims, replaced.features, strict=True)), replaced.abstained)
 
-    def forward(self, features: Features, effective: Any, lengths: Any = None, available: Any = None) -> ProxyResult:
+    def forward(
+        self, features: Features, effective: Any, lengths: Array | None = None, available: Array | None = None
+    ) -> ProxyResult:
         """Replace the modalities of each sample that are not effective; the same as :meth:`proxy`."""
         return self.proxy(features, effective, lengths, available)
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from m3er_fast._validation import can_look_at
 from m3er_fast._warnings import warn_user
 from m3er_fast.fitted_module import PreciseModule, ordinary_tensors
-from m3er_fast.inputs import FeatureBatch, Features, FeatureSource, check_input_dims, iterate_batches, prepare_batch
+from m3er_fast.inputs import (
+    Array,
+    FeatureBatch,
+    Features,
+    FeatureSource,
+    check_input_dims,
+    iterate_batches,
+    prepare_batch,
+)
 
 # Standardised values are clamped to ±1e4: a finite but absurd input (3e38) then stays finite when later steps square
 # and sum it. No training value comes near the bound: |z| ≤ sqrt(n - 1) for every value of a sample of n (Samuelson's
@@ -90,7 +98,7 @@ class Standardizer(PreciseModule):
         """Return the feature counts, for ``print(module)``."""
         return repr(self.input_dims)
 
-    def fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def fit(self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None) -> Self:
         """Learn the statistics, forgetting earlier ones.
 
         Args:
@@ -111,7 +119,9 @@ class Standardizer(PreciseModule):
         watch.warn()
         return self
 
-    def partial_fit(self, features: FeatureSource, *, lengths: Any = None, available: Any = None) -> Self:
+    def partial_fit(
+        self, features: FeatureSource, *, lengths: Array | None = None, available: Array | None = None
+    ) -> Self:
         """Learn from further data; any split of the data gives the result of ``fit`` for all of it.
 
         Arguments and errors are those of :meth:`fit`.
@@ -130,7 +140,9 @@ class Standardizer(PreciseModule):
             raise ValueError(f"cannot merge a Standardizer of {other.input_dims} into one of {self.input_dims}")
         return self._set(_merge_sums(self._sums, other._sums), self.count + other.count.to(self.count.device))
 
-    def forward(self, features: Features, lengths: Any = None, available: Any = None) -> StandardizedBatch:
+    def forward(
+        self, features: Features, lengths: Array | None = None, available: Array | None = None
+    ) -> StandardizedBatch:
         """Check and standardise one batch.
 
         Args:
@@ -196,8 +208,8 @@ class Standardizer(PreciseModule):
         sums: Tensor,
         count: Tensor,
         features: FeatureSource,
-        lengths: Any,
-        available: Any,
+        lengths: Array | None,
+        available: Array | None,
         watch: TrainingWatch | None = None,
     ) -> Self:
         for batch in iterate_batches(features, lengths, available, input_dims=self.input_dims, batch_size=_FIT_SAMPLES):
@@ -304,7 +316,7 @@ def clean_frames(batch: FeatureBatch) -> StandardizedBatch:
 
 
 def clean_batches(
-    input_dims: Mapping[str, int], features: FeatureSource, lengths: Any, available: Any
+    input_dims: Mapping[str, int], features: FeatureSource, lengths: Array | None, available: Any
 ) -> tuple[Callable[[], Iterator[StandardizedBatch]], TrainingWatch]:
     """Return a function that reads a source of training data, not standardised, and the watch over what it reads."""
     watch = TrainingWatch(list(input_dims))
