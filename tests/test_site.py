@@ -68,3 +68,5 @@ def test_signatures_of_the_reference_name_the_arguments(site):
         shown |= {name: re.sub(r"<[^>]+>|\s+", "", text) for name, text in entries}
     assert [name for name, text in shown.items() if "(*args,**kwargs)" in text] == []
     assert "(input_dims:Mapping[str,int],num_classes:int," in shown["m3er_fast.M3ERFusion"]
+    assert "lengths:Array|None=None" in shown["m3er_fast.M3ERFusion.fit"]
+    assert [name for name, text in shown.items() if "ForwardRef" in text] == []
