@@ -20,6 +20,11 @@ VALUES = {"<path>": "PATH", "<int>": "N", "<int range>": "N", "<float>": "X", "<
 IN_THE_LAST_COLUMN = r"\s*\[(?:default: ([^\]]*?)(?:; [^\]]*)?|(required)|\d*<?=?x[<>]=?\d+)\]"
 
 
+def quoted(text: str) -> str:
+    """Mark options in a text as code: elsewhere two hyphens become a dash."""
+    return re.sub(r"(?<![\w`])(--[a-z][a-z-]*(?: [A-Z]+)?)", r"`\1`", text)
+
+
 def cell(text: str) -> str:
     """Escape what would end a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", r"\|")
@@ -31,7 +36,7 @@ def row(parameter: Any, context: Any) -> str:
     for kind, value in VALUES.items():
         name = name.replace(kind, value if name.startswith("-") else "").strip()
     notes = [found for match in re.findall(IN_THE_LAST_COLUMN, about) for found in match if found]
-    about = re.sub(IN_THE_LAST_COLUMN, "", about)
+    about = quoted(re.sub(IN_THE_LAST_COLUMN, "", about))
     return f"| `{cell(name)}` | {cell(about)} | {cell(', '.join(notes))} |"
 
 
@@ -40,8 +45,7 @@ def tables() -> str:
     blocks = []
     for name, command in typer.main.get_command(app).commands.items():
         context = typer.Context(command)
-        about = "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.help or "").split("\n\n"))
-        about = re.sub(r"(?<![\w`])(--[a-z][a-z-]*(?: [A-Z]+)?)", r"`\1`", about)
+        about = quoted("\n\n".join(" ".join(paragraph.split()) for paragraph in (command.help or "").split("\n\n")))
         rows = [row(parameter, context) for parameter in command.params]
         blocks.append("\n".join([f"## {name}", "", about, "", "| Option | | Default |", "|---|---|---|", *rows]))
     return "\n\n".join(blocks)
