@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_table_of_the_page_is_that_of_the_results():
     result = json.loads((ROOT / "benchmarks" / "results" / "extraction-cpu-2-cores.json").read_text())
-    page = (ROOT / "docs" / "recordings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "recordings_features.md").read_text(encoding="utf-8")
     assert f"\n{extraction.table(result)}\n" in page
 
 

@@ -74,7 +74,7 @@ def enlarge(clip, path, size):
 
 
 def table(result):
-    """Return the table of docs/recordings.md."""
+    """Return the table of docs/recordings_features.md."""
     rows = ["| | Recordings | Frames × features | Missing | Times real time |", "|---|---:|---:|---:|---:|"]
     for name, found in result["medians"].items():
         shape = f"{found['frames']:,} × {found['features']}"

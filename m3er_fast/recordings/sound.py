@@ -27,7 +27,8 @@ _LOWEST_HZ, _HIGHEST_HZ = 62.5, 500.0
 _VOICED = 0.45  # the least correlation of a voiced frame with itself one period later: Boersma 1993's threshold
 _SILENT_DB = -60.0  # below full scale; what is quieter is never voiced
 # What is so far below the loud parts of its recording is not voiced: hum in the pauses correlates with itself, too. On
-# read speech, frames then agree with Praat's, whose threshold of silence is relative as well (docs/recordings.md).
+# read speech, frames then agree with Praat's, whose threshold of silence is relative as well
+# (docs/recordings_features.md).
 _QUIET_DB = -20.0
 _LOUD_PERCENTILE = 95  # not the maximum, which may be a door
 _BLOCK = 1000  # frames that are computed at once, 10 s: a minute took 1.25 times as long, and 0.13 GB more
