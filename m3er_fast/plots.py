@@ -383,7 +383,7 @@ def _examples_figure(examples: Sequence[Example]) -> Figure:
 
 
 def _reliability_figure(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure = Figure(figsize=(4 * len(reports), 4.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(4 * len(reports), 4.6), dpi=_DPI, layout="constrained")
     for axes, (title, report) in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports.items(), strict=True):
         after, before = report["calibration"], report["before_calibration"]
         bins = len(after["answers"])
@@ -399,7 +399,7 @@ def _reliability_figure(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
         axes.set_title(_shorten(title, 40))
         axes.grid()
-        axes.legend(loc="upper left")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below: bars reach every corner
     figure.axes[0].set_ylabel("share of right answers")
     return figure
 
