@@ -237,7 +237,7 @@ def test_ratios_have_a_line_per_kind_of_work_with_its_ends_told(tmp_path, monkey
     figures.ratios([*rows, ("check, 4 samples, k=30", "textbook", 1.0), ("loss, 1 sample", "other", 3.0)], tmp_path)
     (axes,) = drawn[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["check (3)", "loss (1)"]
-    assert [note.get_text() for note in axes.texts] == ["0.50  1 sample", "2.00  8 samples", "3.00  1 sample  other"]
+    assert [note.get_text() for note in axes.texts] == ["0.50  1 sample\n2.00  8 samples", "3.00  1 sample  other"]
     with pytest.raises(ValueError, match="no group has ours"):
         figures.ratios([], tmp_path)
 

@@ -22,7 +22,6 @@ _STYLE: list[str | dict[str, Any]] = [
 # The palette of Okabe and Ito, distinct with every common form of colour blindness; markers distinguish the rest.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "0.3")
 _MARKERS = "osD^vP*X"
-_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind words, to read them over a line
 _COLUMNS = 3
 
 
@@ -134,8 +133,8 @@ def _point_style(ours: bool, color: str) -> dict[str, Any]:
 def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
     """Draw the time of each baseline relative to ours as a point on a logarithmic axis; right of 1, ours is faster.
 
-    There is one line per kind of work, which a group's name begins with. Its least and largest ratio are labelled with
-    what else the name says, as far as it differs within the line.
+    There is one line per kind of work, which a group's name begins with. At its right stand its least and its largest
+    ratio, with what else the name says, as far as it differs within the line.
 
     Args:
         rows: (group, baseline, time of the baseline divided by our time).
@@ -161,18 +160,20 @@ def ratios(rows: Sequence[tuple[str, str, float]], path: Path) -> None:
                     chosen, [y] * len(chosen), linestyle="none", marker=marker, markersize=5, color=color, alpha=0.8
                 )
             ends = (min(found, key=lambda entry: entry[1]), max(found, key=lambda entry: entry[1]))
-            for (parts, ratio), side in zip(ends, (-1, 1), strict=True) if len(found) > 1 else [(found[0], 1)]:
-                words = [f"{ratio:.2f}", *(part for part in parts if part not in common)]
-                axes.annotate(
-                    "  ".join(words), (ratio, y), (6 * side, 0), textcoords="offset points", va="center",
-                    ha="left" if side > 0 else "right", fontsize=7, bbox=_WHITE,
-                )  # fmt: skip
+            words = [
+                "  ".join([f"{ratio:.2f}", *(part for part in parts if part not in common)])
+                for parts, ratio in ends[: len(found)]
+            ]
+            # Beside the axes: next to its point, a label could reach over other points or the name of its line.
+            axes.annotate(
+                "\n".join(words), (1, y), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                va="center", fontsize=7,
+            )  # fmt: skip
         axes.set_yticks(range(len(kinds)), [f"{kind} ({len(found)})" for kind, found in kinds.items()])
         axes.set_ylim(len(kinds) - 0.5, -0.5)
         axes.axvline(1, color="0.3", linewidth=1)
         low, high = min(ratio for _, _, ratio in rows), max(ratio for _, _, ratio in rows)
-        # A label beside the outermost point takes as much as three or four doublings.
-        axes.set(xscale="log", xlabel="time of the baseline / our time", xlim=(min(low, 1) / 8, max(high, 1) * 16))
+        axes.set(xscale="log", xlabel="time of the baseline / our time", xlim=(min(low, 1) / 1.2, max(high, 1) * 1.2))
         # Label powers of two as plain numbers: so few decades hold too few powers of ten.
         axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=12))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
