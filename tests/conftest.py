@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ from ptx.plugin import target_of
 
 # The tests' tensors are tiny. On a busy machine a second thread mostly spins, and the suite takes ten times as long.
 torch.set_num_threads(1)
+
+# A suite that a script starts in the background ignores Ctrl-C, and so would the programs that tests start to
+# interrupt them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
