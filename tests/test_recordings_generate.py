@@ -53,14 +53,17 @@ def test_a_folder_of_recordings_is_reproducible(tmp_path):
         generate_recordings(tmp_path / "three", recordings=0)
 
 
-def test_a_voice_that_does_not_speak_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "words"), [(1, "espeak-ng does not speak: no voice en"), (0, "espeak-ng says nothing for '")]
+)
+def test_a_voice_that_does_not_speak_is_one_line(tmp_path, monkeypatch, code, words):
     program = tmp_path / "espeak-ng"
-    program.write_text("#!/bin/sh\necho no voice en >&2\nexit 1\n")
+    program.write_text(f"#!/bin/sh\necho no voice en >&2\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert generate.voice_here() == "espeak-ng"
     generate._said.cache_clear()
-    with pytest.raises(OSError, match="espeak-ng does not speak: no voice en"):
+    with pytest.raises(OSError, match=words):
         write_video(tmp_path / "a.mp4", ["happy"], voice="espeak-ng")
     monkeypatch.setenv("PATH", "")
     assert generate.voice_here() == "tones"

@@ -229,7 +229,10 @@ def _said(text: str, manner: Manner, higher: int) -> NDArray[np.float64]:
     except subprocess.CalledProcessError as error:
         raise OSError(f"{_PROGRAM} does not speak: {error.stderr.decode(errors='replace').strip()}") from error
     rate = int.from_bytes(wave[24:28], "little")  # the header has 44 bytes; its length is not that of a pipe's content
-    sound = resample_poly(np.frombuffer(wave, np.int16, offset=44).astype(np.float64), SAMPLE_RATE, rate)
+    samples = np.frombuffer(wave[44:], np.int16)
+    if not samples.any():
+        raise OSError(f"{_PROGRAM} says nothing for {text!r}")
+    sound = resample_poly(samples.astype(np.float64), SAMPLE_RATE, rate)
     loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max())
     said: NDArray[np.float64] = sound[loud[0] : loud[-1] + 1] * (2 * manner.level / np.abs(sound).max())
     return said
