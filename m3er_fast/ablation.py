@@ -142,10 +142,10 @@ def run_ablation(
 
     The corruption is the slides' by default: white noise at an SNR of 0.01 on at least one modality of 75 % of the test
     utterances, but never on all modalities. Another kind replaces the noise, in the same modalities of the same
-    utterances. Each seed trains two models. All rows but one share the weights of the one that ``config`` describes. The
-    other has the modified loss if that one has the original loss, and the original loss otherwise. Two rows are not in
-    the slides: one with the other kind of check (the paper's correlation, or ours), and one with the true corruption
-    mask, which is the result that a perfect check would give.
+    utterances. Each seed trains two models. All rows but one share the weights of the model that ``config`` describes.
+    The other model has the modified loss if ``config`` has the original one, and the original loss otherwise. Two rows
+    are not in the slides: one with the other kind of check (the paper's correlation, or ours), and one with the true
+    corruption mask, which is the result that a perfect check would give.
 
     The baselines of :mod:`m3er_fast.baselines`, trained alike, show what the method is worth on this corpus. They have
     no check: they take every modality as it comes.
