@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loss_problems import problem
 
 from m3er_fast import MultiplicativeFusionLoss, reference
+from m3er_fast.cpu import loss as cpu_loss
 from m3er_fast.functional import BackendUnavailableError, class_costs, fusion_loss
 
 VARIANTS = ("original", "m3er", "m3er_cross")
@@ -591,6 +592,26 @@ def test_labels_out_of_range_are_named_whatever_computes(batch, scale, with_clas
     for x in (logits, logits.clone().requires_grad_()):
         with pytest.raises(ValueError, match=f"target must lie in 0..5 or -100, got values from {low} to {high}"):
             fusion_loss(x, target, class_weight=weight)
+
+
+@pytest.mark.parametrize("batch", [1, 13])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+@pytest.mark.parametrize("more", [{}, {"reduction": "none"}, {"detach_weight": False}], ids=str)
+def test_many_samples_are_computed_as_few_are(monkeypatch, batch, variant, scale, more):
+    logits, target, factors = problem(3, 3, batch, 4, "softmax", "hard", scale=scale)
+    found = {}
+    for many in (1, 1000):
+        monkeypatch.setattr(cpu_loss, "MANY_ROWS", many)
+        for strides in ("rows", "columns"):
+            x = (logits if strides == "rows" else logits.mT.contiguous().mT).clone().requires_grad_()
+            loss = fusion_loss(x, target, variant=variant, **factors, **more)
+            found[many, strides] = loss.detach(), *torch.autograd.grad(loss.sum(), x)
+    x = logits.clone().requires_grad_()
+    loss = fusion_loss(x, target, variant=variant, backend="torch", **factors, **more)
+    wanted = loss.detach(), *torch.autograd.grad(loss.sum(), x)
+    for got in found.values():
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():

@@ -6,7 +6,8 @@ Dimension legend: M modalities, B samples, C classes.
 from __future__ import annotations
 
 import os
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from m3er_fast._settings import takes_keywords_of
 from m3er_fast._validation import check_choice, check_device, check_number, check_vector
 from m3er_fast.functional._dispatch import choose, in_transform
 from m3er_fast.operands import Activation, LossFactors, LossKeywords, LossOptions, Reduction, Variant
+
+_CHOICES = {"variant": get_args(Variant), "activation": get_args(Activation), "reduction": get_args(Reduction)}
+_NUMBERS = ("beta", "margin")
 
 
 @takes_keywords_of(LossOptions)
@@ -81,8 +85,7 @@ def fusion_loss(
     chosen = LossOptions(**options)
     factors = LossFactors(class_weight, modality_weight, available)
     _check_logits(logits)
-    if options:
-        _check_options(chosen)
+    _check_options(options)
     check_device("the logits", logits, target=target)
     target = _checked_target(target, logits, chosen.activation)
     _check_factors(logits, factors)
@@ -123,7 +126,7 @@ def class_costs(
     """
     _check_logits(logits)
     options = LossOptions(variant, beta)
-    _check_options(options)
+    _check_options(options._asdict())
     if variant != "original":
         raise ValueError(
             f"variant {variant!r} has no decision rule: an impossible class costs 0 in it; "
@@ -143,13 +146,14 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
-def _check_options(options: LossOptions) -> None:
-    check_choice("variant", options.variant, Variant)
-    check_choice("activation", options.activation, Activation)
-    check_choice("reduction", options.reduction, Reduction)
-    check_number("beta", options.beta, 0.0)
-    if options.margin is not None:
-        check_number("margin", options.margin, 0.0)
+def _check_options(options: Mapping[str, object]) -> None:
+    """Check the options that were given, and no others: with few samples that takes as long as the arithmetic."""
+    for name, value in options.items():
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
+                check_choice(name, value, _CHOICES[name])
+        elif name in _NUMBERS and not (name == "margin" and value is None):
+            check_number(name, value, 0.0)
 
 
 def _check_factors(logits: Tensor, factors: LossFactors) -> None:
