@@ -174,17 +174,31 @@ def test_the_figures_of_several_runs_on_one_device_show_each_run_by_itself(comma
         assert [point.seconds for point in drawn[f"roofline-cpu-{threads}"]] == [0.01, slowest]
 
 
-def test_the_conclusions_give_the_range_over_the_batch_and_where_it_is_lowest():
+def test_the_conclusions_give_the_range_over_the_batch_and_where_it_is_worst():
     curves = [figures.RatioCurve(f"{n} threads", [1, 8], [0, 0], [float(n), 0.5 * n], [9, 9]) for n in (1, 2)]
-    sentence = panels.PANELS[0].sentence([*curves, figures.RatioCurve("3 threads", [], [], [], [])])
-    assert sentence == (
-        "**Loss and gradient, C = 6**, B = 1 to 8: "
-        "0.50 (B = 8) to 1.00 times as fast as the textbook with 1 threads, 1.00 (B = 8) to 2.00 with 2 threads."
-    )
-    assert panels.PANELS[-1].sentence(curves) == (
-        "**Inference, a third of the utterances lacking a modality**, B = 1 to 8: "
-        "1.00 to 2.00 (B = 8) times as long as clean with 1 threads, 0.50 to 1.00 (B = 8) with 2 threads."
-    )
+    curves.append(figures.RatioCurve("3 threads", [], [], [], []))
+    first, last = panels.PANELS[0], panels.PANELS[-1]
+    assert first.subject(curves) == "Loss and gradient, C = 6, B = 1 to 8"
+    assert list(map(first.range_of, curves)) == ["0.50 (B = 8) to 1.00", "1.00 (B = 8) to 2.00", ""]
+    assert last.subject(curves).endswith(" lacking a modality, B = 1 to 8: that time : clean")
+    assert list(map(last.range_of, curves)) == ["1.00 to 2.00 (B = 8)", "0.50 to 1.00 (B = 8)", ""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "device"),
+    [
+        ("cpu", ["avx", "avx2", "avx512f"], "A, AVX-512"),
+        ("cpu", ["avx", "avx2"], "A, AVX2"),
+        ("cpu", ["neon"], "A"),
+        ("cuda", ["avx2"], "A"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_their_vectors(tmp_path, kind, flags, device):
+    content = a_run({"ours": 0.01})
+    content["machine_info"]["m3er_fast"] |= {"device": "A", "kind": kind}
+    content["machine_info"]["cpu"] = {"flags": flags}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert report.Run.read(tmp_path / "run.json").about["device"] == device
 
 
 def test_the_figure_over_the_batch_has_one_curve_per_run_and_only_the_textbooks_ratios(command, monkeypatch):

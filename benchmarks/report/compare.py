@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.speed.operations import current_row
+from benchmarks.speed.operations import current_row, device_of
 
 OURS = "ours"
 _QUARTILES = ("q1", "median", "q3")
@@ -72,7 +72,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, least: float = LEA
         ValueError: the runs have different devices or numbers of threads, or no group and baseline in common.
     """
     for key in ("device", "threads"):
-        was, now = (run.get("machine_info", {}).get("m3er_fast", {}).get(key) for run in (before, after))
+        was, now = (_circumstances(run).get(key) for run in (before, after))
         if was != now:
             raise ValueError(f"{key} differs: {was!r} before, {now!r} after; ratios hold for one device")
     was, now = ratios(before), ratios(after)
@@ -116,6 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(lines))
     return int(fallen)
+
+
+def _circumstances(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the device and the number of threads of a run; nothing of one that does not say."""
+    machine = run.get("machine_info", {})
+    about = machine.get("m3er_fast")
+    return {} if about is None else {"device": device_of(machine), "threads": about.get("threads")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.report import goals
 from benchmarks.speed.harness import COMPILED, OURS, TEXTBOOK, markdown, shown_rate, shown_seconds
-from benchmarks.speed.operations import TITLES, current_operation, current_row
+from benchmarks.speed.operations import TITLES, current_operation, current_row, device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURE_OVER_BATCH = "textbook-cpu.png"
@@ -62,7 +62,7 @@ class Run(NamedTuple):
         """
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-            about = run["machine_info"]["m3er_fast"]
+            about = run["machine_info"]["m3er_fast"] | {"device": device_of(run["machine_info"])}
             rows = [current_row(result["extra_info"]) for result in run["benchmarks"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a run of these benchmarks ({type(error).__name__}: {error})") from error
@@ -141,10 +141,12 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
     """Return the first page's conclusions: a line for each panel of the figure over B, and what is slower."""
     from benchmarks.report.panels import PANELS
 
-    curves = [[panel.curve(label, run.rows) for run, label in _on_cpu(runs)] for panel in PANELS]
-    lines = [
-        f"- {panel.sentence(found)}" for panel, found in zip(PANELS, curves, strict=True) if any(c.sizes for c in found)
-    ]
+    named = _on_cpu(runs)
+    lines = [f"| {' | '.join(['', *(label for _, label in named)])} |", "|---" * (1 + len(named)) + "|"]
+    for panel in PANELS:
+        curves = [panel.curve(label, run.rows) for run, label in named]
+        if any(curve.sizes for curve in curves):
+            lines.append(f"| {' | '.join([panel.subject(curves), *map(panel.range_of, curves)])} |")
     return [*lines, "", "## When it is slower", "", *_slower_kinds(runs)]
 
 

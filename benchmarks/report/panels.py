@@ -21,7 +21,7 @@ class Panel(NamedTuple):
     contestant: str = TEXTBOOK
     inverse: bool = False  # ours divided by the contestant
     least: float = 1.0  # a point below it is one that the reader must see
-    subject: str = ""  # in a sentence, if it is not the title
+    name: str = ""  # in a table, if it is not the title
 
     def curve(self, label: str, rows: Iterable[Mapping[str, Any]]) -> RatioCurve:
         """Return the medians and quartiles in the results of one run, by B."""
@@ -33,19 +33,20 @@ class Panel(NamedTuple):
         sizes = sorted(points)
         return RatioCurve(label, sizes, *([points[size][at] for size in sizes] for at in range(3)))
 
-    def sentence(self, curves: Sequence[RatioCurve]) -> str:
-        """Return the range of each curve over B in words, with the batch where it is worst."""
-        what = " times as long as clean" if self.inverse else " times as fast as the textbook"
-        ranges: list[str] = []
-        for curve in curves:
-            if curve.sizes:
-                worst = min(range(len(curve.sizes)), key=curve.median.__getitem__)
-                low, high = curve.median[worst], max(curve.median)
-                at = f"(B = {curve.sizes[worst]:,})"
-                shown = f"{1 / high:.2f} to {1 / low:.2f} {at}" if self.inverse else f"{low:.2f} {at} to {high:.2f}"
-                ranges.append(f"{shown}{what if not ranges else ''} with {curve.label}")
+    def subject(self, curves: Sequence[RatioCurve]) -> str:
+        """Return what the ranges of the curves are of."""
         sizes = [size for curve in curves for size in curve.sizes]
-        return f"**{self.subject or self.title}**, B = {min(sizes):,} to {max(sizes):,}: {', '.join(ranges)}."
+        over = f"{self.name or self.title}, B = {min(sizes):,} to {max(sizes):,}"
+        return f"{over}: that time : clean" if self.inverse else over
+
+    def range_of(self, curve: RatioCurve) -> str:
+        """Return the range of a curve over B, with the batch where it is worst; nothing for an empty one."""
+        if not curve.sizes:
+            return ""
+        worst = min(range(len(curve.sizes)), key=curve.median.__getitem__)
+        low, high = curve.median[worst], max(curve.median)
+        at = f"(B = {curve.sizes[worst]:,})"
+        return f"{1 / high:.2f} to {1 / low:.2f} {at}" if self.inverse else f"{low:.2f} {at} to {high:.2f}"
 
 
 _DIMS = "d=300/74/3[56]"

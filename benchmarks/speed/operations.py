@@ -7,6 +7,7 @@ prints the name and the share of each operation that a GPU run measures, one per
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -87,6 +88,18 @@ def current_row(row: dict[str, Any]) -> dict[str, Any]:
     if "ratios" in row:
         named["ratios"] = {current_contestant(name, operation): ratio for name, ratio in row["ratios"].items()}
     return named
+
+
+def device_of(machine_info: Mapping[str, Any]) -> str:
+    """Return the device of a run's JSON; a CPU with the vectors that it has, by which those of one name differ."""
+    about = machine_info["m3er_fast"]
+    device: str = about.get("device", "an unknown device")
+    flags = machine_info.get("cpu", {}).get("flags", ())
+    if about.get("kind", "cpu") == "cpu":
+        for flag, vectors in (("avx512f", "AVX-512"), ("avx2", "AVX2")):
+            if flag in flags:
+                return f"{device}, {vectors}"
+    return device
 
 
 if __name__ == "__main__":
