@@ -16,8 +16,10 @@ from m3er_fast._warnings import warn_user
 _SETS_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
-def plain_layers(name: str, layers: Iterable[nn.Module], kind: type[nn.Module]) -> list[Any]:
-    """Return layers whose attributes, such as ``weight``, are what a call of them would compute with.
+def plain_tensors(
+    name: str, layers: Iterable[nn.Module], kind: type[nn.Module], tensors: tuple[str, ...]
+) -> list[list[Any]]:
+    """Return the tensors of plain layers: what a call of each layer would compute with.
 
     Parametrisations see to that themselves; pruning, and the older weight norm and spectral norm, do before a call.
 
@@ -25,6 +27,7 @@ def plain_layers(name: str, layers: Iterable[nn.Module], kind: type[nn.Module]) 
         name: the name of the list of layers, for the error.
         layers: the layers.
         kind: the class whose ``forward`` the weights stand for.
+        tensors: the names of all parameters of such a layer; the result has a list of them for each layer.
 
     Raises:
         ValueError: a layer computes something else, as a quantised or wrapped one does.
@@ -32,8 +35,8 @@ def plain_layers(name: str, layers: Iterable[nn.Module], kind: type[nn.Module]) 
     Warns:
         UserWarning: a layer has other hooks, which are not called.
     """
-    found = list(layers)
-    for number, layer in enumerate(found):
+    found = []
+    for number, layer in enumerate(layers):
         if type(layer).forward is not kind.forward or "forward" in layer.__dict__:
             what = "with another forward" if isinstance(layer, kind) else f"({type(layer).__module__})"
             raise ValueError(
@@ -43,13 +46,11 @@ def plain_layers(name: str, layers: Iterable[nn.Module], kind: type[nn.Module]) 
             )
         if layer._forward_hooks or layer._forward_pre_hooks:
             _call_hooks(f"layer {name}.{number}", layer)
+        # Plain parameters are found without torch's search for attributes, which takes ten times as long.
+        parameters = layer._parameters
+        is_plain = (*parameters,) == tensors
+        found.append([*parameters.values()] if is_plain else [getattr(layer, tensor) for tensor in tensors])
     return found
-
-
-def own_tensor(layer: nn.Module, name: str) -> Any:
-    """Return ``layer``'s tensor of that name: a plain parameter without torch's search for attributes."""
-    found = layer._parameters.get(name)
-    return getattr(layer, name) if found is None else found
 
 
 def _call_hooks(name: str, layer: nn.Module) -> None:

@@ -35,11 +35,7 @@ def can_look_at(x: Tensor) -> bool:
     """Whether values of ``x`` may decide what is computed: no device is waited for, and nothing traces the tensors."""
     import torch
 
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return x.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def is_positive_int(value: Any) -> bool:

@@ -54,6 +54,13 @@ class PreciseModule(LastingModule):
         super()._apply(keep_precision, recurse)
         return self
 
+    def learned(self, name: str) -> Tensor:
+        """Return the learned buffer of that name, without torch's search for attributes."""
+        value = self._buffers[name]
+        if value is None:
+            raise RuntimeError(f"buffer {name!r} is not registered")
+        return value
+
 
 class FittedModule(PreciseModule):
     """A module whose learned buffers take their sizes from a loaded state dict.
@@ -69,13 +76,6 @@ class FittedModule(PreciseModule):
             current = self._buffers.get(name)
             value = value.detach().clone() if current is None or value.is_inference() else value.detach()
             self.register_buffer(name, value if current is None else value.to(current))
-
-    def learned(self, name: str) -> Tensor:
-        """Return the learned buffer of that name."""
-        value = self._buffers[name]
-        if value is None:
-            raise RuntimeError(f"buffer {name!r} is not registered")
-        return value
 
     @ordinary_tensors()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

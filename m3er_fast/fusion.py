@@ -20,7 +20,15 @@ from m3er_fast.cuda_graphs import CompiledInference, Stages
 from m3er_fast.distributed import broadcast_state, fit_shares
 from m3er_fast.fitted_module import eval_mode, ordinary_tensors
 from m3er_fast.hub import HubModel
-from m3er_fast.inputs import Array, Features, FeatureSource, check_input_dims, check_mask, iterate_batches
+from m3er_fast.inputs import (
+    Array,
+    Features,
+    FeatureSource,
+    check_input_dims,
+    check_mask,
+    iterate_batches,
+    prepare_batch,
+)
 from m3er_fast.loss import MultiplicativeFusionLoss, as_target
 from m3er_fast.network import MemoryFusionNetwork, NetworkOutput
 from m3er_fast.operands import LossOptions, modality_pairs, upcast
@@ -245,7 +253,7 @@ class M3ERFusion(
         Arguments are those of :meth:`forward`. A modality that training never saw counts as unavailable, since no
         weight has learned to read it.
         """
-        batch: StandardizedBatch = self.standardizer(features, lengths, available)
+        batch = self.standardizer.standardize(prepare_batch(features, lengths, available, input_dims=self.input_dims))
         count = self.standardizer.count
         if can_look_at(count) and (all(frames := count.tolist()) or not any(frames)):
             return batch
@@ -400,9 +408,9 @@ class M3ERFusion(
             if not self.proxy_generator.is_fitted:
                 raise _not_fitted("proxy generator")
             return self.proxy_generator.proxy_batch(batch, effective)
+        if (batch.is_complete and effective is batch.available) or (can_look_at(effective) and effective.all()):
+            return ReplacedBatch(batch.features, effective.new_zeros(len(effective)))
         abstained = ~effective.any(dim=1)
-        if can_look_at(effective) and effective.all():
-            return ReplacedBatch(batch.features, abstained)
         kept = effective | abstained[:, None]
         filled = [x.where(kept[:, m, None, None], 0.0) for m, x in enumerate(batch.features)]
         return ReplacedBatch(filled, abstained)
@@ -413,12 +421,17 @@ class M3ERFusion(
 
     @staticmethod
     def _output(batch: StandardizedBatch, verdict: CheckResult, replaced: ReplacedBatch, answer: _Answer) -> M3EROutput:
+        effective, correlation, energy, p_value, reason = verdict
         return M3EROutput(
-            **answer.network._asdict(),
-            **verdict._asdict(),
-            abstained=replaced.abstained,
-            available=batch.available,
-            probabilities=answer.probabilities,
+            *answer.network,
+            effective,
+            correlation,
+            energy,
+            p_value,
+            replaced.abstained,
+            batch.available,
+            reason,
+            answer.probabilities,
         )
 
 

@@ -31,6 +31,7 @@ class FeatureBatch(NamedTuple):
     features: list[Tensor]  # M of (B, T, d_m), one floating dtype and device
     lengths: Tensor  # (B,) int64, valid leading frames of each sample
     available: Tensor  # (B, M) bool, False for absent modalities and samples without frames
+    is_complete: bool = False  # known without a look at any value: every sample has every frame of every modality
 
     @property
     def frame_mask(self) -> Tensor:
@@ -72,48 +73,46 @@ def prepare_batch(
     """
     if not isinstance(features, Mapping):
         raise ValueError(f"features must map modality names to tensors, got {type(features).__name__}")
-    names = list(input_dims)
     for name in features:
         if name not in input_dims:
-            raise ValueError(f"features: unknown modality {name!r}; this model knows {names}")
-    given = {
-        name: _as_sequence(name, value, dim)
-        for name, dim in input_dims.items()
-        if (value := features.get(name)) is not None
-    }
+            raise ValueError(f"features: unknown modality {name!r}; this model knows {list(input_dims)}")
+    given: dict[str, Tensor] = {}
+    for name, dim in input_dims.items():
+        if (value := features.get(name)) is not None:
+            given[name] = _as_sequence(name, value, dim)
     if not given:
-        raise ValueError(f"features: none of the modalities {names} was given")
+        raise ValueError(f"features: none of the modalities {list(input_dims)} was given")
     first_name, first = next(iter(given.items()))
-    batch, steps = first.shape[:2]
-    dtype = first.dtype
-    for name, value in given.items():
-        if value.shape[:2] != first.shape[:2]:
+    batch, steps, _ = first.shape
+    dtype, device = first.dtype, first.device
+    for name, x in given.items():
+        if x.shape[0] != batch or x.shape[1] != steps:
             raise ValueError(
-                f"features[{name!r}] has shape {tuple(value.shape)}, but features[{first_name!r}] has "
+                f"features[{name!r}] has shape {tuple(x.shape)}, but features[{first_name!r}] has "
                 f"{tuple(first.shape)}: wanted ({batch}, {steps}, {input_dims[name]})"
             )
-        if value.device != first.device:
-            raise ValueError(
-                f"features[{name!r}] is on {value.device}, but features[{first_name!r}] is on {first.device}"
-            )
-        dtype = torch.promote_types(dtype, value.dtype)
-    length = check_lengths(lengths, batch, steps, first.device)
+        if x.device != device:
+            raise ValueError(f"features[{name!r}] is on {x.device}, but features[{first_name!r}] is on {device}")
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    length = check_lengths(lengths, batch, steps, device)
     # Filled on the device: a tensor made of a list would make the host wait for it.
-    present = torch.ones((batch, len(names)), dtype=torch.bool, device=first.device)
-    for m, name in enumerate(names):
-        if name not in given:
+    present = torch.ones((batch, len(input_dims)), dtype=torch.bool, device=device)
+    tensors = []
+    for m, (name, dim) in enumerate(input_dims.items()):
+        if name in given:
+            x = given[name]
+            tensors.append(x if x.dtype == dtype else x.to(dtype))
+        else:
             present[:, m] = False
+            tensors.append(first.new_zeros((batch, steps, dim), dtype=dtype))
+    if lengths is None and available is None:
+        return FeatureBatch(tensors, length, present, is_complete=len(given) == len(input_dims))
     if available is not None:
-        present = present & check_mask("available", available, (batch, len(names)), first.device)
-    tensors = [
-        given[name].to(dtype) if name in given else first.new_zeros((batch, steps, dim), dtype=dtype)
-        for name, dim in input_dims.items()
-    ]
+        present = present & check_mask("available", available, present.shape, device)
     if lengths is not None:
         present = present & (length > 0)[:, None]
     result = FeatureBatch(tensors, length, present)
-    if lengths is None and available is None:
-        return result
     # Padding and unavailable modalities may hold anything, NaN included, which must not reach any arithmetic.
     mask = result.frame_mask[:, :, None]
     return result._replace(features=[x.where(mask & present[:, m, None, None], 0.0) for m, x in enumerate(tensors)])
@@ -165,15 +164,17 @@ def iterate_batches(
 
 def _as_sequence(name: str, value: Any, dim: int) -> Tensor:
     """Return the modality as a floating (B, T, dim) tensor."""
-    tensor = _as_tensor(f"features[{name!r}]", value)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
+    # The usual case needs no conversion, and no name for an error.
+    is_plain = type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+    tensor: Tensor = value if is_plain else _as_tensor(f"features[{name!r}]", value)
     if not tensor.is_floating_point():
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise ValueError(f"features[{name!r}] must hold real numbers, got {tensor.dtype}")
         tensor = tensor.to(torch.get_default_dtype())
     shape = tensor.shape
-    if tensor.ndim == 2:
+    if len(shape) == 2:
         tensor = tensor[:, None, :]
-    if tensor.ndim != 3 or tensor.shape[2] != dim or tensor.shape[1] == 0:
+    if tensor.ndim != 3 or shape[-1] != dim or tensor.shape[1] == 0:
         raise ValueError(f"features[{name!r}] has shape {tuple(shape)}, wanted (B, T, {dim}) with T ≥ 1, or (B, {dim})")
     return tensor
 

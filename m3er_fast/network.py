@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from m3er_fast._layer_weights import own_tensor, plain_layers
+from m3er_fast._layer_weights import plain_tensors
 from m3er_fast._settings import takes_settings_of
 from m3er_fast._validation import check_positive_int
 from m3er_fast.config import NetworkConfig
@@ -99,8 +100,8 @@ class MemoryFusionNetwork(LastingModule):
         dropout = self.dropout if self.training else 0.0
         hidden, memory = unchecked.memory_scan(features, lengths, weights, dropout=dropout, recompute=self.recompute)
         states = hidden.unbind(0)
-        fused = torch.stack([layer(h) for layer, h in zip(self.fusion, states, strict=True)]).prod(dim=0)
-        fused = torch.cat([fused, memory], dim=1)
+        product = functools.reduce(torch.mul, [layer(h) for layer, h in zip(self.fusion, states, strict=True)])
+        fused = torch.cat([product, memory], dim=1)
         inner = self.head[0](fused).relu()
         if dropout:
             inner = nn.functional.dropout(inner, dropout)
@@ -118,21 +119,26 @@ class MemoryFusionNetwork(LastingModule):
         Warns:
             UserWarning: naming a layer with other hooks, which are not called.
         """
-        lstms = plain_layers("lstms", self.lstms, nn.LSTMCell)
+        parts: Any = self._modules  # without torch's search for attributes
+        lstms = plain_tensors("lstms", parts["lstms"], nn.LSTMCell, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        inputs, recurrent, bias = [], [], []
+        for input_weight, recurrent_weight, input_bias, recurrent_bias in lstms:
+            inputs.append(input_weight)
+            recurrent.append(recurrent_weight)
+            bias.append(input_bias + recurrent_bias)
         feedback = None
         if self.feedback is not None:
-            feedback = torch.stack(
-                [own_tensor(layer, "weight") for layer in plain_layers("feedback", self.feedback, nn.Linear)]
-            )
+            found = plain_tensors("feedback", self.feedback, nn.Linear, ("weight", "bias"))
+            feedback = torch.stack([weight for weight, _ in found])
         return MemoryScanWeights(
-            input=[own_tensor(lstm, "weight_ih") for lstm in lstms],
-            recurrent=torch.stack([own_tensor(lstm, "weight_hh") for lstm in lstms]),
-            bias=torch.stack([own_tensor(lstm, "bias_ih") + own_tensor(lstm, "bias_hh") for lstm in lstms]),
-            feedback=feedback,
-            attention=_layer_weights("attention", self.attention),
-            candidate=_layer_weights("candidate", self.candidate),
-            retain=_layer_weights("retain", self.retain),
-            update=_layer_weights("update", self.update),
+            inputs,
+            torch.stack(recurrent),
+            torch.stack(bias),
+            feedback,
+            _layer_weights("attention", parts),
+            _layer_weights("candidate", parts),
+            _layer_weights("retain", parts),
+            _layer_weights("update", parts),
         )
 
 
@@ -140,6 +146,6 @@ def _two_layers(size: int, inner: int, out: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(size, inner), nn.Linear(inner, out)])
 
 
-def _layer_weights(name: str, layers: nn.ModuleList) -> TwoLayers:
-    found = plain_layers(name, layers, nn.Linear)
-    return TwoLayers(*(own_tensor(layer, part) for layer in found for part in ("weight", "bias")))
+def _layer_weights(name: str, parts: Any) -> TwoLayers:
+    first, second = plain_tensors(name, parts[name], nn.Linear, ("weight", "bias"))
+    return TwoLayers(*first, *second)

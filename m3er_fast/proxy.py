@@ -300,7 +300,7 @@ class ProxyGenerator(FittedModule):
                     f"proxies of bank={self.config.bank!r} cannot be exported, because their search depends on values: "
                     "wanted bank='regression' or 'basis', or a model without proxies: model.ablated(proxy=False)"
                 )
-            return ReplacedBatch(replace_lost(*batch, effective, lost, self._number), abstained)
+            return ReplacedBatch(replace_lost(*batch[:4], effective, lost, self._number), abstained)
         return ReplacedBatch(self.replace_lost(batch, effective, lost), abstained)
 
     def replace_lost(self, batch: StandardizedBatch, effective: Tensor, lost: Tensor) -> list[Tensor]:

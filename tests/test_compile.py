@@ -85,7 +85,7 @@ def test_operators_keep_the_rules_of_torch():
         # Their strides are of a transposed batch: what an operator returns must not depend on them.
         transposed = [x.mT.contiguous().mT for x in standardized.features]
         for given in (standardized.features, transposed):
-            batch_of = standardized._replace(features=given)
+            batch_of = standardized._replace(features=given)[:4]
             torch.library.opcheck(replace_lost, (*batch_of, effective, lost, model.proxy_generator._number))
             weights = [None if x is None else x.detach() for x in model.network.scan_weights().tensors()]
             torch.library.opcheck(torch.ops.m3er_fast.cpu_memory_scan, (given, standardized.lengths, weights, 0.0))

@@ -197,7 +197,7 @@ def test_arrays_that_torch_cannot_share_memory_with_are_read(change):
     wanted = prepare_batch(arrays, lengths, available, input_dims=DIMS)
     changed = {name: change(x) for name, x in arrays.items()}
     batch = prepare_batch(changed, change(lengths), change(available), input_dims=DIMS)
-    for x, y in zip([*batch.features, *batch[1:]], [*wanted.features, *wanted[1:]], strict=True):
+    for x, y in zip([*batch.features, *batch[1:3]], [*wanted.features, *wanted[1:3]], strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)
 

@@ -1,6 +1,7 @@
 """Standardizer: statistics against a NumPy float64 oracle, and the rules for input that is not clean."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from m3er_fast import standardize
 from m3er_fast.inputs import prepare_batch
 from m3er_fast.standardize import Standardizer, clean_frames
 
@@ -343,6 +345,28 @@ def test_huge_finite_values_stay_finite_even_when_squared(fitted, value):
     z = fitted({"text": torch.tensor([[value, 0.0, 0.0, 0.0]])}).features[0]
     assert z[0, 0, 0].item() == np.sign(value) * 1e4
     assert torch.isfinite(z.square().sum())
+
+
+@pytest.mark.parametrize("part", [2, 2**24])
+@pytest.mark.parametrize("odd", [None, 9e3, 9.999e3, 1.1e4, -1.1e4, 3e38, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("level", [0.0, 9e3])  # with the second the sum of squares decides nothing
+def test_the_usual_case_is_told_from_all_others(monkeypatch, level, odd, part):
+    monkeypatch.setattr(standardize, "_PART", part)
+    x = torch.full((2, 3, 2), level)
+    if odd is not None:
+        x[1, 2, 0] = odd
+    batch = Standardizer({"a": 2})({"a": x})
+    assert batch.is_complete == (odd is None or abs(odd) <= 1e4)
+    assert batch.frame_valid.all()  # half of a frame is enough
+    assert torch.equal(batch.features[0], x.nan_to_num(0.0, 0.0, 0.0).clamp(-1e4, 1e4))
+
+
+@pytest.mark.parametrize(
+    "more", [{"lengths": [2, 2]}, {"available": [[True, True], [True, True]]}, {"features": {"b": None}}], ids=str
+)
+def test_what_is_said_of_a_batch_is_looked_at(more):
+    features = {"a": torch.ones(2, 2, 1), "b": torch.ones(2, 2, 1)} | more.pop("features", {})
+    assert not Standardizer({"a": 1, "b": 1})(features, **more).is_complete
 
 
 def test_fit_to_the_extremes_of_float32_gives_no_nan():

@@ -35,7 +35,7 @@ def memory_scan(
         [F.linear(x, w, b) for x, w, b in zip(features, weights.input, weights.bias, strict=True)]
     )  # (M, B, T, 4h)
     hidden, cell, attended, memory = _first_step(from_input[:, :, 0], weights, dropout)
-    frozen = not bool((lengths >= steps).all())
+    frozen = bool(len(lengths)) and lengths.min().item() < steps
     if frozen:
         alive = (lengths > 0)[:, None]
         hidden, cell, memory = (torch.where(alive, x, 0.0) for x in (hidden, cell, memory))
@@ -59,7 +59,7 @@ def _first_step(gates: Tensor, weights: MemoryScanWeights, dropout: float) -> tu
     """The states after gates (M, B, 4h): h, c (M, B, h), the nonzero half of r (B, Mh), and u (B, u)."""
     input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, dim=2)
     # Zero, or NaN: with infinite features the forget gate may be NaN where the others are not.
-    forgotten = forget_gate.detach().sigmoid().mul_(0.0)
+    forgotten = forget_gate.detach().clamp(0.0, 0.0)
     cell = torch.addcmul(forgotten, input_gate.sigmoid(), cell_gate.tanh())
     hidden = output_gate.sigmoid() * cell.tanh()
     new = side_by_side(cell)

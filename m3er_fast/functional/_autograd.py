@@ -6,6 +6,7 @@ Second derivatives are the reference's: only it consists of torch's own operatio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from m3er_fast import reference
 from m3er_fast.operands import LossFactors, LossOptions, MemoryScanWeights
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast rounds nothing."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # which takes less time
+    return torch.autocast(device.type, enabled=False)
+
 
 # --- Multiplicative fusion loss: the gradient is computed in the forward pass ---
 
@@ -134,7 +143,7 @@ def memory_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan, differentiably in features and weights if ``trains``."""
     if not trains:
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(torch.device("cpu")):
             return implementation.memory_scan(features, lengths, weights, dropout=dropout)
     tensors = [*features, *weights.tensors()]
     hidden, memory, *_ = _MemoryScan.apply(implementation, len(features), dropout, lengths, *tensors)  # type: ignore[no-untyped-call]
@@ -145,7 +154,7 @@ def tracked_memory_scan(
     scan: Callable[..., tuple[Tensor, Tensor]], *arguments: Any, dropout: float, trains: bool
 ) -> tuple[Tensor, Tensor]:
     """Scan by torch's own operations, with autograd's share of each call only if ``trains``."""
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(torch.device("cpu")):
         if trains:
             return scan(*arguments, dropout=dropout)
         with torch.inference_mode():
@@ -161,7 +170,7 @@ class _MemoryScan(torch.autograd.Function):
         # Dropout's random state: the second derivative, which the reference computes, draws the same masks again.
         state = torch.get_rng_state()
         features, weights = tensors[:modalities], MemoryScanWeights.of(modalities, tensors[modalities:])
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(torch.device("cpu")):
             hidden, memory, blocks = implementation.forward(features, lengths, weights, dropout)
         return hidden, memory, state, *blocks
 
@@ -191,7 +200,7 @@ class _MemoryScan(torch.autograd.Function):
                 )
         else:
             wanted = ctx.needs_input_grad[-ctx.tensors :][: ctx.modalities]
-            with torch.autocast("cpu", enabled=False):
+            with without_autocast(torch.device("cpu")):
                 grads = ctx.implementation.backward(
                     hidden_grad, memory_grad, features, lengths, weights, ctx.dropout, blocks, wanted
                 )

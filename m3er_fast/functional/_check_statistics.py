@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from m3er_fast.functional._dispatch import choose, without_autocast
+from m3er_fast.functional._autograd import without_autocast
+from m3er_fast.functional._dispatch import choose
 from m3er_fast.operands import CheckProjections, CheckStatistics
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +26,7 @@ from m3er_fast.operands import CheckProjections, LossFactors, LossOptions, Memor
 # Looked up once: torch.compile does not trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SCANNED_DTYPES = (torch.float32, torch.float64)
 _MOST_KERNEL_MODALITIES = 8
 # Two wider projections do not fit into the registers of a program.
 _MOST_KERNEL_COMPONENTS = 128
@@ -106,13 +106,6 @@ def choose_index(engine: str, bank: Tensor) -> Callable[..., NeighborIndex]:
     if bank.is_cuda and engine != "faiss-hnsw":
         return partial(faiss.FaissGpuIndex, engine=engine)
     return partial(faiss.FaissIndex, engine=engine)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast rounds nothing."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # which takes less time
-    return torch.autocast(device.type, enabled=False)
 
 
 # --- Refusals ---
@@ -285,8 +278,9 @@ def _no_cpu_scan(
     first: Tensor, _features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], _trains: bool
 ) -> str | None:
     dtype = weights.recurrent.dtype
-    if dtype not in (torch.float32, torch.float64) or any(x.dtype != dtype for x in tensors):
-        return "it takes features and weights of one type, float32 or float64"
+    for x in tensors:  # a generator would take longer than the loop
+        if x.dtype != dtype or dtype not in _SCANNED_DTYPES:
+            return "it takes features and weights of one type, float32 or float64"
     if weights.retain.first.shape != weights.update.first.shape:
         return "it takes γ of one size"
     if not first.shape[1]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from m3er_fast._validation import check_device
-from m3er_fast.functional._dispatch import choose, without_autocast
+from m3er_fast.functional._autograd import without_autocast
+from m3er_fast.functional._dispatch import choose
 from m3er_fast.operands import SequenceStatistics
 
 
