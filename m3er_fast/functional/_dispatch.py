@@ -277,10 +277,12 @@ def _no_scan_kernel(
 def _no_cpu_scan(
     first: Tensor, _features: Sequence[Tensor], weights: MemoryScanWeights, tensors: Sequence[Tensor], _trains: bool
 ) -> str | None:
-    dtype = weights.recurrent.dtype
+    dtype, wanted = weights.recurrent.dtype, "it takes features and weights of one type, float32 or float64"
+    if dtype not in _SCANNED_DTYPES:
+        return wanted
     for x in tensors:  # a generator would take longer than the loop
-        if x.dtype != dtype or dtype not in _SCANNED_DTYPES:
-            return "it takes features and weights of one type, float32 or float64"
+        if x.dtype != dtype:
+            return wanted
     if weights.retain.first.shape != weights.update.first.shape:
         return "it takes γ of one size"
     if not first.shape[1]:

@@ -147,7 +147,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_options(options: Mapping[str, object]) -> None:
-    """Check the options that were given, and no others: with few samples that takes as long as the arithmetic."""
+    """Check the options that were given, and no others: with few samples all checks take as long as a step."""
     for name, value in options.items():
         if name in _CHOICES:
             if value not in _CHOICES[name]:
