@@ -160,6 +160,8 @@ def test_runs_of_one_device_are_told_apart(tmp_path):
     assert report.labels([run("a.json", 1), run("b.json")]) == ["1 thread", "2 threads"]
     assert report.labels([run("a.json"), run("b.json")]) == ["2 threads, a", "2 threads, b"]
     assert report.labels([run("a.json"), run("b.json", 2, "Other")]) == ["A device, 2 threads", "Other, 2 threads"]
+    of_one_name = run("a.json", 1, "A, AVX2"), run("b.json", 1, "A, AVX-512"), run("c.json", 2, "A, AVX-512")
+    assert report.labels(of_one_name) == ["AVX2, 1 thread", "AVX-512, 1 thread", "AVX-512, 2 threads"]
 
 
 def test_the_figures_of_several_runs_on_one_device_show_each_run_by_itself(command, tmp_path, monkeypatch):
@@ -172,6 +174,17 @@ def test_the_figures_of_several_runs_on_one_device_show_each_run_by_itself(comma
     assert drawn["ratios-cpu-2-threads"] == [(GROUP, "textbook", pytest.approx(2.0))]
     for threads, slowest in (("1-thread", 0.04), ("2-threads", 0.02)):
         assert [point.seconds for point in drawn[f"roofline-cpu-{threads}"]] == [0.01, slowest]
+
+
+def test_only_the_first_device_has_figures_and_tables_of_its_own(command, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "ratios", lambda bars, path: drawn.append(path.stem))
+    monkeypatch.setattr(figures, "roofline", lambda points, copy, rates, path: drawn.append(path.stem))
+    runs = [a_run({"ours": 0.01, "textbook": 0.04}, threads=threads) for threads in (1, 2, 2)]
+    runs[2]["machine_info"]["m3er_fast"]["device"] = "Other"
+    assert command(*runs) == 0
+    assert len(drawn) == 4
+    assert not any("other" in name for name in drawn)
 
 
 def test_the_conclusions_give_the_range_over_the_batch_and_where_it_is_worst():
@@ -524,12 +537,16 @@ def test_a_committed_run_is_read_with_the_names_of_today(name):
     assert {other for row in run.rows for other in row["ratios"]} <= {row["contestant"] for row in run.rows}
 
 
-COMMITTED = ("one-thread.json", "two-threads.json")  # the runs of the pages
+COMMITTED = [  # the runs of the pages
+    f"{folder}/{threads}.json"
+    for folder in ("cpu-2-cores", "cpu-2-cores-avx2")
+    for threads in ("one-thread", "two-threads")
+]
 
 
 @pytest.fixture(scope="module")
 def committed_runs():
-    return [report.Run.read(report.ROOT / "benchmarks" / "results" / "cpu-2-cores" / name) for name in COMMITTED]
+    return [report.Run.read(report.ROOT / "benchmarks" / "results" / name) for name in COMMITTED]
 
 
 def test_the_generated_parts_of_the_pages_are_those_of_their_committed_runs(committed_runs):

@@ -85,13 +85,17 @@ def _reasons(run: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Return what tells each run from the others: its threads, and its device or its file where these differ."""
-    several_devices = len({run.about["device"] for run in runs}) > 1
+    """Return what tells each run from the others: its threads, and where these differ its device or its file.
+
+    Of devices that begin alike ("AMD EPYC, AVX2") only what follows is named.
+    """
+    devices = [run.about["device"].split(", ") for run in runs]
+    common = len(os.path.commonprefix(devices))
     names = []
-    for run in runs:
+    for run, device in zip(runs, devices, strict=True):
         threads = run.about["threads"]
         name = f"{threads} thread{'s' * (threads > 1)}" if run.about["kind"] == "cpu" else run.about["kind"]
-        names.append(f"{run.about['device']}, {name}" if several_devices else name)
+        names.append(", ".join([*device[common:], name]))
     repeated = {name for name, number in Counter(names).items() if number > 1}
     return [
         f"{name}, {Path(run.name).stem}" if name in repeated else name for name, run in zip(names, runs, strict=True)
@@ -160,17 +164,26 @@ def _on_cpu(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     return [(run, label) for run, label in zip(runs, labels(runs), strict=True) if run.about["kind"] == "cpu"]
 
 
+def _on_first_device(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Return the runs on the device of the first one, each with its label."""
+    return [
+        (run, label)
+        for run, label in zip(runs, labels(runs), strict=True)
+        if run.about["device"] == runs[0].about["device"]
+    ]
+
+
 def results(runs: Sequence[Run], links: Sequence[str]) -> list[str]:
     """Return the generated part of the second page.
 
     It has the runs, the figures, the goals, every result that is slower than the textbook's, and for each operation
-    its ratios, then a table per group.
+    its ratios, then for the first run's device a table per group.
     """
     lines = [*_table_of_runs(runs), "", *(line for link in links for line in (link, ""))]
     lines += ["### Goals", "", *_table_of_goals(runs), "", "### Slower than the textbook", "", *_slower(runs), ""]
     for operation in _operations(runs):
         lines += [f"### {TITLES.get(operation, operation)}", "", *_table_of_ratios(runs, operation)]
-        for run, label in zip(runs, labels(runs), strict=True):
+        for run, label in _on_first_device(runs):
             lines += markdown([row for row in run.rows if row["operation"] == operation], f", {label}")
         lines += [""]
     lines += ["### Goals on a GPU", "", *_table_of_gpu_goals(runs)]
@@ -330,7 +343,11 @@ def _left_out(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
-    """Draw the ratios over B of all runs on a CPU, and the figures of each run; return title and file of each."""
+    """Draw the ratios over B of all runs on a CPU, and the figures of each run on the first one's device.
+
+    Returns:
+        Title and file of each figure.
+    """
     from benchmarks.report import figures
     from benchmarks.report.panels import PANELS
 
@@ -344,7 +361,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
         path = folder / FIGURE_OVER_BATCH
         figures.over_batch(panels, path)
         drawn.append(("Time of the textbook divided by our time, over the samples of a batch", path))
-    for run, label in zip(runs, labels(runs), strict=True):
+    for run, label in _on_first_device(runs):
         name = f"{run.about['kind']}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
         bars = [
             (row["group"], *best)
