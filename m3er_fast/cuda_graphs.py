@@ -163,4 +163,5 @@ class CompiledInference(Generic[Output]):
 def _copy(source: Any, target: Array) -> None:
     """Copy every tensor of a structure into the tensor at the same place of another."""
     for new, old in zip(pytree.tree_leaves(source), pytree.tree_leaves(target), strict=True):
-        old.copy_(new)
+        if isinstance(old, Tensor):
+            old.copy_(new)

@@ -12,6 +12,7 @@ Exit codes: 0 written; 2 a run or a page cannot be used.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -90,7 +91,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     Of devices that begin alike ("AMD EPYC, AVX2") only what follows is named.
     """
     devices = [run.about["device"].split(", ") for run in runs]
-    common = len(os.path.commonprefix(devices))
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*devices, strict=False))
+    common = len(list(shared))
     names = []
     for run, device in zip(runs, devices, strict=True):
         threads = run.about["threads"]

@@ -86,9 +86,11 @@ def fusion_loss(
     factors = LossFactors(class_weight, modality_weight, available)
     _check_logits(logits)
     _check_options(options)
-    check_device("the logits", logits, target=target)
+    if target.device != logits.device:
+        check_device("the logits", logits, target=target)
     target = _checked_target(target, logits, chosen.activation)
-    _check_factors(logits, factors)
+    if not (class_weight is modality_weight is available is None):
+        _check_factors(logits, factors)
     implementation = choose("fusion_loss", backend, logits, target, factors, chosen)
     compute = implementation.load()
     if implementation.name != "cpu":
@@ -158,8 +160,6 @@ def _check_options(options: Mapping[str, object]) -> None:
 
 def _check_factors(logits: Tensor, factors: LossFactors) -> None:
     class_weight, modality_weight, available = factors
-    if class_weight is modality_weight is available is None:
-        return
     modalities, batch, classes = logits.shape
     check_vector("class_weight", class_weight, classes)
     check_vector("modality_weight", modality_weight, modalities)
@@ -174,6 +174,8 @@ def _check_factors(logits: Tensor, factors: LossFactors) -> None:
 def _checked_target(target: Tensor, logits: Tensor, activation: str) -> Tensor:
     """``target``, in int64 if it holds integers: small integer types wrap around when compared with ignore_index."""
     _, batch, classes = logits.shape
+    if target.dtype == torch.int64 and target.shape == (batch,):
+        return target  # the usual labels
     by_label = target.ndim == 1
     shape = (batch,) if by_label else (batch, classes)
     if target.shape != shape or target.is_complex():
