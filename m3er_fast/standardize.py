@@ -31,7 +31,8 @@ _BOUND = 1e4
 
 _FLOAT32 = torch.finfo(torch.float32)
 
-# Entries whose sum of squares is compared with the bound's square: of standardised ones it is about their number.
+# Entries per sum of squares. Standardised ones add up to about their number, which must stay below the square of the
+# bound.
 _PART = 2**24
 
 # Samples converted to float64 at a time when fitting: 128 samples of 50 frames and 300 features are 15 MB.
@@ -169,8 +170,8 @@ class Standardizer(PreciseModule):
         features = [
             (x - self.learned(f"mean_{m}")).div_(self.learned(f"scale_{m}")) for m, x in enumerate(batch.features)
         ]
-        may_exceed = batch.features[0].dtype == torch.float64  # what float32 holds
-        if _are_within(features, _BOUND) and not (may_exceed and not _are_within(batch.features, _FLOAT32.max)):
+        is_wide = batch.features[0].dtype == torch.float64  # and may hold entries beyond float32's range
+        if _are_within(features, _BOUND) and (not is_wide or _are_within(batch.features, _FLOAT32.max)):
             # The usual case: every entry is finite, and none is clamped.
             frame_valid = batch.available.unsqueeze(1).expand(-1, features[0].shape[1], -1)
             if batch.is_complete:

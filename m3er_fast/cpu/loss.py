@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m3er_fast.operands import LossFactors, LossOptions, upcast
 
-# Samples of all modalities together from which entries are addressed one by one.
+# From this many rows on, M·B, labels' entries are addressed by their place in memory.
 MANY_ROWS = 8192
 # Exponentials of logits within these, and their quotients, are far from the ends of their type.
 _MODERATE = {torch.float32: 29.0, torch.float64: 236.0}
@@ -110,7 +110,7 @@ def _label_and_rate(
 def _exponentials(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Exponentials (M, B, C) of the logits with 0 in place of the label's own; that (M, B, 1); the others' sum.
 
-    ``index`` says where the labels' entries are.
+    ``index`` is the result of :func:`_index`.
 
     All three may be multiplied by one number in each row, the exponential of its largest logit. Where quotients of them
     may overflow there are none.
@@ -141,13 +141,13 @@ def _exponentials(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor] | N
 
 
 def _index(label: Tensor, x: Tensor) -> Tensor:
-    """Where the entries of the labels (B,) are in logits (M, B, C).
+    """Return where the labels (B,) have their entries in logits (M, B, C).
 
-    Of few, the class (M, B, 1). Of many, the place (M·B,) among all entries: torch copies from and to places of a
-    vector in a quarter of the time.
+    Few samples get their class (M, B, 1). Many get their place (M·B,) among all entries, since torch copies from and to
+    the places of a vector in a quarter of the time.
 
     Raises:
-        IndexError: a label is out of range, of many; of few, it is found when the class is looked up.
+        IndexError: with many samples, a label is out of range. With few, looking up the class raises it.
     """
     modalities, batch, classes = x.shape
     if modalities * batch < MANY_ROWS:

@@ -86,8 +86,7 @@ def fusion_loss(
     factors = LossFactors(class_weight, modality_weight, available)
     _check_logits(logits)
     _check_options(options)
-    if target.device != logits.device:
-        check_device("the logits", logits, target=target)
+    check_device("the logits", logits, target=target)
     target = _checked_target(target, logits, chosen.activation)
     if not (class_weight is modality_weight is available is None):
         _check_factors(logits, factors)
@@ -98,8 +97,8 @@ def fusion_loss(
     try:
         loss: Tensor = compute(logits, target, factors, chosen)
     except (IndexError, RuntimeError):
-        # On the CPU it is gathering by the labels that refuses one out of range: looking first would take as long as
-        # three steps of a small loss.
+        # On the CPU the computation itself refuses a label out of range: with few samples, looking first would take as
+        # long as three of its steps.
         _check_values(target, logits, chosen)
         raise
     return loss
@@ -149,7 +148,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_options(options: Mapping[str, object]) -> None:
-    """Check the options that were given, and no others: with few samples all checks take as long as a step."""
+    """Check the given options alone: with few samples, checking all of them takes as long as a step of the loss."""
     for name, value in options.items():
         if name in _CHOICES:
             if value not in _CHOICES[name]:
